@@ -1,0 +1,68 @@
+//! The errors of this crate: what was tried, on what, and why it failed.
+
+use std::io;
+
+/// The result of a block operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a block operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be opened.
+    #[error("Could not open '{filename}': {source}")]
+    Open {
+        /// The file's path as the user gave it.
+        filename: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host refused a read, write, flush or discard.
+    #[error("{operation} at offset {offset:#x} of '{filename}' failed: {source}")]
+    Io {
+        /// "read", "write", "flush", "discard", ...
+        operation: &'static str,
+        /// The file's path.
+        filename: String,
+        /// Host offset in bytes.
+        offset: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The request lies outside the node.
+    #[error(
+        "request of {len} bytes at offset {offset:#x} is beyond the end of the disk ({size} bytes)"
+    )]
+    OutOfRange {
+        /// Guest offset in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The node's size in bytes.
+        size: u64,
+    },
+    /// The node does not take writes.
+    #[error("node '{0}' is read-only")]
+    ReadOnly(String),
+    /// The format or the node cannot do this.
+    #[error("{0}")]
+    NotSupported(String),
+    /// The image breaks the rules of its format.
+    #[error("Image '{filename}' is corrupt: {reason}")]
+    Corrupt {
+        /// The file's path.
+        filename: String,
+        /// Which rule, where.
+        reason: String,
+    },
+    /// No snapshot of that tag.
+    #[error("Snapshot '{tag}' does not exist on '{node}'")]
+    NoSuchSnapshot {
+        /// The tag asked for.
+        tag: String,
+        /// The node's name.
+        node: String,
+    },
+    /// The operation was cancelled through its [`crate::Progress`].
+    #[error("Operation canceled")]
+    Cancelled,
+}

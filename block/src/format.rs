@@ -1,0 +1,72 @@
+//! What an image format must be able to do.
+
+use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::{Error, ReadBuf, Result, WriteBuf};
+
+/// An open image. All methods take `&self` and may be called from several threads at once; requests
+/// that overlap are ordered by the format, requests that do not may run in parallel.
+///
+/// Offsets and lengths are bytes of the guest's disk. Requests need no alignment.
+pub trait Format: Send + Sync {
+    /// The driver's QMP name: "qcow2", "raw".
+    fn driver(&self) -> &'static str;
+
+    /// Size of the guest's disk in bytes.
+    fn size(&self) -> u64;
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// Reads `bufs` one after another from `offset`.
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()>;
+
+    /// Writes `bufs` one after another at `offset`. Durable only after [`Format::flush`].
+    fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()>;
+
+    /// Makes every completed write durable.
+    fn flush(&self) -> Result<()>;
+
+    /// Tells that the range is not needed. It reads as zeroes afterwards or as before.
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeroes; with `unmap` its space may be given back.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Whether the format has internal snapshots.
+    fn supports_snapshots(&self) -> bool {
+        false
+    }
+
+    /// The internal snapshots in table order.
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        Vec::new()
+    }
+
+    /// Starts a new internal snapshot of the disk, which must be quiesced until `publish` returns.
+    fn create_snapshot(&self, _new: &NewSnapshot) -> Result<Box<dyn SnapshotCreate + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// Starts going back to the snapshot `id` (not a tag).
+    fn revert_snapshot(&self, _id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// Starts deleting the snapshot `id` (not a tag).
+    fn delete_snapshot(&self, _id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// Opens the VM-state area of the snapshot `id` (not a tag) without changing the active disk.
+    fn open_vmstate(&self, _id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// The error of a format without snapshots.
+    fn no_snapshots(&self) -> Error {
+        Error::NotSupported(format!(
+            "the {} format has no internal snapshots",
+            self.driver()
+        ))
+    }
+}

@@ -1,0 +1,19 @@
+//! Disk images and what is done to them.
+//!
+//! A [`Node`] is one named image (QEMU's block node). Below it a [`Format`] gives meaning to the
+//! bytes (`raw`, `qcow2`), and below that a storage holds them. This crate knows nothing of KVM,
+//! guest memory or QMP: requests come as offsets and [`iobuf`] buffers.
+
+pub mod error;
+pub mod format;
+pub mod iobuf;
+pub mod node;
+pub mod progress;
+pub mod snapshot;
+
+pub use error::{Error, Result};
+pub use format::Format;
+pub use iobuf::{ReadBuf, WriteBuf};
+pub use node::Node;
+pub use progress::Progress;
+pub use snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};

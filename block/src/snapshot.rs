@@ -1,0 +1,101 @@
+//! Internal snapshots as seen from outside a format: what they are, and how they change.
+//!
+//! A change to the snapshots of one image is taken in steps so that a caller can make the same
+//! change on several images and have it on all of them or on none:
+//!
+//! ```text
+//!  begin ──> prepare ──> publish ──> finish
+//!    │          │           │
+//!    └──────────┴───────────┴──> rollback
+//! ```
+//!
+//! `prepare` does everything that can fail and makes it durable: new tables, refcounts. `publish`
+//! is one header write that makes the change visible, then a flush. `finish` gives back what the
+//! change left without an owner; it cannot undo. `rollback` from any step before `finish` leaves
+//! the image as it was. Dropping a change without `finish` rolls it back. A crash at any point
+//! leaves the old or the new state, and at most leaked clusters.
+
+use crate::{ReadBuf, Result, WriteBuf};
+
+/// An internal snapshot, as the snapshot table tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Unique in its image.
+    pub id: String,
+    /// What people call it; QEMU's "name".
+    pub tag: String,
+    /// Length of the VM state in bytes; 0 for a disk-only snapshot.
+    pub vm_state_size: u64,
+    /// Size of the disk at that time, in bytes.
+    pub disk_size: u64,
+    /// Seconds since the epoch.
+    pub date_sec: u32,
+    /// Nanoseconds within the second.
+    pub date_nsec: u32,
+    /// Time the guest had been running, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instruction counter, where the machine had one.
+    pub icount: Option<u64>,
+}
+
+/// What the caller says of a snapshot to be made. The image gives it its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// Tag; at most 255 bytes are kept.
+    pub tag: String,
+    /// Seconds since the epoch.
+    pub date_sec: u32,
+    /// Nanoseconds within the second.
+    pub date_nsec: u32,
+    /// Time the guest has been running, in nanoseconds.
+    pub vm_clock_nsec: u64,
+}
+
+/// A change to an image's snapshots that is under way; see the module's diagram.
+pub trait SnapshotChange: Send {
+    /// Does all that can fail and makes it durable. The image still shows the old state.
+    fn prepare(&mut self) -> Result<()>;
+    /// Makes the change visible and durable.
+    fn publish(&mut self) -> Result<()>;
+    /// Gives back what the change left without an owner. An error here leaks clusters only.
+    fn finish(&mut self) -> Result<()>;
+    /// Undoes the change; what it took is given back.
+    fn rollback(&mut self) -> Result<()>;
+}
+
+/// A snapshot being made; it may carry VM state.
+pub trait SnapshotCreate: SnapshotChange + Sync {
+    /// Writes VM state at `offset` bytes from the start of the VM-state area. Callable from many
+    /// threads at once for ranges that share no cluster; `offset` and the total length must be
+    /// multiples of [`SnapshotCreate::cluster_size`]. A range is written once; what is never
+    /// written reads as zeroes and takes no space. Buffers aligned to 4096 bytes go to the host
+    /// without a copy.
+    fn write_vmstate(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()>;
+
+    /// The length recorded in the snapshot table; at least the end of the last write.
+    fn set_vmstate_size(&mut self, size: u64);
+
+    /// Cluster size of the image in bytes.
+    fn cluster_size(&self) -> u64;
+}
+
+/// A part of a VM-state area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmStateExtent {
+    /// Offset from the start of the VM-state area in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Whether nothing is stored and the part reads as zeroes.
+    pub zero: bool,
+}
+
+/// The VM-state area of one snapshot.
+pub trait VmStateRead: Send + Sync {
+    /// Length in bytes as recorded in the snapshot table.
+    fn size(&self) -> u64;
+    /// Reads `bufs` one after another from `offset`; callable from many threads at once.
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()>;
+    /// How the range is stored, in order, adjacent parts of one kind merged, covering it wholly.
+    fn extents(&self, offset: u64, len: u64) -> Result<Vec<VmStateExtent>>;
+}

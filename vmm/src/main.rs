@@ -1,0 +1,3 @@
+//! The `tardigrade` binary.
+
+fn main() {}
