@@ -1,0 +1,3 @@
+//! Boot: everything between a kernel file and the first vCPU's registers.
+
+pub mod layout;
