@@ -16,6 +16,32 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// Another process uses the image in a way that excludes ours.
+    #[error(
+        "Failed to get {}\"{lock}\" lock. Is another process using the image [{filename}]?",
+        if *shared { "shared " } else { "" }
+    )]
+    Locked {
+        /// The file's path.
+        filename: String,
+        /// QEMU's name of the permission.
+        lock: &'static str,
+        /// Whether it is others' use that we do not allow, as opposed to ours that they do not.
+        shared: bool,
+    },
+    /// The file is not an image of the format asked for.
+    #[error("Image is not in {format} format: '{filename}' {reason}")]
+    NotFormat {
+        /// The format's name.
+        format: &'static str,
+        /// The file's path.
+        filename: String,
+        /// What was found instead.
+        reason: String,
+    },
+    /// Options or a node name that make no sense; the text is what a QMP client gets.
+    #[error("{0}")]
+    Invalid(String),
     /// The host refused a read, write, flush or discard.
     #[error("{operation} at offset {offset:#x} of '{filename}' failed: {source}")]
     Io {

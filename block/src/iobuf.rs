@@ -6,6 +6,8 @@
 
 use std::marker::PhantomData;
 
+use crate::num::to_usize;
+
 /// A buffer that a read fills.
 #[derive(Debug)]
 #[repr(transparent)]
@@ -104,5 +106,98 @@ impl<'a> WriteBuf<'a> {
     /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// What both kinds of buffers have in common.
+pub(crate) trait Vectored {
+    /// Start and length.
+    fn part(&self) -> (*const u8, usize);
+}
+
+impl Vectored for ReadBuf<'_> {
+    fn part(&self) -> (*const u8, usize) {
+        (self.as_mut_ptr().cast_const(), self.len())
+    }
+}
+
+impl Vectored for WriteBuf<'_> {
+    fn part(&self) -> (*const u8, usize) {
+        (self.as_ptr(), self.len())
+    }
+}
+
+/// Length of all buffers together in bytes.
+pub(crate) fn total_len<T: Vectored>(bufs: &[T]) -> u64 {
+    bufs.iter().map(|b| b.part().1 as u64).sum()
+}
+
+/// Start and length of what `skip..skip + len` covers of each buffer. Ends early with the buffers.
+fn parts<T: Vectored>(bufs: &[T], skip: u64, len: u64) -> Vec<(*const u8, usize)> {
+    let mut skip = to_usize(skip);
+    let mut len = to_usize(len);
+    let mut out = Vec::with_capacity(bufs.len().min(16));
+    for (ptr, part_len) in bufs.iter().map(Vectored::part) {
+        if len == 0 {
+            break;
+        }
+        if skip >= part_len {
+            skip -= part_len;
+            continue;
+        }
+        let take = (part_len - skip).min(len);
+        out.push((ptr.wrapping_add(skip), take));
+        len -= take;
+        skip = 0;
+    }
+    out
+}
+
+/// The part `skip..skip + len` of the bytes that `bufs` are together.
+pub(crate) fn slice_read<'b>(bufs: &'b [ReadBuf<'_>], skip: u64, len: u64) -> Vec<ReadBuf<'b>> {
+    parts(bufs, skip, len)
+        .into_iter()
+        // SAFETY: a part of a valid buffer is valid; it cannot outlive the buffers it is cut from.
+        .map(|(ptr, len)| unsafe { ReadBuf::from_raw(ptr.cast_mut(), len) })
+        .collect()
+}
+
+/// The part `skip..skip + len` of the bytes that `bufs` are together.
+pub(crate) fn slice_write<'b>(bufs: &'b [WriteBuf<'_>], skip: u64, len: u64) -> Vec<WriteBuf<'b>> {
+    parts(bufs, skip, len)
+        .into_iter()
+        // SAFETY: a part of a valid buffer is valid; it cannot outlive the buffers it is cut from.
+        .map(|(ptr, len)| unsafe { WriteBuf::from_raw(ptr, len) })
+        .collect()
+}
+
+/// Fills the buffers with zeroes.
+pub(crate) fn fill_zero(bufs: &[ReadBuf<'_>]) {
+    for buf in bufs {
+        // SAFETY: the buffer's maker vouched for `len` writable bytes.
+        unsafe { std::ptr::write_bytes(buf.as_mut_ptr(), 0, buf.len()) };
+    }
+}
+
+/// Copies `data` into the buffers, as far as both reach.
+pub(crate) fn copy_in(bufs: &[ReadBuf<'_>], data: &[u8]) {
+    let mut data = data;
+    for buf in bufs {
+        let (now, rest) = data.split_at(buf.len().min(data.len()));
+        // SAFETY: `now` is no longer than the buffer, which its maker vouched for; guest memory
+        // never overlaps with memory of this program that a slice borrows.
+        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), buf.as_mut_ptr(), now.len()) };
+        data = rest;
+    }
+}
+
+/// Copies the buffers out to `data`, as far as both reach.
+pub(crate) fn copy_out(bufs: &[WriteBuf<'_>], data: &mut [u8]) {
+    let mut data = data;
+    for buf in bufs {
+        let (now, rest) = data.split_at_mut(buf.len().min(data.len()));
+        // SAFETY: as in `copy_in`, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(buf.as_ptr(), now.as_mut_ptr(), now.len()) };
+        data = rest;
     }
 }

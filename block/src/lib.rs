@@ -7,9 +7,12 @@
 pub mod error;
 pub mod format;
 pub mod iobuf;
+mod lock;
 pub mod node;
+mod num;
 pub mod progress;
 pub mod snapshot;
+pub mod storage;
 
 pub use error::{Error, Result};
 pub use format::Format;

@@ -1,0 +1,73 @@
+//! Where an image's bytes are kept: a host file, or memory in tests.
+
+use std::fmt::Debug;
+
+use crate::{ReadBuf, Result, WriteBuf};
+
+mod file;
+pub mod memory;
+mod sys;
+
+pub use file::{FileOptions, FileStorage, Locking};
+pub(crate) use sys::{ofd_lock_held, ofd_lock_shared};
+
+/// A growable array of bytes with durable writes. Offsets and lengths are host bytes.
+///
+/// All methods may be called from several threads at once. Requests that overlap are not ordered.
+pub trait Storage: Send + Sync + Debug {
+    /// The name the user knows the storage by, for messages.
+    fn name(&self) -> &str;
+
+    /// Reads `bufs` one after another from `offset`; what lies past the end reads as zeroes.
+    fn read_at(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()>;
+
+    /// Writes `bufs` one after another at `offset`, growing the storage where needed.
+    fn write_at(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()>;
+
+    /// Makes every completed write, and the length, durable.
+    fn flush(&self) -> Result<()>;
+
+    /// The length in bytes.
+    fn len(&self) -> Result<u64>;
+
+    /// Whether there are no bytes.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Cuts or extends (with zeroes) to `len` bytes.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Gives the host's space of the range back, best effort: the contents are undefined afterwards.
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeroes; with `unmap` its space may be given back.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Bytes the host really uses.
+    fn allocated(&self) -> Result<u64>;
+
+    /// As [`Storage::read_at`] for large transfers that are not read again soon: the host's page
+    /// cache is bypassed where alignment and file system allow.
+    fn read_bulk(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        self.read_at(offset, bufs)
+    }
+
+    /// As [`Storage::write_at`] for large transfers; see [`Storage::read_bulk`].
+    fn write_bulk(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.write_at(offset, bufs)
+    }
+
+    /// Takes host space for a range that is about to be written by [`Storage::write_bulk`], so that
+    /// parallel writes need not extend the file one after another. The storage grows to the end of
+    /// the range. Without support by the host only the length grows.
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        if self.len()? < offset + len {
+            self.set_len(offset + len)?;
+        }
+        Ok(())
+    }
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+}

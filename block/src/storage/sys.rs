@@ -1,0 +1,154 @@
+//! The system calls of file storage. All `unsafe` of file I/O is here.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::num::{to_u64, to_usize};
+use crate::{ReadBuf, WriteBuf};
+
+/// Most buffers the kernel takes in one call (UIO_MAXIOV).
+pub(super) const MAX_IOVECS: usize = 1024;
+
+fn off(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+}
+
+fn count(n: usize) -> libc::c_int {
+    libc::c_int::try_from(n.min(MAX_IOVECS)).unwrap_or(libc::c_int::MAX)
+}
+
+/// The result of a call that gives a byte count or -1.
+fn bytes(ret: libc::ssize_t) -> io::Result<u64> {
+    usize::try_from(ret)
+        .map(to_u64)
+        .map_err(|_| io::Error::last_os_error())
+}
+
+fn ok(ret: libc::c_int) -> io::Result<()> {
+    if ret == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Calls again as long as a signal came first.
+pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+/// preadv(2); may read less than asked.
+pub(super) fn preadv(fd: BorrowedFd<'_>, bufs: &[ReadBuf<'_>], offset: u64) -> io::Result<u64> {
+    let offset = off(offset)?;
+    // SAFETY: ReadBuf is repr(transparent) over iovec, and whoever made it vouched that the memory
+    // is writable as long as the buffer lives, which is longer than this call.
+    bytes(unsafe {
+        libc::preadv(
+            fd.as_raw_fd(),
+            bufs.as_ptr().cast(),
+            count(bufs.len()),
+            offset,
+        )
+    })
+}
+
+/// pwritev(2); may write less than asked.
+pub(super) fn pwritev(fd: BorrowedFd<'_>, bufs: &[WriteBuf<'_>], offset: u64) -> io::Result<u64> {
+    let offset = off(offset)?;
+    // SAFETY: as in `preadv`, for readable memory.
+    bytes(unsafe {
+        libc::pwritev(
+            fd.as_raw_fd(),
+            bufs.as_ptr().cast(),
+            count(bufs.len()),
+            offset,
+        )
+    })
+}
+
+/// What `fallocate` shall do with a range.
+#[derive(Clone, Copy)]
+pub(super) enum Allocate {
+    /// Take space, growing the file.
+    Reserve,
+    /// Give space back; the range reads as zeroes. The length stays.
+    PunchHole,
+    /// Make the range read as zeroes. The length stays.
+    Zero,
+}
+
+/// fallocate(2).
+pub(super) fn fallocate(
+    fd: BorrowedFd<'_>,
+    what: Allocate,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let mode = match what {
+        Allocate::Reserve => 0,
+        Allocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        Allocate::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+    };
+    let (offset, len) = (off(offset)?, off(len)?);
+    // SAFETY: no memory is passed.
+    retry(|| ok(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }))
+}
+
+fn flock(kind: libc::c_int, start: u64) -> io::Result<libc::flock> {
+    // SAFETY: flock is plain integers, for which zero is a value. l_pid must be 0 for OFD locks.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    let narrow = |value: libc::c_int| libc::c_short::try_from(value).unwrap_or(0);
+    lock.l_type = narrow(kind);
+    lock.l_whence = narrow(libc::SEEK_SET);
+    lock.l_start = off(start)?;
+    lock.l_len = 1;
+    Ok(lock)
+}
+
+/// Takes (or gives up) a shared OFD lock on one byte.
+pub(crate) fn ofd_lock_shared(fd: BorrowedFd<'_>, byte: u64, locked: bool) -> io::Result<()> {
+    let kind = if locked { libc::F_RDLCK } else { libc::F_UNLCK };
+    let lock = flock(kind, byte)?;
+    // SAFETY: the kernel reads `lock`, which outlives the call.
+    retry(|| {
+        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, std::ptr::from_ref(&lock)) })
+    })
+}
+
+/// Whether another open file description holds any OFD lock on the byte.
+pub(crate) fn ofd_lock_held(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> {
+    let mut lock = flock(libc::F_WRLCK, byte)?;
+    // SAFETY: the kernel reads and writes `lock`, which outlives the call.
+    retry(|| {
+        ok(unsafe {
+            libc::fcntl(
+                fd.as_raw_fd(),
+                libc::F_OFD_GETLK,
+                std::ptr::from_mut(&mut lock),
+            )
+        })
+    })?;
+    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Whether pointer and length of every buffer suit O_DIRECT with 4096-byte blocks.
+pub(super) fn aligned<'a>(parts: impl Iterator<Item = (*const u8, usize)> + 'a) -> bool {
+    let mut any = false;
+    for (ptr, len) in parts {
+        any = true;
+        if ptr.addr() % DIRECT_ALIGN != 0 || len % DIRECT_ALIGN != 0 {
+            return false;
+        }
+    }
+    any
+}
+
+/// Alignment that O_DIRECT needs on any current disk.
+pub(super) const DIRECT_ALIGN: usize = 4096;
+
+const _: () = assert!(to_usize(u64::MAX) == usize::MAX);
