@@ -1,0 +1,68 @@
+//! The commands.
+
+use super::CommandInfo;
+use super::arguments::*;
+use super::macros::command_enum;
+use super::types::*;
+
+command_enum! {
+    /// The commands that are about the session itself, and answered here.
+    pub(crate) enum Control, CONTROL;
+
+    /// Ends the negotiation of capabilities; other commands are accepted from now on.
+    Capabilities(CapabilitiesArguments) = "qmp_capabilities" -> ();
+    /// The version, as in the greeting.
+    QueryVersion = "query-version" -> VersionInfo;
+    /// The names of all commands.
+    QueryCommands = "query-commands" -> Vec<CommandName>;
+}
+
+command_enum! {
+    /// A command for the machine, its arguments checked.
+    pub enum Command, MACHINE;
+
+    /// The machine's run state.
+    QueryStatus = "query-status" -> StatusInfo;
+    /// The machine's name, if it was given one.
+    QueryName = "query-name" -> NameInfo;
+    /// The machine's UUID, all zeros if it was given none.
+    QueryUuid = "query-uuid" -> UuidInfo;
+    /// Whether KVM is there and used.
+    QueryKvm = "query-kvm" -> KvmInfo;
+    /// The vCPUs, without interrupting them.
+    QueryCpusFast = "query-cpus-fast" -> Vec<CpuInfoFast>;
+    /// The block devices, with the node that each one uses.
+    QueryBlock = "query-block" -> Vec<BlockInfo>;
+    /// The nodes of the block graph, newest first.
+    QueryNamedBlockNodes(NamedNodesArguments) = "query-named-block-nodes" -> Vec<BlockDeviceInfo>;
+    /// Stops the guest: STOP before the reply.
+    Stop = "stop" -> ();
+    /// Lets the guest go on: RESUME before the reply.
+    Cont = "cont" -> ();
+    /// Ends the process: SHUTDOWN, then the reply, then the end of the connection.
+    Quit = "quit" -> ();
+    /// Resets the machine: RESET before the reply.
+    SystemReset = "system_reset" -> ();
+    /// Starts a job that saves the machine and its disks as one checkpoint.
+    SnapshotSave(SnapshotArguments) = "snapshot-save" -> ();
+    /// Starts a job that puts the machine and its disks back to a checkpoint.
+    SnapshotLoad(SnapshotArguments) = "snapshot-load" -> ();
+    /// Starts a job that deletes a checkpoint.
+    SnapshotDelete(SnapshotDeleteArguments) = "snapshot-delete" -> ();
+    /// The jobs, newest first.
+    QueryJobs = "query-jobs" -> Vec<JobInfo>;
+    /// Asks a job to end early.
+    JobCancel(JobArguments) = "job-cancel" -> ();
+    /// Removes a concluded job from the list.
+    JobDismiss(JobArguments) = "job-dismiss" -> ();
+}
+
+/// Every command there is.
+pub fn commands() -> impl Iterator<Item = &'static CommandInfo> {
+    CONTROL.iter().chain(MACHINE)
+}
+
+/// The command of that name.
+pub fn find(name: &str) -> Option<&'static CommandInfo> {
+    commands().find(|command| command.name == name)
+}

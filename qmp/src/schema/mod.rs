@@ -1,0 +1,163 @@
+//! What can be said over the wire: commands, events and their types, declared once.
+//!
+//! The tables in [`commands`], [`events`] and [`types`] are the only list of what exists. From them
+//! come the Rust types that handlers work with, the check of arguments before dispatch, and what
+//! introspection tells. A command that is not in the table is not found; one that is in the table is
+//! a variant of [`Command`], so that the machine's `match` does not compile without it.
+
+mod arguments;
+mod check;
+mod commands;
+mod events;
+mod macros;
+mod types;
+
+#[cfg(test)]
+mod tests;
+
+pub use arguments::*;
+pub(crate) use check::check;
+pub(crate) use commands::Control;
+pub use commands::{Command, commands, find};
+pub use events::{EVENTS, Event};
+pub use types::*;
+
+use serde_json::Value;
+
+/// A type of the schema.
+#[derive(Debug, Clone, Copy)]
+pub enum Type {
+    /// A string (QAPI `str`).
+    Str,
+    /// A signed 64-bit integer (`int`).
+    Int,
+    /// An unsigned 64-bit integer (`uint64`, `size`).
+    Uint,
+    /// `true` or `false` (`bool`).
+    Bool,
+    /// Any JSON value (`any`).
+    Any,
+    /// An array of one type.
+    Array(&'static Type),
+    /// One of a list of strings.
+    Enum(&'static EnumInfo),
+    /// An object with known members.
+    Object(fn() -> &'static ObjectInfo),
+}
+
+/// An enumeration.
+#[derive(Debug)]
+pub struct EnumInfo {
+    /// Its name in the schema.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// Its values.
+    pub values: &'static [&'static str],
+}
+
+/// An object type.
+#[derive(Debug)]
+pub struct ObjectInfo {
+    /// Its name in the schema.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// Its members, in the order in which they are checked.
+    pub members: &'static [Member],
+}
+
+/// A member of an object.
+#[derive(Debug)]
+pub struct Member {
+    /// Its name on the wire.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// Its type.
+    pub ty: Type,
+    /// Whether it may be left out.
+    pub optional: bool,
+}
+
+/// A command.
+#[derive(Debug)]
+pub struct CommandInfo {
+    /// Its name on the wire.
+    pub name: &'static str,
+    /// What it does.
+    pub doc: &'static str,
+    /// Its arguments, in the order in which they are checked.
+    pub arguments: &'static [Member],
+    /// The type of what it returns.
+    pub returns: Type,
+}
+
+/// An event.
+#[derive(Debug)]
+pub struct EventInfo {
+    /// Its name on the wire.
+    pub name: &'static str,
+    /// When it is sent.
+    pub doc: &'static str,
+    /// Its data; none means that the event has no `data` at all.
+    pub data: &'static [Member],
+}
+
+/// A Rust type that stands for a type of the schema.
+pub trait Qapi {
+    /// The type that it stands for.
+    const TYPE: Type;
+    /// Whether a member of this type may be left out.
+    const OPTIONAL: bool = false;
+
+    /// Whether this value is left out of its object.
+    fn is_absent(&self) -> bool {
+        false
+    }
+}
+
+impl Qapi for String {
+    const TYPE: Type = Type::Str;
+}
+
+impl Qapi for i64 {
+    const TYPE: Type = Type::Int;
+}
+
+impl Qapi for u64 {
+    const TYPE: Type = Type::Uint;
+}
+
+impl Qapi for bool {
+    const TYPE: Type = Type::Bool;
+}
+
+impl Qapi for Value {
+    const TYPE: Type = Type::Any;
+}
+
+impl<T: Qapi> Qapi for Vec<T> {
+    const TYPE: Type = Type::Array(&T::TYPE);
+}
+
+impl<T: Qapi> Qapi for Box<T> {
+    const TYPE: Type = T::TYPE;
+}
+
+impl<T: Qapi> Qapi for Option<T> {
+    const TYPE: Type = T::TYPE;
+    const OPTIONAL: bool = true;
+
+    fn is_absent(&self) -> bool {
+        self.is_none()
+    }
+}
+
+/// What a command returns that returns nothing: `{}`.
+impl Qapi for () {
+    const TYPE: Type = Type::Object(|| {
+        static INFO: ObjectInfo = ObjectInfo { name: "q_empty", doc: "Nothing.", members: &[] };
+        &INFO
+    });
+}

@@ -1,0 +1,236 @@
+//! One client: its socket, its session, and what waits in either direction.
+
+use std::io::{ErrorKind, Read};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::outbox::{Outbox, Reply};
+use super::output::OutputQueue;
+use super::session::{Session, Step};
+use super::{MonitorId, Request};
+
+/// Bytes read at once.
+const CHUNK: usize = 64 << 10;
+
+/// Bytes read of one client before the others get their turn.
+const TURN: usize = 1 << 20;
+
+/// No more commands are taken of a client while more output than this waits for it.
+const HIGH_WATER: usize = 64 << 10;
+
+/// Where commands go.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) requests: mpsc::Sender<Request>,
+    pub(super) event: EventFd,
+    pub(super) outbox: Outbox,
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    id: MonitorId,
+    stream: UnixStream,
+    session: Session,
+    input: Vec<u8>,
+    /// Bytes of `input` that the session has taken.
+    taken: usize,
+    output: OutputQueue,
+    /// The machine is at work for this client.
+    executing: bool,
+    /// The client sends nothing more.
+    ended: bool,
+    /// The client reads nothing more. What it sent before is still done.
+    deaf: bool,
+}
+
+impl Connection {
+    pub(super) fn new(id: MonitorId, stream: UnixStream, session: Session) -> Self {
+        let mut output = OutputQueue::default();
+        output.push(session.greeting().into());
+        Self {
+            id,
+            stream,
+            session,
+            input: Vec::new(),
+            taken: 0,
+            output,
+            executing: false,
+            ended: false,
+            deaf: false,
+        }
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
+    pub(super) fn id(&self) -> MonitorId {
+        self.id
+    }
+
+    /// Whether it gets events.
+    pub(super) fn negotiated(&self) -> bool {
+        self.session.negotiated()
+    }
+
+    /// Whether there is nothing left to do for it.
+    pub(super) fn is_over(&self) -> bool {
+        self.ended && !self.executing && self.output.waiting() == 0
+    }
+
+    pub(super) fn is_flushed(&self) -> bool {
+        self.output.waiting() == 0
+    }
+
+    pub(super) fn is_deaf(&self) -> bool {
+        self.deaf
+    }
+
+    /// What to wait for on the socket.
+    pub(super) fn interest(&self, reading: bool) -> EventSet {
+        let mut interest = EventSet::empty();
+        if reading && !self.ended && self.may_take() {
+            interest |= EventSet::IN;
+        }
+        if self.output.waiting() > 0 {
+            interest |= EventSet::OUT;
+        }
+        interest
+    }
+
+    /// Nothing is sent any more.
+    pub(super) fn deafen(&mut self) {
+        self.deaf = true;
+        self.output.clear();
+    }
+
+    /// The answer to the command that the machine ran.
+    pub(super) fn answered(&mut self, message: Vec<u8>) {
+        self.executing = false;
+        self.push(message.into());
+    }
+
+    /// Adds an event, unless more than `limit` bytes would wait; says whether it was added.
+    pub(super) fn event(&mut self, message: &Arc<[u8]>, limit: usize) -> bool {
+        if self.output.waiting() + message.len() > limit {
+            // Much may have been told since the last flush: perhaps the client does read.
+            self.flush();
+        }
+        let fits = self.output.waiting() + message.len() <= limit;
+        if fits {
+            self.push(message.clone());
+        }
+        fits
+    }
+
+    fn push(&mut self, message: Arc<[u8]>) {
+        if !self.deaf {
+            self.output.push(message);
+        }
+    }
+
+    pub(super) fn flush(&mut self) {
+        if let Err(error) = self.output.flush(&mut self.stream) {
+            tracing::debug!(monitor = self.id.0, %error, "a QMP client left without reading");
+            self.deafen();
+        }
+    }
+
+    /// Does what can be done: takes commands as long as none is under way, reads and writes.
+    pub(super) fn pump(&mut self, machine: &Machine) {
+        let mut turn = TURN;
+        loop {
+            self.flush();
+            while self.may_take() && self.step(machine) {}
+            self.flush();
+            if !self.may_take() || self.ended {
+                return;
+            }
+            if turn == 0 {
+                // No one tells us when to go on with a client that is gone.
+                self.ended |= self.deaf;
+                return;
+            }
+            if self.taken == self.input.len() {
+                match self.read() {
+                    Some(count) => turn = turn.saturating_sub(count),
+                    None => return,
+                }
+            }
+        }
+    }
+
+    fn may_take(&self) -> bool {
+        !self.executing && self.output.waiting() <= HIGH_WATER
+    }
+
+    /// Takes the next thing to do from what was read; false if there is none.
+    fn step(&mut self, machine: &Machine) -> bool {
+        let mut rest = self.input.get(self.taken..).unwrap_or_default();
+        let step = self.session.next(&mut rest);
+        self.taken = self.input.len() - rest.len();
+        match step {
+            None => return false,
+            Some(Step::Answer(message)) => self.push(message.into()),
+            Some(Step::Run { id, command }) => {
+                self.executing = true;
+                let reply = Reply::new(machine.outbox.clone(), self.id, id, command.name());
+                let request = Request { monitor: self.id, command, reply };
+                // With no one left to run it, the request is dropped, which answers it.
+                if machine.requests.send(request).is_ok()
+                    && let Err(error) = machine.event.write(1)
+                {
+                    tracing::debug!(%error, "the machine was already woken");
+                }
+            }
+        }
+        true
+    }
+
+    /// Reads the next chunk; `None` if there is none now, or at all.
+    fn read(&mut self) -> Option<usize> {
+        self.taken = 0;
+        self.input.resize(CHUNK, 0);
+        let count = loop {
+            match self.stream.read(&mut self.input) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    // A client that is gone sends nothing more.
+                    self.ended |= self.deaf;
+                    break None;
+                }
+                Ok(0) => {
+                    self.ended = true;
+                    break None;
+                }
+                Ok(count) => break Some(count),
+                Err(error) => {
+                    tracing::debug!(monitor = self.id.0, %error, "a QMP client is lost");
+                    self.ended = true;
+                    self.deafen();
+                    break None;
+                }
+            }
+        };
+        self.input.truncate(count.unwrap_or(0));
+        if self.input.is_empty() {
+            // Idle clients are many, and cost nothing.
+            self.input = Vec::new();
+        }
+        count
+    }
+
+    /// Closes the connection so that the client reads all that was sent, and then the end. What it
+    /// has sent is read and dropped, or it would get ECONNRESET instead.
+    pub(super) fn close(mut self) {
+        if self.stream.shutdown(Shutdown::Both).is_ok() {
+            let mut dropped = [0; 4096];
+            while matches!(self.stream.read(&mut dropped), Ok(1..)) {}
+        }
+    }
+}

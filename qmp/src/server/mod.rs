@@ -1,0 +1,175 @@
+//! The monitors: Unix sockets, any number of clients, one thread.
+//!
+//! One thread serves all listeners and clients over non-blocking sockets. It never runs a command:
+//! a [`Request`] goes to the machine's own thread through [`Requests`], and the answer comes back
+//! through its [`Reply`] from any thread. Answers and events take one queue, so that every client
+//! sees them in the order in which they were given (STOP before the reply to `stop`).
+//!
+//! What a client can make us hold is bounded, see [`Options`]. A client that does not read is not
+//! read from, and loses its connection once too many events wait for it; the others do not notice.
+
+mod connection;
+mod outbox;
+mod output;
+mod poll;
+mod session;
+mod socket;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::json::Limits;
+use crate::schema::{Command, QmpCapability, VersionInfo};
+pub use outbox::{Events, Reply};
+use outbox::{Outbox, Output};
+use poll::Poll;
+pub use socket::ListenError;
+use socket::Listener;
+
+/// What the greeting offers. Out-of-band execution would be named here.
+pub(crate) const CAPABILITIES: &[QmpCapability] = &[];
+
+/// How the monitors behave.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What the greeting and `query-version` say.
+    pub version: VersionInfo,
+    /// The largest request.
+    pub limits: Limits,
+    /// Clients at once. Further ones wait, without a greeting, until one leaves.
+    pub clients: usize,
+    /// Bytes of output that may wait for a client to read them; an event beyond closes the
+    /// connection. A single answer may be larger.
+    pub unread: usize,
+    /// How long a shutdown waits for clients to read their last answers.
+    pub linger: Duration,
+}
+
+impl Options {
+    /// The usual limits, and this version.
+    pub fn new(version: VersionInfo) -> Self {
+        Self {
+            version,
+            limits: Limits::default(),
+            clients: 64,
+            unread: 8 << 20,
+            linger: Duration::from_secs(1),
+        }
+    }
+}
+
+/// One client's session. Not used again for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MonitorId(u64);
+
+/// A command for the machine.
+#[derive(Debug)]
+pub struct Request {
+    /// Who asked.
+    pub monitor: MonitorId,
+    /// What, with arguments of the right types.
+    pub command: Command,
+    /// Where the answer goes. The client's next command comes after it.
+    pub reply: Reply,
+}
+
+/// The queue of requests, for the thread that runs commands.
+#[derive(Debug)]
+pub struct Requests {
+    queue: mpsc::Receiver<Request>,
+    event: EventFd,
+}
+
+impl Requests {
+    /// Readable when there may be a request; for an event loop. [`Requests::take`] resets it.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// All requests that there are now, without blocking.
+    pub fn take(&self) -> Vec<Request> {
+        // Before the queue is emptied, or a request that comes in between would lie unnoticed.
+        // Nothing to read is no error here.
+        let _ = self.event.read();
+        self.queue.try_iter().collect()
+    }
+
+    /// The next request, waiting for it at most so long.
+    pub fn wait(&self, timeout: Duration) -> Option<Request> {
+        self.queue.recv_timeout(timeout).ok()
+    }
+}
+
+/// The monitors and their thread. Dropping it is a [`Server::shutdown`].
+#[derive(Debug)]
+pub struct Server {
+    outbox: Outbox,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts the thread, without any listener yet.
+    ///
+    /// # Errors
+    /// When file descriptors or the thread cannot be had.
+    pub fn start(options: Options) -> io::Result<(Self, Requests)> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let (sender, queue) = mpsc::channel();
+        let (outbox, outputs) = Outbox::new()?;
+        let poll = Poll::new(options, outputs, outbox.clone(), sender, event.try_clone()?)?;
+        let thread = std::thread::Builder::new().name("qmp".into()).spawn(|| poll.run())?;
+        Ok((Self { outbox, thread: Some(thread) }, Requests { queue, event }))
+    }
+
+    /// Listens on a Unix socket at `path`, mode 0600. A socket that no one listens on is replaced.
+    /// The file is removed at shutdown.
+    ///
+    /// # Errors
+    /// When another process listens there, or `path` is something else, or cannot be made.
+    pub fn listen(&self, path: &Path) -> Result<(), ListenError> {
+        self.outbox.send(Output::Listen(Listener::bind(path)?, None));
+        Ok(())
+    }
+
+    /// As [`Server::listen`], and returns only when the first client is there (`wait=on`).
+    ///
+    /// # Errors
+    /// As [`Server::listen`], and when waiting fails.
+    pub fn listen_and_wait(&self, path: &Path) -> Result<(), ListenError> {
+        let listener = Listener::bind(path)?;
+        let first: UnixStream = listener.wait_for_client()?;
+        self.outbox.send(Output::Listen(listener, Some(first)));
+        Ok(())
+    }
+
+    /// A handle to tell events to the clients.
+    pub fn events(&self) -> Events {
+        Events::new(self.outbox.clone())
+    }
+
+    /// Stops listening and reading at once, sends what was answered and told so far, and closes all
+    /// connections; clients that do not read get no more than [`Options::linger`].
+    pub fn shutdown(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.outbox.send(Output::Shutdown);
+            if thread.join().is_err() {
+                tracing::error!("the QMP thread has panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}

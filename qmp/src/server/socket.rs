@@ -1,0 +1,125 @@
+//! The listening socket and its file.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Why a socket cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another process is there.
+    #[error("QMP socket {}: another process is listening on it", .0.display())]
+    InUse(PathBuf),
+    /// Something is there that is not ours to remove.
+    #[error("QMP socket {}: the file exists and is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("QMP socket {}: cannot {action}", path.display())]
+    Io {
+        /// The socket's file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A listening socket. Its file goes when it is dropped.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) socket: UnixListener,
+    file: SocketFile,
+}
+
+/// The file, known by its inode: another process may have put its own in its place.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: Option<(u64, u64)>,
+}
+
+impl Listener {
+    pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
+        let failed = |action| {
+            move |source: Errno| ListenError::Io {
+                path: path.to_owned(),
+                action,
+                source: source.into(),
+            }
+        };
+        let address = SocketAddrUnix::new(path).map_err(failed("use the path"))?;
+        remove_stale(path, &address)?;
+        let socket = new_socket().map_err(failed("make a socket"))?;
+        // Before bind: the file takes the mode over, and is never open to others for a moment.
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::fchmod(&socket, mode).map_err(failed("set the mode of the socket"))?;
+        rustix::net::bind(&socket, &address).map_err(failed("create it"))?;
+        let inode = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+        let file = SocketFile { path: path.to_owned(), inode };
+        rustix::net::listen(&socket, BACKLOG).map_err(failed("listen on it"))?;
+        Ok(Self { socket: UnixListener::from(socket), file })
+    }
+
+    /// Blocks until a client connects.
+    pub(super) fn wait_for_client(&self) -> Result<UnixStream, ListenError> {
+        let accept = || {
+            self.socket.set_nonblocking(false)?;
+            let (client, _) = self.socket.accept()?;
+            self.socket.set_nonblocking(true)?;
+            Ok(client)
+        };
+        accept().map_err(|source| ListenError::Io {
+            path: self.file.path.clone(),
+            action: "wait for a client",
+            source,
+        })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let now = std::fs::symlink_metadata(&self.path).ok().map(|meta| (meta.dev(), meta.ino()));
+        if now.is_some() && now == self.inode {
+            // It may be gone already, which is as well.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn new_socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Removes a socket file that no one listens on. A process that died leaves it behind.
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
+    let failed = |action, source| ListenError::Io { path: path.to_owned(), action, source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at it", error)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(ListenError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    let probe = new_socket().map_err(|error| failed("make a socket", error.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => {
+            std::fs::remove_file(path).map_err(|error| failed("remove the stale file", error))
+        }
+        Err(Errno::NOENT) => Ok(()),
+        // A full backlog says that someone is there.
+        Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse(path.to_owned())),
+        Err(error) => Err(failed("find out whether it is in use", error.into())),
+    }
+}
