@@ -1,1 +1,30 @@
-//! snapshot
+//! Checkpoints: the VM-state format, capture and revival of RAM, and the order that makes a change
+//! to several disks land on all of them or on none.
+//!
+//! A checkpoint lives in the guest's own images: each disk as an internal snapshot, RAM and devices
+//! in the VM-state area of one of them. [`save()`] makes one, [`Checkpoint`] opens and revives one,
+//! [`delete()`] removes one. What the sections contain is the machine's business: this crate knows
+//! neither KVM nor QMP. `docs/checkpoints.md` tells the order of operations and what can fail,
+//! `docs/vm-state-format.md` what is stored.
+
+mod capture;
+pub mod config;
+pub mod delete;
+pub mod format;
+pub mod load;
+mod memory;
+pub mod nodes;
+pub mod order;
+mod parallel;
+mod revive;
+pub mod save;
+mod units;
+
+pub use block::Progress;
+pub use config::MachineConfig;
+pub use delete::{DeleteError, DeleteReport, delete};
+pub use format::FormatError;
+pub use format::section::{Section, SectionName, SectionReader};
+pub use load::{Checkpoint, LoadError, ReviveReport};
+pub use nodes::{NodesError, resolve};
+pub use save::{SaveError, SaveReport, SaveRequest, Stamp, preflight_save, save};

@@ -1,0 +1,130 @@
+//! The part of the VM-state area before RAM: header and sections, written and read as one.
+
+use vm_memory::GuestAddress;
+
+use super::FormatError;
+use super::header::{FIXED_LEN, Header, MAX_PAYLOAD, MAX_SECTIONS, SectionEntry};
+use super::ram::{RamLayout, StateOffset};
+use super::section::Section;
+use crate::units::{align_up, index};
+
+/// Payloads start at multiples of this many bytes, so that tools can look at them in place.
+const PAYLOAD_ALIGN: u64 = 8;
+
+/// Everything but the RAM itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateArea {
+    /// Where RAM lies, and how long the whole area is.
+    pub layout: RamLayout,
+    /// The sections in stored order.
+    pub sections: Vec<Section>,
+}
+
+impl StateArea {
+    /// Lays out a machine with RAM `regions` (guest physical address, length in bytes; sorted) and
+    /// `sections`.
+    pub fn new(
+        regions: &[(GuestAddress, u64)],
+        sections: Vec<Section>,
+    ) -> Result<Self, FormatError> {
+        if sections.len() > MAX_SECTIONS {
+            let reason = format!("{} sections, at most {MAX_SECTIONS} fit", sections.len());
+            return Err(FormatError::Header(reason));
+        }
+        let mut end = Header::length(regions.len(), sections.len()) as u64;
+        let mut payload = 0;
+        for (at, section) in sections.iter().enumerate() {
+            section.check_writable()?;
+            if sections[..at].iter().any(|s| s.name == section.name) {
+                return Err(FormatError::Duplicate(section.name.clone()));
+            }
+            payload += section.bytes.len() as u64;
+            end = end.next_multiple_of(PAYLOAD_ALIGN) + section.bytes.len() as u64;
+            if payload > MAX_PAYLOAD {
+                return Err(FormatError::Encode {
+                    name: section.name.clone(),
+                    reason: "the sections together are larger than 256 MiB".to_owned(),
+                });
+            }
+        }
+        let start = RamLayout::start_after(end)
+            .ok_or_else(|| FormatError::Header("it is too large".to_owned()))?;
+        let layout = RamLayout::new(start, regions.iter().copied())?;
+        Ok(Self { layout, sections })
+    }
+
+    /// The bytes to store from offset 0. What lies between their end and RAM reads as zeroes.
+    pub fn encode(&self) -> Vec<u8> {
+        let regions = self.layout.regions().len();
+        let mut end = Header::length(regions, self.sections.len()) as u64;
+        let mut entries = Vec::with_capacity(self.sections.len());
+        for section in &self.sections {
+            let offset = end.next_multiple_of(PAYLOAD_ALIGN);
+            let len = section.bytes.len() as u64;
+            entries.push(SectionEntry {
+                name: section.name.clone(),
+                version: section.version,
+                offset: StateOffset(offset),
+                len,
+                crc: crc32fast::hash(&section.bytes),
+            });
+            end = offset + len;
+        }
+        let header = Header { layout: self.layout.clone(), sections: entries };
+        let mut out = header.encode();
+        out.reserve_exact(index(end) - out.len());
+        for (entry, section) in header.sections.iter().zip(&self.sections) {
+            out.resize(index(entry.offset.0), 0);
+            out.extend_from_slice(&section.bytes);
+        }
+        out
+    }
+
+    /// Reads and checks all of it from an area of `area_len` bytes through `read_at` (offset,
+    /// buffer to fill). Every checksum is verified; memory is bounded by the format's limits.
+    pub fn read(
+        area_len: u64,
+        read_at: impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
+    ) -> Result<Self, FormatError> {
+        let read = |what: &dyn Fn() -> String, offset, buffer: &mut [u8]| {
+            read_at(offset, buffer)
+                .map_err(|source| FormatError::Read { what: what(), source: Box::new(source) })
+        };
+        if area_len < FIXED_LEN as u64 {
+            return Err(FormatError::Truncated {
+                what: "the header".to_owned(),
+                need: FIXED_LEN as u64,
+                have: area_len,
+            });
+        }
+        let header_name = || "the VM-state header".to_owned();
+        let mut fixed = [0; FIXED_LEN];
+        read(&header_name, StateOffset(0), &mut fixed)?;
+        let mut bytes = vec![0; Header::probe(&fixed, area_len)?];
+        read(&header_name, StateOffset(0), &mut bytes)?;
+        let header = Header::decode(&bytes, area_len)?;
+
+        let mut sections = Vec::with_capacity(header.sections.len());
+        for entry in header.sections {
+            let mut bytes = vec![0; index(entry.len)];
+            let what = || format!("VM-state section '{}'", entry.name);
+            read(&what, entry.offset, &mut bytes)?;
+            if crc32fast::hash(&bytes) != entry.crc {
+                return Err(FormatError::Section {
+                    name: entry.name,
+                    reason: "its checksum is wrong".to_owned(),
+                });
+            }
+            sections.push(Section { name: entry.name, version: entry.version, bytes });
+        }
+        Ok(Self { layout: header.layout, sections })
+    }
+
+    /// The stored bytes rounded up to whole clusters of the image.
+    pub(crate) fn encode_padded(&self, cluster: u64) -> Vec<u8> {
+        let mut bytes = self.encode();
+        let len = align_up(bytes.len() as u64, cluster).unwrap_or(bytes.len() as u64);
+        bytes.resize(index(len), 0);
+        bytes
+    }
+}

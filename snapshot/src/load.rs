@@ -1,0 +1,357 @@
+//! Loading: everything is checked when a checkpoint is opened; only then is anything touched.
+
+use std::sync::Arc;
+
+use block::snapshot::VmStateRead;
+use block::{Node, Progress, ReadBuf, SnapshotInfo};
+use vm_memory::GuestMemoryMmap;
+
+use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, Difference, MachineConfig};
+use crate::format::FormatError;
+use crate::format::area::StateArea;
+use crate::format::ram::RamLayout;
+use crate::format::section::{Section, SectionReader};
+use crate::memory;
+use crate::nodes::{NodesError, check_capable, find_tag, kept_tag, quoted, vmstate_index};
+use crate::order::{ChangeError, NodeChange, all_or_none};
+pub use crate::revive::ReviveReport;
+use crate::revive::{Stored, revive, stored_parts};
+use crate::units::human;
+
+/// Why a checkpoint cannot be loaded. Where nothing else is said, nothing was touched.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The nodes cannot carry a checkpoint.
+    #[error(transparent)]
+    Nodes(#[from] NodesError),
+    /// A node has no snapshot of that tag.
+    #[error("Snapshot '{tag}' does not exist in one or more devices: {}", quoted(.nodes))]
+    NotFound {
+        /// The tag.
+        tag: String,
+        /// The nodes that lack it.
+        nodes: Vec<String>,
+    },
+    /// The snapshot has no VM state.
+    #[error("This is a disk-only snapshot. Revert to it  offline using qemu-img")]
+    DiskOnly,
+    /// The snapshots of that tag were not made by one save.
+    #[error(
+        "Snapshot '{tag}' on '{node}' was not taken together with the one on '{vmstate}': their times differ"
+    )]
+    NotTogether {
+        /// The tag.
+        tag: String,
+        /// The node.
+        node: String,
+        /// The VM-state node.
+        vmstate: String,
+    },
+    /// The VM state cannot be used.
+    #[error("Snapshot '{tag}' on '{node}': {source}")]
+    State {
+        /// The tag.
+        tag: String,
+        /// The VM-state node.
+        node: String,
+        /// Why not.
+        source: FormatError,
+    },
+    /// The disks given are not those of the checkpoint.
+    #[error("Snapshot '{tag}' is of other disks: {}", .reasons.join("; "))]
+    Disks {
+        /// The tag.
+        tag: String,
+        /// Each disk that is missing, extra or of another size.
+        reasons: Vec<String>,
+    },
+    /// The machine is not like the saved one.
+    #[error("Snapshot '{tag}' is of another configuration: {}", texts(.differences))]
+    Configuration {
+        /// The tag.
+        tag: String,
+        /// What differs; only what stands in the way.
+        differences: Vec<Difference>,
+    },
+    /// RAM could not be read. Guest memory is in part that of the checkpoint, unless it was fresh;
+    /// the disks are untouched.
+    #[error("RAM of snapshot '{tag}' could not be read from '{node}': {source}")]
+    Ram {
+        /// The tag.
+        tag: String,
+        /// The VM-state node.
+        node: String,
+        /// What the image said.
+        source: block::Error,
+    },
+    /// A disk could not go back to its snapshot. Every disk is as it was, guest memory is that of
+    /// the checkpoint.
+    #[error("Could not load snapshot '{tag}' on '{}': {source}", .source.node)]
+    Revert {
+        /// The tag.
+        tag: String,
+        /// The node, the step, and why.
+        source: ChangeError,
+    },
+    /// The load was cancelled while RAM was read; as [`LoadError::Ram`].
+    #[error("Operation canceled")]
+    Cancelled,
+}
+
+/// A checkpoint found whole: its header, sections and mapping are checked, nothing is touched.
+pub struct Checkpoint {
+    nodes: Vec<Found>,
+    vmstate: usize,
+    tag: String,
+    area: StateArea,
+    config: CheckpointConfig,
+    stored: Vec<Stored>,
+}
+
+/// A node and its snapshot of the tag.
+struct Found {
+    node: Arc<Node>,
+    snapshot: SnapshotInfo,
+}
+
+impl Checkpoint {
+    /// Finds the checkpoint `tag` on all of `nodes`, with its VM state on the one named `vmstate`,
+    /// and verifies header, sections and the mapping of RAM.
+    pub fn open(nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> Result<Self, LoadError> {
+        check_capable(nodes)?;
+        let tag = kept_tag(tag).to_owned();
+        let found = find(nodes, &tag)?;
+        let vmstate = vmstate_index(nodes, vmstate)?;
+        let nodes = same_save(found, vmstate, &tag)?;
+        let Found { node, snapshot } = &nodes[vmstate];
+        if snapshot.vm_state_size == 0 {
+            return Err(LoadError::DiskOnly);
+        }
+        let (area, stored) = read_area(node, snapshot).map_err(|source| LoadError::State {
+            tag: tag.clone(),
+            node: node.name().to_owned(),
+            source,
+        })?;
+        let config = decode_config(&area.sections).map_err(|source| LoadError::State {
+            tag: tag.clone(),
+            node: node.name().to_owned(),
+            source,
+        })?;
+        let checkpoint = Self { nodes, vmstate, tag, area, config, stored };
+        checkpoint.check_disks()?;
+        Ok(checkpoint)
+    }
+
+    /// The machine that was saved, and the nodes of the checkpoint.
+    pub fn config(&self) -> &CheckpointConfig {
+        &self.config
+    }
+
+    /// What the snapshot table of the VM-state node tells: date, clock, sizes.
+    pub fn info(&self) -> &SnapshotInfo {
+        &self.nodes[self.vmstate].snapshot
+    }
+
+    /// Where RAM lies.
+    pub fn layout(&self) -> &RamLayout {
+        &self.area.layout
+    }
+
+    /// The section of `kind` and `instance`.
+    pub fn section(&self, kind: &str, instance: u32) -> Result<&Section, FormatError> {
+        SectionReader::new(&self.area.sections).take_raw(kind, instance)
+    }
+
+    /// All sections but the configuration, to be taken one by one; see [`SectionReader::finish`].
+    pub fn sections(&self) -> SectionReader<'_> {
+        let mut reader = SectionReader::new(&self.area.sections);
+        // It was decoded at open, so it is there.
+        let _config = reader.take_raw(CONFIG_KIND, 0);
+        reader
+    }
+
+    /// Refuses a machine on which the saved guest would notice a difference, naming each. Returns
+    /// the differences that it would not notice.
+    pub fn check_machine(
+        &self,
+        machine: &MachineConfig,
+        ram: &GuestMemoryMmap,
+    ) -> Result<Vec<Difference>, LoadError> {
+        let differences = machine.differences(&self.config.machine);
+        let (differences, notes): (Vec<_>, Vec<_>) =
+            differences.into_iter().partition(Difference::is_blocking);
+        if !differences.is_empty() {
+            return Err(LoadError::Configuration { tag: self.tag.clone(), differences });
+        }
+        self.check_ram(ram)?;
+        Ok(notes)
+    }
+
+    /// Makes guest RAM what it was. `fresh` memory was never written since it was mapped; other
+    /// memory is cleared where the checkpoint has nothing. The vCPUs are stopped meanwhile.
+    pub fn read_ram(
+        &self,
+        ram: &GuestMemoryMmap,
+        fresh: bool,
+        threads: usize,
+        progress: &Progress,
+    ) -> Result<ReviveReport, LoadError> {
+        self.check_ram(ram)?;
+        let failed = |source| match source {
+            block::Error::Cancelled => LoadError::Cancelled,
+            source => LoadError::Ram {
+                tag: self.tag.clone(),
+                node: self.carrier().node.name().to_owned(),
+                source,
+            },
+        };
+        progress.add_total(self.area.layout.ram_bytes());
+        let vmstate = self.carrier().open().map_err(failed)?;
+        revive(
+            &*vmstate,
+            &self.stored,
+            &self.area.layout,
+            &memory::slices(ram),
+            fresh,
+            threads,
+            progress,
+        )
+        .map_err(failed)
+    }
+
+    /// Takes every disk back to the checkpoint, or none. The disks are quiesced meanwhile.
+    pub fn revert_disks(&self) -> Result<(), LoadError> {
+        let mut changes = Vec::with_capacity(self.nodes.len());
+        let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };
+        for Found { node, snapshot } in &self.nodes {
+            match node.format().revert_snapshot(&snapshot.id) {
+                Ok(change) => changes.push(NodeChange { node: node.name(), change }),
+                Err(source) => {
+                    let error = ChangeError::at_begin(node.name(), source, &mut changes);
+                    return Err(failed(error));
+                }
+            }
+        }
+        all_or_none(&mut changes, None).map_err(failed)
+    }
+
+    fn carrier(&self) -> &Found {
+        &self.nodes[self.vmstate]
+    }
+
+    /// Every node of the checkpoint is there with its size, and no other.
+    fn check_disks(&self) -> Result<(), LoadError> {
+        let mut reasons = Vec::new();
+        for saved in &self.config.nodes {
+            let here = self.nodes.iter().find(|n| n.node.name() == saved.node);
+            match here.map(|found| found.node.format().size()) {
+                None => reasons.push(format!("'{}' belongs to it and is not given", saved.node)),
+                Some(size) if size != saved.size => reasons.push(format!(
+                    "'{}' has {}, in the checkpoint {}",
+                    saved.node,
+                    human(size),
+                    human(saved.size)
+                )),
+                Some(_) => (),
+            }
+        }
+        for Found { node, .. } in &self.nodes {
+            if !self.config.nodes.iter().any(|saved| saved.node == node.name()) {
+                reasons.push(format!("'{}' does not belong to it", node.name()));
+            }
+        }
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        Err(LoadError::Disks { tag: self.tag.clone(), reasons })
+    }
+
+    /// Guest memory has the regions that were saved.
+    fn check_ram(&self, ram: &GuestMemoryMmap) -> Result<(), LoadError> {
+        let layout = &self.area.layout;
+        let here = memory::ranges(ram);
+        let saved = layout.regions().iter().map(|region| (region.start, region.len));
+        if here.iter().copied().eq(saved) {
+            return Ok(());
+        }
+        let list = |regions: &mut dyn Iterator<Item = (u64, u64)>| {
+            let text = |(start, len)| format!("{} at {start:#x}", human(len));
+            regions.map(text).collect::<Vec<_>>().join(", ")
+        };
+        let saved = list(&mut layout.regions().iter().map(|r| (r.start.0, r.len)));
+        let here = list(&mut here.iter().map(|(start, len)| (start.0, *len)));
+        let text = format!("RAM regions: the checkpoint has {saved}, this machine {here}");
+        Err(LoadError::Configuration {
+            tag: self.tag.clone(),
+            differences: vec![Difference::blocking(text)],
+        })
+    }
+}
+
+impl Found {
+    fn open(&self) -> block::Result<Box<dyn VmStateRead + '_>> {
+        self.node.format().open_vmstate(&self.snapshot.id)
+    }
+}
+
+/// Every node with its first snapshot of the tag.
+fn find(nodes: &[Arc<Node>], tag: &str) -> Result<Vec<Found>, LoadError> {
+    let mut found = Vec::with_capacity(nodes.len());
+    let mut lacking = Vec::new();
+    for node in nodes {
+        match find_tag(node, tag) {
+            Some(snapshot) => found.push(Found { node: node.clone(), snapshot }),
+            None => lacking.push(node.name().to_owned()),
+        }
+    }
+    if lacking.is_empty() {
+        return Ok(found);
+    }
+    Err(LoadError::NotFound { tag: tag.to_owned(), nodes: lacking })
+}
+
+/// One save stamps all nodes with one date and one clock. Where a table has the tag more than once,
+/// the snapshot with that stamp is the one meant.
+fn same_save(mut found: Vec<Found>, vmstate: usize, tag: &str) -> Result<Vec<Found>, LoadError> {
+    let stamp = |s: &SnapshotInfo| (s.date_sec, s.date_nsec, s.vm_clock_nsec);
+    let wanted = stamp(&found[vmstate].snapshot);
+    let carrier = found[vmstate].node.name().to_owned();
+    for Found { node, snapshot } in &mut found {
+        if stamp(snapshot) == wanted {
+            continue;
+        }
+        let snapshots = node.format().snapshots();
+        let same = |s: &SnapshotInfo| s.tag == tag && stamp(s) == wanted;
+        *snapshot = snapshots.into_iter().find(same).ok_or_else(|| LoadError::NotTogether {
+            tag: tag.to_owned(),
+            node: node.name().to_owned(),
+            vmstate: carrier.clone(),
+        })?;
+    }
+    Ok(found)
+}
+
+fn read_area(
+    node: &Node,
+    snapshot: &SnapshotInfo,
+) -> Result<(StateArea, Vec<Stored>), FormatError> {
+    let unreadable = |what: &str| {
+        let what = what.to_owned();
+        move |source| FormatError::Read { what, source: Box::new(source) }
+    };
+    let vmstate = node.format().open_vmstate(&snapshot.id).map_err(unreadable("the VM state"))?;
+    let area = StateArea::read(vmstate.size(), |offset, buffer| {
+        vmstate.read(offset.0, &[ReadBuf::new(buffer)])
+    })?;
+    let stored = stored_parts(&*vmstate, &area.layout).map_err(unreadable("the mapping of RAM"))?;
+    Ok((area, stored))
+}
+
+fn decode_config(sections: &[Section]) -> Result<CheckpointConfig, FormatError> {
+    SectionReader::new(sections).take(CONFIG_KIND, 0, 1..=CONFIG_VERSION)
+}
+
+fn texts(differences: &[Difference]) -> String {
+    let texts: Vec<_> = differences.iter().map(Difference::to_string).collect();
+    texts.join("; ")
+}

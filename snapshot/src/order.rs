@@ -1,0 +1,132 @@
+//! One change to the snapshots of several nodes: on all of them, or on none.
+//!
+//! ```text
+//!  prepare n0, n1, .. ──> publish n0, n1, .. ──> finish n0, n1, ..
+//!          │                      │
+//!          └── any failure ───────┴──> rollback .., n1, n0 (every node, also those not reached)
+//! ```
+//!
+//! The caller puts the node that makes the change count last (the VM-state node at a save), so that
+//! a crash between two publishes never shows a checkpoint that lacks a disk.
+
+use block::{Progress, SnapshotChange};
+
+/// A change on one node.
+pub struct NodeChange<'a> {
+    /// The node's name.
+    pub node: &'a str,
+    /// The change, begun but not prepared.
+    pub change: Box<dyn SnapshotChange + 'a>,
+}
+
+/// The step that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Starting the change.
+    Begin,
+    /// [`SnapshotChange::prepare`].
+    Prepare,
+    /// [`SnapshotChange::publish`].
+    Publish,
+}
+
+/// A change that could not be made. Every node is as it was, except those in `not_undone`.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}{}", not_undone_text(.not_undone))]
+pub struct ChangeError {
+    /// The node that failed.
+    pub node: String,
+    /// Where it failed.
+    pub step: Step,
+    /// Why.
+    pub source: Box<block::Error>,
+    /// Nodes whose change could not be undone, with why.
+    pub not_undone: Vec<(String, block::Error)>,
+}
+
+impl ChangeError {
+    /// A change that could not be begun on `node`; those begun on other nodes are undone.
+    pub(crate) fn at_begin(node: &str, source: block::Error, begun: &mut [NodeChange<'_>]) -> Self {
+        Self {
+            node: node.to_owned(),
+            step: Step::Begin,
+            source: Box::new(source),
+            not_undone: rollback(begun),
+        }
+    }
+
+    /// Whether the change ended because it was no longer wanted.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(*self.source, block::Error::Cancelled) && self.not_undone.is_empty()
+    }
+}
+
+/// Makes the changes in the order given. `progress` can cancel them until the first is published;
+/// from then on the change goes through, or is rolled back for an error.
+pub fn all_or_none(
+    changes: &mut [NodeChange<'_>],
+    progress: Option<&Progress>,
+) -> Result<(), ChangeError> {
+    match prepare_and_publish(changes, progress) {
+        Ok(()) => {
+            finish(changes);
+            Ok(())
+        }
+        Err((at, step, source)) => Err(ChangeError {
+            node: changes[at].node.to_owned(),
+            step,
+            source: Box::new(source),
+            not_undone: rollback(changes),
+        }),
+    }
+}
+
+/// Undoes changes, last first; returns the nodes on which that failed. A failure does not keep the
+/// others from being undone.
+pub fn rollback(changes: &mut [NodeChange<'_>]) -> Vec<(String, block::Error)> {
+    let mut failed = Vec::new();
+    for NodeChange { node, change } in changes.iter_mut().rev() {
+        if let Err(error) = change.rollback() {
+            tracing::error!(node, %error, "a snapshot change could not be rolled back");
+            failed.push(((*node).to_owned(), error));
+        }
+    }
+    failed
+}
+
+fn prepare_and_publish(
+    changes: &mut [NodeChange<'_>],
+    progress: Option<&Progress>,
+) -> Result<(), (usize, Step, block::Error)> {
+    let wanted = || progress.map_or(Ok(()), Progress::check);
+    for (at, NodeChange { change, .. }) in changes.iter_mut().enumerate() {
+        let result = wanted().and_then(|()| change.prepare());
+        result.map_err(|error| (at, Step::Prepare, error))?;
+    }
+    if let Err(error) = wanted() {
+        return Err((0, Step::Publish, error));
+    }
+    for (at, NodeChange { change, .. }) in changes.iter_mut().enumerate() {
+        change.publish().map_err(|error| (at, Step::Publish, error))?;
+    }
+    Ok(())
+}
+
+/// The change is visible on every node: what fails now leaks clusters and nothing else.
+fn finish(changes: &mut [NodeChange<'_>]) {
+    for NodeChange { node, change } in changes {
+        if let Err(error) = change.finish() {
+            tracing::warn!(node, %error, "clusters are leaked; 'qemu-img check -r leaks' reclaims them");
+        }
+    }
+}
+
+fn not_undone_text(nodes: &[(String, block::Error)]) -> String {
+    let text = |(node, error): &(String, block::Error)| {
+        format!("; '{node}' could not be put back as it was: {error}")
+    };
+    nodes.iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests;
