@@ -1,6 +1,7 @@
 //! Each rule of the comparison, and its words.
 
 use super::*;
+use crate::format::section::Section;
 
 fn disk(node: &str) -> DiskConfig {
     DiskConfig {
@@ -179,4 +180,16 @@ fn each_device_property_that_the_guest_sees_blocks() {
         of_disk(|d| d.serial.clear()),
         refused(&format!("{name}, serial: the checkpoint has 'S0', this machine ''"))
     );
+}
+
+#[test]
+fn golden_version_1_payload_decodes_and_encodes_to_the_same_bytes() {
+    let golden = include_bytes!("../../tests/golden/config-v1.cbor");
+    let config = CheckpointConfig {
+        machine: machine(),
+        nodes: vec![CheckpointNode { node: "disk0".to_owned(), size: 1 << 30 }],
+    };
+    let section = Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config).unwrap();
+    assert_eq!(section.bytes, golden);
+    assert_eq!(section.decode::<CheckpointConfig>(1..=1).unwrap(), config);
 }
