@@ -68,6 +68,20 @@ fn a_save_whose_rollback_fails_names_the_node_that_is_not_as_it_was() {
          'd1' could not be put back as it was: rollback was made to fail"
     );
     assert_eq!(machine.images[0].disk().snapshots, []);
+    // The VM-state node, listed first, was published last.
+    assert_eq!(machine.images[1].disk().snapshots.len(), 1);
+}
+
+#[test]
+fn a_delete_takes_the_vm_state_away_first() {
+    let mut machine = Machine::new(65536);
+    machine.save("t").unwrap();
+    machine.nodes.reverse();
+    machine.images[1].fail("publish", 0);
+    machine.images[0].fail("rollback", 0);
+    delete(&machine.nodes, "t").unwrap_err();
+    assert_eq!(machine.images[0].disk().snapshots, []);
+    assert_eq!(machine.images[1].disk().snapshots.len(), 1);
 }
 
 #[test]
