@@ -1,1 +1,14 @@
-//! devices
+//! Device models: the serial console, the i8042 reset line, and virtio devices over MMIO.
+//!
+//! A device knows guest memory, eventfds and [`block::Node`]; it knows nothing of KVM, QMP or file
+//! formats. Each has a plain, versioned state struct. `docs/devices.md` tells threads, lock order,
+//! the pause protocol and what happens when a driver misbehaves.
+
+pub mod interrupt;
+pub mod legacy;
+pub mod virtio;
+
+pub use interrupt::{EventFdLine, InterruptLine};
+
+/// The guest's RAM. A clone is a reference to the same mapping and keeps it alive.
+pub type GuestMemory = vm_memory::GuestMemoryMmap;

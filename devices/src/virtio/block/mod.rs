@@ -1,0 +1,146 @@
+//! virtio-blk: a disk (virtio 1.2 section 5.2) over a [`block::Node`](::block::Node).
+
+mod config;
+mod io;
+pub mod request;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
+pub use io::MAX_REQUEST_BYTES;
+pub use state::BlockState;
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_ID_BYTES,
+};
+
+use super::error::StateError;
+use super::{DeviceState, QueueHandler, VirtioDevice};
+
+const DEVICE_TYPE: u32 = 2;
+
+/// Bytes of a disk's serial number.
+pub const SERIAL_SIZE: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// Queues a disk has at most.
+pub const MAX_QUEUES: u16 = 64;
+
+/// Why a disk cannot be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// The serial number is too long.
+    #[error("serial '{0}' is longer than {SERIAL_SIZE} bytes")]
+    Serial(String),
+    /// The number of queues is out of range.
+    #[error("num-queues is {0}, must be 1 to {MAX_QUEUES}")]
+    NumQueues(u16),
+}
+
+/// What a user can choose of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// Serial number that the guest reads; up to [`SERIAL_SIZE`] bytes.
+    pub serial: String,
+    /// Number of queues, 1 to [`MAX_QUEUES`].
+    pub num_queues: u16,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self { serial: String::new(), num_queues: 1 }
+    }
+}
+
+/// A disk.
+pub struct BlockDevice {
+    node: Arc<::block::Node>,
+    options: BlockOptions,
+    capacity: u64,
+    read_only: bool,
+    config: Vec<u8>,
+}
+
+impl BlockDevice {
+    /// A disk over the node, as large and as writable as it is now.
+    pub fn new(node: Arc<::block::Node>, options: BlockOptions) -> Result<Self, OptionsError> {
+        if options.serial.len() > SERIAL_SIZE {
+            return Err(OptionsError::Serial(options.serial));
+        }
+        if !(1..=MAX_QUEUES).contains(&options.num_queues) {
+            return Err(OptionsError::NumQueues(options.num_queues));
+        }
+        let capacity = node.format().size() / SECTOR_SIZE;
+        let read_only = node.format().read_only();
+        Ok(Self {
+            config: config::space(capacity, options.num_queues, read_only),
+            node,
+            options,
+            capacity,
+            read_only,
+        })
+    }
+
+    fn block_state(&self) -> BlockState {
+        BlockState {
+            capacity: self.capacity,
+            read_only: self.read_only,
+            serial: self.options.serial.clone(),
+        }
+    }
+}
+
+impl VirtioDevice for BlockDevice {
+    fn name(&self) -> &str {
+        self.node.name()
+    }
+
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn device_features(&self) -> u64 {
+        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH;
+        if self.options.num_queues > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
+        }
+        if self.read_only {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        }
+        features
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; usize::from(self.options.num_queues)]
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn handler(&self) -> Box<dyn QueueHandler> {
+        Box::new(io::BlockHandler::new(self.node.clone(), self.capacity, &self.options.serial))
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Block(self.block_state())
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Block(saved) = state else {
+            return StateError::unless_equal("device", &state.kind(), &self.state().kind());
+        };
+        StateError::unless_equal("capacity in sectors", &saved.capacity, &self.capacity)?;
+        StateError::unless_equal("read-only", &saved.read_only, &self.read_only)?;
+        StateError::unless_equal("serial", &saved.serial, &self.options.serial)
+    }
+}

@@ -1,0 +1,411 @@
+//! The thread of a device: owner of its running queues.
+//!
+//! ```text
+//!            Activate: queues come          Deactivate: queues go
+//!   running ──Pause──> parked ──Resume──> running       Stop, from both: flush, end
+//! ```
+//!
+//! A running thread waits in epoll for its queues' eventfds and the control eventfd; a parked one
+//! waits on the control channel alone. Between any two requests it looks whether a command waits,
+//! so a command is delayed by one request at most.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Chain, Malformed};
+use super::error::{Error, Result};
+use super::queue::RunningQueue;
+use super::signals::Signals;
+use super::{QueueHandler, VirtioDevice};
+use crate::GuestMemory;
+use crate::interrupt::signal;
+
+/// Requests served from one queue before the others get their turn.
+const BATCH: usize = 64;
+
+/// Positions of the queues that run: (next_avail, next_used) by index.
+pub(super) type Positions = Vec<Option<(u16, u16)>>;
+
+/// Queues by index; None is a queue the driver does not use.
+pub(super) type RunningQueues = Vec<Option<RunningQueue>>;
+
+enum Command {
+    Activate { queues: RunningQueues, features: u64 },
+    Deactivate,
+    StopQueue(usize),
+    Pause,
+    Resume,
+    Stop,
+}
+
+enum Reply {
+    Done,
+    Parked(Positions),
+    Stopped(::block::Result<()>),
+}
+
+/// The machine's end of a device's thread.
+pub(super) struct Worker {
+    device: String,
+    commands: Sender<Command>,
+    replies: Receiver<Reply>,
+    wake: EventFd,
+    waiting: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread, running and without queues. `kicks` are the queues' eventfds.
+    pub(super) fn start(
+        device: &dyn VirtioDevice,
+        mem: GuestMemory,
+        signals: Arc<Signals>,
+        kicks: &[EventFd],
+    ) -> Result<Self> {
+        let name = device.name().to_owned();
+        let setup = |what| {
+            let device = name.clone();
+            move |source| Error::Setup { device, what, source }
+        };
+        let wake = new_event().map_err(setup("an eventfd"))?;
+        let (commands, command_receiver) = channel();
+        let (reply_sender, replies) = channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let thread = Thread {
+            device: name.clone(),
+            epoll: watch(kicks, &wake).map_err(setup("epoll"))?,
+            kicks: clone_all(kicks).map_err(setup("an eventfd"))?,
+            wake: wake.try_clone().map_err(setup("an eventfd"))?,
+            commands: command_receiver,
+            replies: reply_sender,
+            waiting: waiting.clone(),
+            pending: vec![false; kicks.len()],
+            queues: Vec::new(),
+            chain: Chain::default(),
+            handler: device.handler(),
+            mem,
+            signals,
+            parked: false,
+            broken: false,
+        };
+        let handle = std::thread::Builder::new()
+            .name(thread_name(&name))
+            .spawn(move || thread.run())
+            .map_err(setup("a thread"))?;
+        Ok(Self { device: name, commands, replies, wake, waiting, thread: Some(handle) })
+    }
+
+    /// Gives the thread its queues. Does not wait.
+    pub(super) fn activate(&self, queues: RunningQueues, features: u64) -> Result<()> {
+        self.send(Command::Activate { queues, features })
+    }
+
+    /// Takes all queues away; no ring is touched afterwards.
+    pub(super) fn deactivate(&self) -> Result<()> {
+        self.ask(Command::Deactivate).map(|_| ())
+    }
+
+    /// Takes one queue away; its ring is not touched afterwards.
+    pub(super) fn stop_queue(&self, index: usize) -> Result<()> {
+        self.ask(Command::StopQueue(index)).map(|_| ())
+    }
+
+    /// Parks the thread and returns where its queues are.
+    pub(super) fn pause(&self) -> Result<Positions> {
+        match self.ask(Command::Pause)? {
+            Reply::Parked(positions) => Ok(positions),
+            _ => Err(self.ended()),
+        }
+    }
+
+    /// Lets a parked thread run, looking at every queue once. Does not wait.
+    pub(super) fn resume(&self) -> Result<()> {
+        self.send(Command::Resume)
+    }
+
+    /// Flushes the device and ends the thread. A second call does nothing.
+    pub(super) fn stop(&mut self) -> Result<()> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        let reply = self.ask(Command::Stop);
+        if thread.join().is_err() {
+            return Err(self.ended());
+        }
+        match reply? {
+            Reply::Stopped(Ok(())) => Ok(()),
+            Reply::Stopped(Err(source)) => {
+                Err(Error::Flush { device: self.device.clone(), source })
+            }
+            _ => Err(self.ended()),
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        // Counted before it is sent: the thread must not find a command it has no count for.
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        self.commands.send(command).map_err(|_| self.ended())?;
+        signal(&self.wake).map_err(|source| Error::Setup {
+            device: self.device.clone(),
+            what: "its thread's attention",
+            source,
+        })
+    }
+
+    fn ask(&self, command: Command) -> Result<Reply> {
+        self.send(command)?;
+        self.replies.recv().map_err(|_| self.ended())
+    }
+
+    fn ended(&self) -> Error {
+        Error::ThreadEnded { device: self.device.clone() }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(%error, "device was not stopped cleanly");
+        }
+    }
+}
+
+/// A non-blocking eventfd.
+pub(super) fn new_event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+fn clone_all(fds: &[EventFd]) -> io::Result<Vec<EventFd>> {
+    fds.iter().map(EventFd::try_clone).collect()
+}
+
+/// Epoll over the queues' eventfds, with their index as data, and the control eventfd behind them.
+fn watch(kicks: &[EventFd], wake: &EventFd) -> io::Result<Epoll> {
+    let epoll = Epoll::new()?;
+    for (index, fd) in kicks.iter().chain([wake]).enumerate() {
+        epoll.ctl(
+            ControlOperation::Add,
+            fd.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, index as u64),
+        )?;
+    }
+    Ok(epoll)
+}
+
+fn thread_name(device: &str) -> String {
+    // A zero byte would end the name early, and std refuses it.
+    let mut name: String = device.chars().filter(|c| *c != '\0').collect();
+    name.push_str("-io");
+    name
+}
+
+/// The thread's own state.
+struct Thread {
+    device: String,
+    epoll: Epoll,
+    kicks: Vec<EventFd>,
+    wake: EventFd,
+    commands: Receiver<Command>,
+    replies: Sender<Reply>,
+    waiting: Arc<AtomicUsize>,
+    /// Queues to look at without waiting for a kick.
+    pending: Vec<bool>,
+    queues: RunningQueues,
+    chain: Chain,
+    handler: Box<dyn QueueHandler>,
+    mem: GuestMemory,
+    signals: Arc<Signals>,
+    parked: bool,
+    /// The driver broke a rule; queues stay alone until it resets.
+    broken: bool,
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    End,
+}
+
+impl Thread {
+    fn run(mut self) {
+        loop {
+            if self.obey() == Next::End {
+                return;
+            }
+            if let Err(error) = self.wait() {
+                // Not a thing the driver can cause or anyone can repair.
+                tracing::error!(device = self.device, %error, "device thread cannot wait");
+                self.break_down();
+                self.parked = true;
+                continue;
+            }
+            self.serve_pending();
+        }
+    }
+
+    /// Carries out the commands that wait; while parked, waits for more.
+    fn obey(&mut self) -> Next {
+        loop {
+            let command = if self.parked {
+                // An error is a machine that dropped its end.
+                match self.commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => return Next::End,
+                }
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    Err(std::sync::mpsc::TryRecvError::Empty) => return Next::GoOn,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return Next::End,
+                }
+            };
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+            if self.carry_out(command) == Next::End {
+                return Next::End;
+            }
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) -> Next {
+        let reply = match command {
+            Command::Activate { queues, features } => {
+                self.handler.start(features);
+                self.queues = queues;
+                self.broken = false;
+                self.look_at_all();
+                return Next::GoOn;
+            }
+            Command::Resume => {
+                self.parked = false;
+                self.look_at_all();
+                return Next::GoOn;
+            }
+            Command::Deactivate => {
+                self.queues = Vec::new();
+                self.broken = false;
+                Reply::Done
+            }
+            Command::StopQueue(index) => {
+                if let Some(queue) = self.queues.get_mut(index) {
+                    *queue = None;
+                }
+                Reply::Done
+            }
+            Command::Pause => {
+                self.parked = true;
+                Reply::Parked(self.positions())
+            }
+            Command::Stop => {
+                let flushed = self.handler.flush();
+                self.answer(Reply::Stopped(flushed));
+                return Next::End;
+            }
+        };
+        self.answer(reply);
+        Next::GoOn
+    }
+
+    fn answer(&self, reply: Reply) {
+        // The asker is gone only if the machine is: the next recv ends the thread.
+        let _ = self.replies.send(reply);
+    }
+
+    fn look_at_all(&mut self) {
+        self.pending.fill(true);
+    }
+
+    fn positions(&self) -> Positions {
+        self.queues.iter().map(|q| q.as_ref().map(RunningQueue::positions)).collect()
+    }
+
+    /// Waits for a kick or a command, unless a queue has more to do.
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = if self.pending.contains(&true) { 0 } else { -1 };
+        let mut events = [EpollEvent::default(); 16];
+        let count = match self.epoll.wait(timeout, &mut events) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            other => other?,
+        };
+        for event in events.iter().take(count) {
+            let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            let fd = self.kicks.get(index).unwrap_or(&self.wake);
+            match fd.read() {
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+                _ => {}
+            }
+            if let Some(pending) = self.pending.get_mut(index) {
+                *pending = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_pending(&mut self) {
+        for index in 0..self.pending.len() {
+            if self.command_waits() {
+                return;
+            }
+            let Some(pending) = self.pending.get_mut(index) else {
+                return;
+            };
+            if !std::mem::take(pending) || self.broken {
+                continue;
+            }
+            match self.serve_queue(index) {
+                Ok(more) => {
+                    if let Some(pending) = self.pending.get_mut(index) {
+                        *pending = more;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        device = self.device,
+                        queue = index,
+                        %error,
+                        "driver broke a rule, device needs reset"
+                    );
+                    self.break_down();
+                }
+            }
+        }
+    }
+
+    /// Serves a batch; true if there may be more.
+    fn serve_queue(&mut self, index: usize) -> std::result::Result<bool, Malformed> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return Ok(false);
+        };
+        queue.disable_notifications(&self.mem)?;
+        for _ in 0..BATCH {
+            // As command_waits, which would borrow all of self.
+            if self.waiting.load(Ordering::Acquire) > 0 {
+                return Ok(true);
+            }
+            let Some(head) = queue.pop(&self.mem, &mut self.chain)? else {
+                return queue.enable_notifications(&self.mem);
+            };
+            let len = self.handler.serve(index, &self.mem, &mut self.chain)?;
+            if queue.give_back(&self.mem, head, len)? {
+                self.signals.request_done();
+            }
+        }
+        Ok(true)
+    }
+
+    fn command_waits(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    fn break_down(&mut self) {
+        self.broken = true;
+        self.signals.needs_reset_now();
+    }
+}
