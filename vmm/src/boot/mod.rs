@@ -11,6 +11,8 @@ mod error;
 pub mod layout;
 mod mptable;
 mod payload;
+#[cfg(test)]
+mod testing;
 mod zero_page;
 
 use std::fs::File;

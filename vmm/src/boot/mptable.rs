@@ -132,7 +132,7 @@ fn fill_header(table: &mut [u8], entries: u16) {
     table[..4].copy_from_slice(b"PCMP");
     table[4..6].copy_from_slice(&length.to_le_bytes());
     table[6] = SPEC_REVISION;
-    table[8..16].copy_from_slice(b"TARDIGRA");
+    table[8..16].copy_from_slice(b"TARDIGRD");
     table[16..28].copy_from_slice(b"TARDIGRADE  ");
     table[34..36].copy_from_slice(&entries.to_le_bytes());
     table[36..40].copy_from_slice(&LAPIC_ADDR.to_le_bytes());

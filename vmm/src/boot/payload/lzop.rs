@@ -134,7 +134,7 @@ fn verify(plain: &[u8], adler: Option<u32>, crc: Option<u32>) -> Result<(), Deco
 }
 
 /// Adler-32 as in RFC 1950, section 8.2, from a start value of 1.
-pub(super) fn adler32(data: &[u8]) -> u32 {
+pub(in crate::boot) fn adler32(data: &[u8]) -> u32 {
     const MODULUS: u32 = 65521;
     /// As many bytes as cannot overflow 32 bits before the remainder is taken.
     const RUN: usize = 5552;

@@ -25,6 +25,8 @@ use super::error::{FileError, FirstBytes, KernelError};
 use bzimage::SetupHeader;
 
 pub use decompress::{Compression, DecodeError};
+#[cfg(test)]
+pub(super) use lzop::adler32 as lzop_adler32;
 
 /// `EI_MAG0` to `EI_MAG3`.
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
@@ -193,4 +195,4 @@ fn read_range(file: &mut File, offset: u64, length: u64) -> Result<Vec<u8>, File
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;
