@@ -242,7 +242,6 @@ fn cut_off_payload_is_corrupt_for_every_compression() {
             let short = [&data[..data.len() - cut], size].concat();
             let text = refusal(&bzimage(&short));
             let wanted = format!("a bzImage whose {compression} payload is corrupt");
-            // Only gzip's trailer and an end mark behind all data can be missing unnoticed.
             assert!(
                 text.starts_with(&wanted),
                 "{compression} without {cut}: {text}"
