@@ -44,9 +44,9 @@ enum State {
     ExponentSign,
     ExponentDigits,
     Keyword,
-    /// After a stray byte: until a structural or control character, FE or FF.
+    /// After a stray byte: until a structural or control character (no tab), FE or FF.
     Recovery,
-    /// After a value over the limits: until a control character, FE or FF.
+    /// After a value over the limits: until a control character (no tab), FE or FF.
     Skip,
 }
 
@@ -74,6 +74,12 @@ impl Lexer {
     /// The text of the token that [`Lexer::next`] gave last.
     pub(super) fn token(&self) -> &[u8] {
         &self.token
+    }
+
+    /// Bytes held for tokens.
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.token.capacity()
     }
 
     /// Forgets the token under way, and everything up to the next control character.
@@ -120,7 +126,8 @@ impl Lexer {
             State::InString(quote) => {
                 let room = room.saturating_add(1).saturating_sub(self.token.len());
                 let near = &input[..input.len().min(room)];
-                let plain = |&byte: &u8| byte != quote && byte != b'\\' && !resets(byte);
+                let plain =
+                    |&byte: &u8| byte != quote && byte != b'\\' && (0x20..0xfe).contains(&byte);
                 let run = near.iter().position(|byte| !plain(byte)).unwrap_or(near.len());
                 self.token.extend_from_slice(&near[..run]);
                 *input = &input[run..];
@@ -140,9 +147,9 @@ impl Lexer {
     }
 }
 
-/// Whether the byte is in no token at all, and so ends any recovery: control characters, FE, FF.
+/// Whether the byte ends any recovery: control characters other than the tab, FE and FF.
 fn resets(byte: u8) -> bool {
-    !(0x20..0xfe).contains(&byte)
+    !(0x20..0xfe).contains(&byte) && byte != b'\t'
 }
 
 fn is_structural(byte: u8) -> bool {

@@ -1,16 +1,26 @@
 //! The text of string tokens, and tokens as they are shown in error texts.
 
-use std::borrow::Cow;
-
 use super::SyntaxError;
 
 /// The most of a token that an error text repeats.
 const SHOWN: usize = 1023;
 
-/// A token for an error text: up to its first NUL, and not longer than QEMU's own buffer.
-pub(super) fn shown(token: &[u8]) -> Cow<'_, str> {
+/// U+0000, in a form that C strings can hold. C0 is in no UTF-8.
+const NUL: [u8; 2] = [0xc0, 0x80];
+
+/// A token for an error text: up to its first NUL, and not longer than QEMU's own buffer. What is not
+/// a character is shown as U+FFFD.
+pub(super) fn shown(token: &[u8]) -> String {
     let end = token.iter().position(|&byte| byte == 0).unwrap_or(token.len());
-    String::from_utf8_lossy(&token[..end.min(SHOWN)])
+    let mut rest = &token[..end.min(SHOWN)];
+    let mut text = String::new();
+    while let Some(nul) = rest.windows(2).position(|pair| pair == NUL) {
+        text += &String::from_utf8_lossy(&rest[..nul]);
+        text.push('\0');
+        rest = &rest[nul + NUL.len()..];
+    }
+    text += &String::from_utf8_lossy(rest);
+    text.replace(is_noncharacter, "\u{fffd}")
 }
 
 /// The text of a string token, its quotes included in `token`.
@@ -85,12 +95,11 @@ fn push_raw(text: &mut String, run: &[u8]) -> Result<(), SyntaxError> {
     match std::str::from_utf8(run) {
         Ok(run) => text.push_str(run),
         Err(_) => {
-            // C0 is in no UTF-8, so that the pair cannot be part of anything else.
             let mut rest = run;
-            while let Some(nul) = rest.windows(2).position(|pair| pair == [0xc0, 0x80]) {
+            while let Some(nul) = rest.windows(2).position(|pair| pair == NUL) {
                 text.push_str(std::str::from_utf8(&rest[..nul]).map_err(|_| invalid())?);
                 text.push('\0');
-                rest = &rest[nul + 2..];
+                rest = &rest[nul + NUL.len()..];
             }
             text.push_str(std::str::from_utf8(rest).map_err(|_| invalid())?);
         }
