@@ -64,9 +64,6 @@ pub trait Format: Send + Sync {
 
     /// The error of a format without snapshots.
     fn no_snapshots(&self) -> Error {
-        Error::NotSupported(format!(
-            "the {} format has no internal snapshots",
-            self.driver()
-        ))
+        Error::NotSupported(format!("the {} format has no internal snapshots", self.driver()))
     }
 }

@@ -47,13 +47,7 @@ impl<'a> ReadBuf<'a> {
     /// `ptr..ptr + len` must stay mapped and writable for `'a`, and no Rust reference to it may
     /// exist while the buffer is in use.
     pub unsafe fn from_raw(ptr: *mut u8, len: usize) -> Self {
-        Self {
-            iov: libc::iovec {
-                iov_base: ptr.cast(),
-                iov_len: len,
-            },
-            _memory: PhantomData,
-        }
+        Self { iov: libc::iovec { iov_base: ptr.cast(), iov_len: len }, _memory: PhantomData }
     }
 
     /// Where the buffer starts.
@@ -85,10 +79,7 @@ impl<'a> WriteBuf<'a> {
     /// `ptr..ptr + len` must stay mapped and readable for `'a`.
     pub unsafe fn from_raw(ptr: *const u8, len: usize) -> Self {
         Self {
-            iov: libc::iovec {
-                iov_base: ptr.cast_mut().cast(),
-                iov_len: len,
-            },
+            iov: libc::iovec { iov_base: ptr.cast_mut().cast(), iov_len: len },
             _memory: PhantomData,
         }
     }

@@ -11,6 +11,8 @@ mod lock;
 pub mod node;
 mod num;
 pub mod progress;
+pub mod qcow2;
+pub mod raw;
 pub mod snapshot;
 pub mod storage;
 

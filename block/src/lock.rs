@@ -76,17 +76,11 @@ pub(crate) fn take(
 
 /// Whether the file system lacks OFD locks.
 fn no_locks(e: &io::Error) -> bool {
-    matches!(
-        e.raw_os_error(),
-        Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)
-    )
+    matches!(e.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS))
 }
 
 fn try_take(fd: BorrowedFd<'_>, filename: &str, wanted: Permissions) -> Result<()> {
-    let failed = |source| Error::Open {
-        filename: filename.to_owned(),
-        source,
-    };
+    let failed = |source| Error::Open { filename: filename.to_owned(), source };
     for (perm, bit, _) in BITS {
         if wanted.used.contains(perm) {
             ofd_lock_shared(fd, PERM_BASE + bit, true).map_err(failed)?;
@@ -96,11 +90,7 @@ fn try_take(fd: BorrowedFd<'_>, filename: &str, wanted: Permissions) -> Result<(
         }
     }
     for (perm, bit, name) in BITS {
-        let clash = |shared| Error::Locked {
-            filename: filename.to_owned(),
-            lock: name,
-            shared,
-        };
+        let clash = |shared| Error::Locked { filename: filename.to_owned(), lock: name, shared };
         if wanted.used.contains(perm) && ofd_lock_held(fd, SHARED_BASE + bit).map_err(failed)? {
             return Err(clash(false));
         }

@@ -13,10 +13,7 @@ pub struct Node {
 impl Node {
     /// Names an open image.
     pub fn new(name: impl Into<String>, format: Arc<dyn Format>) -> Self {
-        Self {
-            name: name.into(),
-            format,
-        }
+        Self { name: name.into(), format }
     }
 
     /// The node's name, unique in its graph.

@@ -2,10 +2,7 @@
 
 /// A length that is known to fit memory. The crate is for 64-bit hosts, where every `u64` does.
 #[cfg(target_pointer_width = "64")]
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "usize is 64 bits wide, see the cfg"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "usize is 64 bits wide, see the cfg")]
 pub(crate) const fn to_usize(value: u64) -> usize {
     value as usize
 }
@@ -25,24 +22,15 @@ pub(crate) fn be64(bytes: &[u8], index: usize) -> u64 {
 
 /// The big-endian u32 at byte `at`; 0 where the slice ends before it.
 pub(crate) fn be32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..at + 4)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u32::from_be_bytes)
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
 }
 
 /// The big-endian u64 at byte `at`; 0 where the slice ends before it.
 pub(crate) fn be64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..at + 8)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u64::from_be_bytes)
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
 }
 
 /// The big-endian u16 at byte `at`; 0 where the slice ends before it.
 pub(crate) fn be16_at(bytes: &[u8], at: usize) -> u16 {
-    bytes
-        .get(at..at + 2)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u16::from_be_bytes)
+    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_be_bytes)
 }

@@ -25,10 +25,7 @@ impl Progress {
 
     /// Bytes done and bytes to do.
     pub fn get(&self) -> (u64, u64) {
-        (
-            self.current.load(Ordering::Relaxed),
-            self.total.load(Ordering::Relaxed),
-        )
+        (self.current.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
     }
 
     /// Asks the operation to end.
@@ -38,10 +35,6 @@ impl Progress {
 
     /// `Err(Cancelled)` once [`Progress::cancel`] was called.
     pub fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Acquire) {
-            Err(Error::Cancelled)
-        } else {
-            Ok(())
-        }
+        if self.cancelled.load(Ordering::Acquire) { Err(Error::Cancelled) } else { Ok(()) }
     }
 }

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::sys::{self, Allocate};
 use super::Storage;
+use super::sys::{self, Allocate};
 use crate::iobuf::{self, Vectored};
 use crate::lock;
 use crate::num::{to_u64, to_usize};
@@ -62,10 +62,7 @@ impl FileStorage {
     pub fn open(path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
         let path = path.as_ref();
         let name = path.to_string_lossy().into_owned();
-        let failed = |source| Error::Open {
-            filename: name.clone(),
-            source,
-        };
+        let failed = |source| Error::Open { filename: name.clone(), source };
         let open = |flags| {
             OpenOptions::new()
                 .read(true)
@@ -76,9 +73,7 @@ impl FileStorage {
         let file = open(0).map_err(failed)?;
         let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(failed(io::Error::other(
-                "neither a regular file nor a block device",
-            )));
+            return Err(failed(io::Error::other("neither a regular file nor a block device")));
         }
         if options.locking != Locking::Off {
             let wanted = lock::Permissions::of_image(!options.read_only, options.force_share);
@@ -110,12 +105,7 @@ impl FileStorage {
     }
 
     fn error(&self, operation: &'static str, offset: u64, source: io::Error) -> Error {
-        Error::Io {
-            operation,
-            filename: self.name.clone(),
-            offset,
-            source,
-        }
+        Error::Io { operation, filename: self.name.clone(), offset, source }
     }
 
     /// The descriptor for a direct transfer, if alignment allows one.
@@ -194,10 +184,7 @@ impl FileStorage {
 
 /// Whether the host lacks the operation, as opposed to failing in it.
 fn unsupported(e: &io::Error) -> bool {
-    matches!(
-        e.raw_os_error(),
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV)
-    )
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
 }
 
 impl Storage for FileStorage {
@@ -209,16 +196,14 @@ impl Storage for FileStorage {
         if self.options.direct {
             return self.read_bulk(offset, bufs);
         }
-        self.read_from(&self.file, offset, bufs)
-            .map_err(|e| self.error("read", offset, e))
+        self.read_from(&self.file, offset, bufs).map_err(|e| self.error("read", offset, e))
     }
 
     fn write_at(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         if self.options.direct {
             return self.write_bulk(offset, bufs);
         }
-        self.write_to(&self.file, offset, bufs)
-            .map_err(|e| self.error("write", offset, e))
+        self.write_to(&self.file, offset, bufs).map_err(|e| self.error("write", offset, e))
     }
 
     fn read_bulk(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
@@ -235,32 +220,22 @@ impl Storage for FileStorage {
         if self.options.no_flush || self.options.read_only {
             return Ok(());
         }
-        self.file
-            .sync_data()
-            .map_err(|e| self.error("flush", 0, e))
+        self.file.sync_data().map_err(|e| self.error("flush", 0, e))
     }
 
     fn len(&self) -> Result<u64> {
         if self.device {
             use std::io::{Seek, SeekFrom};
-            return (&self.file)
-                .seek(SeekFrom::End(0))
-                .map_err(|e| self.error("seek", 0, e));
+            return (&self.file).seek(SeekFrom::End(0)).map_err(|e| self.error("seek", 0, e));
         }
-        Ok(self
-            .file
-            .metadata()
-            .map_err(|e| self.error("stat", 0, e))?
-            .len())
+        Ok(self.file.metadata().map_err(|e| self.error("stat", 0, e))?.len())
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
         if self.device {
             return Ok(());
         }
-        self.file
-            .set_len(len)
-            .map_err(|e| self.error("truncate", len, e))
+        self.file.set_len(len).map_err(|e| self.error("truncate", len, e))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
@@ -277,11 +252,7 @@ impl Storage for FileStorage {
         if self.len()? < offset + len {
             self.set_len(offset + len)?;
         }
-        let what = if unmap {
-            Allocate::PunchHole
-        } else {
-            Allocate::Zero
-        };
+        let what = if unmap { Allocate::PunchHole } else { Allocate::Zero };
         match sys::fallocate(self.file.as_fd(), what, offset, len) {
             Ok(()) => Ok(()),
             Err(e) if unsupported(&e) => self.write_plain_zeroes(offset, len),

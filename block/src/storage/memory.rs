@@ -49,14 +49,8 @@ pub struct MemoryStorage {
 impl MemoryStorage {
     /// Storage that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
-        let state = State {
-            flushed: bytes.clone(),
-            bytes,
-            ..State::default()
-        };
-        Self {
-            state: Mutex::new(state),
-        }
+        let state = State { flushed: bytes.clone(), bytes, ..State::default() };
+        Self { state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -19,17 +19,11 @@ fn count(n: usize) -> libc::c_int {
 
 /// The result of a call that gives a byte count or -1.
 fn bytes(ret: libc::ssize_t) -> io::Result<u64> {
-    usize::try_from(ret)
-        .map(to_u64)
-        .map_err(|_| io::Error::last_os_error())
+    usize::try_from(ret).map(to_u64).map_err(|_| io::Error::last_os_error())
 }
 
 fn ok(ret: libc::c_int) -> io::Result<()> {
-    if ret == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Calls again as long as a signal came first.
@@ -47,28 +41,14 @@ pub(super) fn preadv(fd: BorrowedFd<'_>, bufs: &[ReadBuf<'_>], offset: u64) -> i
     let offset = off(offset)?;
     // SAFETY: ReadBuf is repr(transparent) over iovec, and whoever made it vouched that the memory
     // is writable as long as the buffer lives, which is longer than this call.
-    bytes(unsafe {
-        libc::preadv(
-            fd.as_raw_fd(),
-            bufs.as_ptr().cast(),
-            count(bufs.len()),
-            offset,
-        )
-    })
+    bytes(unsafe { libc::preadv(fd.as_raw_fd(), bufs.as_ptr().cast(), count(bufs.len()), offset) })
 }
 
 /// pwritev(2); may write less than asked.
 pub(super) fn pwritev(fd: BorrowedFd<'_>, bufs: &[WriteBuf<'_>], offset: u64) -> io::Result<u64> {
     let offset = off(offset)?;
     // SAFETY: as in `preadv`, for readable memory.
-    bytes(unsafe {
-        libc::pwritev(
-            fd.as_raw_fd(),
-            bufs.as_ptr().cast(),
-            count(bufs.len()),
-            offset,
-        )
-    })
+    bytes(unsafe { libc::pwritev(fd.as_raw_fd(), bufs.as_ptr().cast(), count(bufs.len()), offset) })
 }
 
 /// What `fallocate` shall do with a range.
@@ -125,13 +105,7 @@ pub(crate) fn ofd_lock_held(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> {
     let mut lock = flock(libc::F_WRLCK, byte)?;
     // SAFETY: the kernel reads and writes `lock`, which outlives the call.
     retry(|| {
-        ok(unsafe {
-            libc::fcntl(
-                fd.as_raw_fd(),
-                libc::F_OFD_GETLK,
-                std::ptr::from_mut(&mut lock),
-            )
-        })
+        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, std::ptr::from_mut(&mut lock)) })
     })?;
     Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
 }

@@ -1,0 +1,133 @@
+//! Tables of one cluster each (L2 tables, refcount blocks) kept in memory, written back later.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::num::{be64, to_u64, to_usize};
+use crate::storage::Storage;
+use crate::{ReadBuf, Result, WriteBuf};
+
+/// A table as it shall be on disk.
+#[derive(Debug)]
+pub(super) struct Table {
+    bytes: Vec<u8>,
+    /// Bytes that differ from the disk.
+    dirty: Option<Range<usize>>,
+    used: u64,
+}
+
+impl Table {
+    /// The table's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Changes bytes in `range`.
+    pub(crate) fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+        self.dirty = Some(match self.dirty.take() {
+            Some(old) => old.start.min(range.start)..old.end.max(range.end),
+            None => range.clone(),
+        });
+        &mut self.bytes[range]
+    }
+
+    /// Entry of a table of big-endian u64.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
+        be64(&self.bytes, to_usize(index))
+    }
+
+    /// Sets an entry of a table of big-endian u64.
+    pub(crate) fn set_entry(&mut self, index: u64, value: u64) {
+        let at = to_usize(index) * 8;
+        self.bytes_mut(at..at + 8).copy_from_slice(&value.to_be_bytes());
+    }
+}
+
+/// The tables in memory, by host offset. The limit is soft: one operation may go over it, and
+/// [`TableCache::shrink`] between operations brings it back.
+#[derive(Debug)]
+pub(super) struct TableCache {
+    tables: HashMap<u64, Table>,
+    table_len: usize,
+    limit: usize,
+    clock: u64,
+}
+
+impl TableCache {
+    /// A cache of about `bytes` bytes for tables of `table_len` bytes.
+    pub(crate) fn new(table_len: u64, bytes: u64) -> Self {
+        Self {
+            tables: HashMap::new(),
+            table_len: to_usize(table_len),
+            limit: to_usize((bytes / table_len).max(8)),
+            clock: 0,
+        }
+    }
+
+    /// The table at `offset`, read if it is not here.
+    pub(crate) fn load(&mut self, storage: &dyn Storage, offset: u64) -> Result<&mut Table> {
+        self.clock += 1;
+        let table = match self.tables.entry(offset) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                let mut bytes = vec![0; self.table_len];
+                storage.read_at(offset, &[ReadBuf::new(&mut bytes)])?;
+                entry.insert(Table { bytes, dirty: None, used: 0 })
+            }
+        };
+        table.used = self.clock;
+        Ok(table)
+    }
+
+    /// Puts a new table at `offset`, wholly dirty.
+    pub(crate) fn insert(&mut self, offset: u64, bytes: Vec<u8>) -> &mut Table {
+        self.clock += 1;
+        let table = Table { dirty: Some(0..bytes.len()), bytes, used: self.clock };
+        self.tables.entry(offset).insert_entry(table).into_mut()
+    }
+
+    /// Forgets a table whose cluster has no owner any more, changes included.
+    pub(crate) fn forget(&mut self, offset: u64) {
+        self.tables.remove(&offset);
+    }
+
+    /// Whether any table differs from the disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.tables.values().any(|t| t.dirty.is_some())
+    }
+
+    /// Writes all changes, in the order of the disk. What failed stays dirty.
+    pub(crate) fn write_back(&mut self, storage: &dyn Storage) -> Result<()> {
+        let mut dirty: Vec<_> =
+            self.tables.iter_mut().filter(|(_, table)| table.dirty.is_some()).collect();
+        dirty.sort_unstable_by_key(|(offset, _)| **offset);
+        for (offset, table) in dirty {
+            if let Some(range) = table.dirty.clone() {
+                let at = *offset + to_u64(range.start);
+                storage.write_at(at, &[WriteBuf::new(&table.bytes[range])])?;
+                table.dirty = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there are more tables than the limit.
+    pub(crate) fn is_over(&self) -> bool {
+        self.tables.len() > self.limit
+    }
+
+    /// Drops the least recently used clean tables, down to half of the limit.
+    pub(crate) fn shrink(&mut self) {
+        let mut ages: Vec<_> = self
+            .tables
+            .iter()
+            .filter(|(_, table)| table.dirty.is_none())
+            .map(|(offset, table)| (table.used, *offset))
+            .collect();
+        ages.sort_unstable();
+        let excess = self.tables.len().saturating_sub(self.limit / 2);
+        for (_, offset) in ages.into_iter().take(excess) {
+            self.tables.remove(&offset);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Sizes and entry formats of a qcow2 image ("Cluster mapping" of the qcow2 specification).
+
+/// Entry bits that hold a cluster-aligned host offset.
+pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Refcount is exactly one: the cluster may be written in place.
+pub(super) const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeroes (version 3).
+pub(super) const ZERO: u64 = 1;
+/// Host offsets have 56 bits in table entries.
+pub(super) const MAX_HOST: u64 = 1 << 56;
+
+/// What all sizes in an image follow from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Geometry {
+    /// log2 of the cluster size in bytes.
+    pub(crate) cluster_bits: u32,
+    /// log2 of the width of a refcount in bits.
+    pub(crate) refcount_order: u32,
+    /// Format version, 2 or 3.
+    pub(crate) version: u32,
+}
+
+impl Geometry {
+    /// Bytes of a cluster.
+    pub(crate) fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// log2 of the entries of an L2 table.
+    pub(crate) fn l2_bits(self) -> u32 {
+        self.cluster_bits - 3
+    }
+
+    /// Entries of an L2 table.
+    pub(crate) fn l2_entries(self) -> u64 {
+        1 << self.l2_bits()
+    }
+
+    /// Bytes of guest disk that one L2 table maps.
+    pub(crate) fn l2_coverage(self) -> u64 {
+        1 << (self.cluster_bits + self.l2_bits())
+    }
+
+    /// Entries of a refcount block.
+    pub(crate) fn block_entries(self) -> u64 {
+        1 << (self.cluster_bits + 3 - self.refcount_order)
+    }
+
+    /// Largest refcount.
+    pub(crate) fn max_refcount(self) -> u64 {
+        match self.refcount_order {
+            6 => u64::MAX,
+            order => (1 << (1 << order)) - 1,
+        }
+    }
+
+    /// Clusters that hold `bytes`.
+    pub(crate) fn clusters(self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.cluster_size())
+    }
+
+    /// L1 entries that a disk of `size` bytes needs.
+    pub(crate) fn l1_entries(self, size: u64) -> u64 {
+        size.div_ceil(self.l2_coverage())
+    }
+
+    /// The start of the cluster that `offset` is in.
+    pub(crate) fn cluster_start(self, offset: u64) -> u64 {
+        offset & !(self.cluster_size() - 1)
+    }
+
+    /// The offset within its cluster.
+    pub(crate) fn in_cluster(self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// Index in the L1 table of a guest offset.
+    pub(crate) fn l1_index(self, guest: u64) -> u64 {
+        guest >> (self.cluster_bits + self.l2_bits())
+    }
+
+    /// Index in its L2 table of a guest offset.
+    pub(crate) fn l2_index(self, guest: u64) -> u64 {
+        (guest >> self.cluster_bits) & (self.l2_entries() - 1)
+    }
+
+    /// The host cluster at a host offset.
+    pub(crate) fn cluster_of(self, host: u64) -> u64 {
+        host >> self.cluster_bits
+    }
+
+    /// The host offset of a host cluster.
+    pub(crate) fn offset_of(self, cluster: u64) -> u64 {
+        cluster << self.cluster_bits
+    }
+}
+
+/// Consecutive host clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    /// Index of the first.
+    pub(crate) first: u64,
+    /// How many.
+    pub(crate) count: u64,
+}
+
+impl Run {
+    /// The index after the last.
+    pub(crate) fn end(self) -> u64 {
+        self.first + self.count
+    }
+}
+
+/// Adds a run to a list, joining it with the last one where they touch.
+pub(super) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    match runs.last_mut() {
+        Some(last) if last.end() == run.first => last.count += run.count,
+        _ => runs.push(run),
+    }
+}
+
+/// What an L2 entry says about its cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mapping {
+    /// Not stored here: the backing file's contents, or zeroes without one.
+    Unallocated,
+    /// Reads as zeroes; may still own a host cluster.
+    Zero {
+        /// Host offset of the cluster kept for later writes.
+        host: Option<u64>,
+        /// Whether nothing else refers to that cluster.
+        copied: bool,
+    },
+    /// Stored as it is.
+    Data {
+        /// Host offset.
+        host: u64,
+        /// Whether nothing else refers to the cluster.
+        copied: bool,
+    },
+    /// Stored compressed, anywhere in host clusters that others may share.
+    Compressed {
+        /// Host offset of the first byte.
+        host: u64,
+        /// Bytes to read; the stream may end before.
+        len: u64,
+    },
+}
+
+impl Mapping {
+    /// Decodes an L2 entry; the error says which rule it breaks.
+    pub(crate) fn decode(entry: u64, geometry: Geometry) -> Result<Self, &'static str> {
+        if entry & COMPRESSED != 0 {
+            let offset_bits = 62 - (geometry.cluster_bits - 8);
+            let host = entry & ((1 << offset_bits) - 1);
+            let sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
+            if host >= MAX_HOST {
+                return Err("compressed cluster beyond the largest host offset");
+            }
+            return Ok(Self::Compressed { host, len: sectors * 512 - host % 512 });
+        }
+        let host = entry & OFFSET_MASK;
+        let copied = entry & COPIED != 0;
+        if geometry.in_cluster(host) != 0 {
+            return Err("data cluster offset is not cluster aligned");
+        }
+        if entry & ZERO != 0 {
+            if geometry.version < 3 {
+                return Err("zero cluster in a version 2 image");
+            }
+            return Ok(Self::Zero { host: (host != 0).then_some(host), copied });
+        }
+        Ok(match host {
+            0 => Self::Unallocated,
+            host => Self::Data { host, copied },
+        })
+    }
+
+    /// The host clusters that the entry holds a reference to.
+    pub(crate) fn run(self, geometry: Geometry) -> Option<Run> {
+        match self {
+            Self::Unallocated | Self::Zero { host: None, .. } => None,
+            Self::Zero { host: Some(host), .. } | Self::Data { host, .. } => {
+                Some(Run { first: geometry.cluster_of(host), count: 1 })
+            }
+            Self::Compressed { host, len } => {
+                let first = geometry.cluster_of(host);
+                let last = geometry.cluster_of(host + len - 1);
+                Some(Run { first, count: last - first + 1 })
+            }
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! The image's metadata in memory, and the order in which it reaches the disk.
+//!
+//! Everything here is behind one mutex that is never held during transfers of guest data.
+//!
+//! **Order of writes.** Tables are changed in memory and written by [`Meta::sync`]:
+//!
+//! 1. refcount blocks, then new refcount table entries: references may be counted too high on disk;
+//! 2. flush: guest data and refcounts are durable;
+//! 3. L2 tables; flush if there are new ones; the L1 entries that refer to them;
+//! 4. flush: what the guest wrote is durable;
+//! 5. references that were taken out of L2 tables are given back ([`Meta::defer_free`]).
+//!
+//! So on disk every reference is counted, and a crash leaves leaked clusters at most. A cluster
+//! taken out of a table cannot be used again before step 5, so the old table on disk stays true.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::num::{to_u64, to_usize};
+use crate::storage::Storage;
+use crate::{Error, ReadBuf, Result, WriteBuf};
+
+use super::cache::{Table, TableCache};
+use super::header::{Header, field, incompatible};
+use super::layout::{COPIED, Geometry, Mapping, OFFSET_MASK, Run, push_run};
+use super::refcount::Refcounts;
+use super::snapshot::Entry;
+
+const L2_CACHE_BYTES: u64 = 32 << 20;
+/// Clusters waiting to be given back before a sync is due.
+const MAX_PENDING_RUNS: usize = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Meta {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) header: Header,
+    pub(crate) l1: Vec<u64>,
+    l1_dirty: Option<Range<usize>>,
+    l2: TableCache,
+    pub(crate) refcounts: Refcounts,
+    pending: Vec<Run>,
+    /// Clusters without references whose host space is not given back yet.
+    freed: Vec<Run>,
+    pub(crate) snapshots: Vec<Entry>,
+    pub(crate) snapshot_table: Option<Run>,
+    /// A change of the snapshots is under way.
+    pub(crate) changing: bool,
+    /// Ids of the snapshots whose VM state is open, once per opener.
+    pub(crate) readers: Vec<String>,
+    pub(crate) writable: bool,
+    /// What made the image corrupt; writes are refused from then on.
+    broken: Option<String>,
+}
+
+impl Meta {
+    /// Reads the tables of an image.
+    pub(crate) fn open(storage: Arc<dyn Storage>, header: Header, writable: bool) -> Result<Self> {
+        let refcounts = Refcounts::open(&storage, &header)?;
+        let l1 = read_l1(&*storage, header.l1_offset, header.l1_size)?;
+        let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
+        let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES);
+        Ok(Self {
+            storage,
+            header,
+            l1,
+            l1_dirty: None,
+            l2,
+            refcounts,
+            pending: Vec::new(),
+            freed: Vec::new(),
+            snapshots,
+            snapshot_table,
+            changing: false,
+            readers: Vec::new(),
+            writable,
+            broken: None,
+        })
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.header.geometry
+    }
+
+    /// The clusters of the active L1 table.
+    pub(crate) fn l1_run(&self) -> Run {
+        let geometry = self.geometry();
+        Run {
+            first: geometry.cluster_of(self.header.l1_offset),
+            count: geometry.clusters(u64::from(self.header.l1_size) * 8),
+        }
+    }
+
+    /// The error for a broken rule. A writable image is marked, so that nobody writes to it before
+    /// it is repaired (specification: incompatible feature bit 1).
+    pub(crate) fn corrupt(&mut self, reason: impl Into<String>) -> Error {
+        let reason = reason.into();
+        if self.writable && self.broken.is_none() {
+            tracing::error!(image = self.storage.name(), %reason, "image is corrupt, writes are refused from now on");
+            self.broken = Some(reason.clone());
+            if self.header.geometry.version >= 3 {
+                self.header.incompatible |= incompatible::CORRUPT;
+                let bits = self.header.incompatible;
+                if let Err(e) = self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes()) {
+                    tracing::error!("could not mark the image as corrupt: {e}");
+                }
+            }
+        }
+        Error::Corrupt { filename: self.storage.name().to_owned(), reason }
+    }
+
+    /// Refuses changes of an image that is read-only or was found corrupt.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if !self.writable {
+            return Err(Error::ReadOnly(self.storage.name().to_owned()));
+        }
+        match &self.broken {
+            Some(reason) => Err(Error::Corrupt {
+                filename: self.storage.name().to_owned(),
+                reason: reason.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Passes an error of the refcounts on; one that tells of corruption marks the image.
+    fn noted<T>(&mut self, result: Result<T>) -> Result<T> {
+        match result {
+            Err(Error::Corrupt { reason, .. }) => Err(self.corrupt(reason)),
+            other => other,
+        }
+    }
+
+    /// Writes bytes of the header.
+    pub(crate) fn write_field(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.storage.write_at(at, &[WriteBuf::new(bytes)])
+    }
+
+    /// Refuses a host cluster that holds the header or a top-level table.
+    pub(crate) fn check_overlap(&mut self, run: Run) -> Result<()> {
+        let header = Run { first: 0, count: 1 };
+        let tables = [
+            Some((header, "the header")),
+            Some((self.l1_run(), "the L1 table")),
+            Some((self.refcounts.table_run(), "the refcount table")),
+            self.snapshot_table.map(|run| (run, "the snapshot table")),
+        ];
+        for (table, what) in tables.into_iter().flatten() {
+            if run.first < table.end() && table.first < run.end() {
+                return Err(self.corrupt(format!(
+                    "cluster {:#x} would be overwritten, but it holds {what}",
+                    run.first.max(table.first)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes free clusters; see [`Refcounts::allocate`].
+    pub(crate) fn allocate(&mut self, want: u64, exact: bool) -> Result<Run> {
+        let taken = self.refcounts.allocate(want, exact);
+        let run = self.noted(taken)?;
+        self.check_overlap(run)?;
+        Ok(run)
+    }
+
+    /// Adds a reference to each cluster.
+    pub(crate) fn add_refs(&mut self, run: Run) -> Result<()> {
+        let added = self.refcounts.add(run);
+        self.noted(added)
+    }
+
+    /// Gives references back at once: for clusters that nothing on disk refers to.
+    pub(crate) fn free(&mut self, run: Run) -> Result<()> {
+        let geometry = self.geometry();
+        let (l2, freed) = (&mut self.l2, &mut self.freed);
+        let given = self.refcounts.sub(run, |cluster| {
+            l2.forget(geometry.offset_of(cluster));
+            if freed.len() < MAX_PENDING_RUNS {
+                push_run(freed, Run { first: cluster, count: 1 });
+            }
+        });
+        self.noted(given)
+    }
+
+    /// As [`Meta::free`] when something has failed already: an error here only leaks.
+    pub(crate) fn free_after_error(&mut self, runs: &[Run]) {
+        for run in runs {
+            if let Err(e) = self.free(*run) {
+                tracing::warn!(image = self.storage.name(), "clusters are leaked: {e}");
+            }
+        }
+    }
+
+    /// Gives references back once no table on disk has them any more.
+    pub(crate) fn defer_free(&mut self, run: Run) {
+        push_run(&mut self.pending, run);
+    }
+
+    /// The L2 table of an L1 index; `None` if there is none.
+    pub(crate) fn l2_for_read(&mut self, l1_index: u64) -> Result<Option<&mut Table>> {
+        let entry = self.l1.get(to_usize(l1_index)).copied().unwrap_or(0);
+        self.l2_at(entry)
+    }
+
+    /// The L2 table an L1 entry refers to; `None` if there is none.
+    pub(crate) fn l2_at(&mut self, l1_entry: u64) -> Result<Option<&mut Table>> {
+        let offset = l1_entry & OFFSET_MASK;
+        if offset == 0 {
+            return Ok(None);
+        }
+        if self.geometry().in_cluster(offset) != 0 {
+            return Err(self.corrupt(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
+        }
+        Ok(Some(self.l2.load(&*self.storage, offset)?))
+    }
+
+    /// The L2 table of an L1 index, for changes: made if there is none, copied if it is shared.
+    pub(crate) fn l2_for_write(&mut self, l1_index: u64) -> Result<&mut Table> {
+        let at = to_usize(l1_index);
+        let entry = self.l1.get(at).copied().unwrap_or(0);
+        let offset = entry & OFFSET_MASK;
+        if entry & COPIED != 0 && offset != 0 {
+            let run = self.cluster_run(offset);
+            self.check_overlap(run)?;
+            return match self.l2_at(entry)? {
+                Some(_) => self.l2.load(&*self.storage, offset),
+                None => Err(self.corrupt(format!("L1 entry {entry:#x} has no table"))),
+            };
+        }
+        let mut bytes = match self.l2_at(entry)? {
+            Some(table) => table.bytes().to_vec(),
+            None => vec![0; to_usize(self.geometry().cluster_size())],
+        };
+        // The old table goes on referring to the same clusters: none is ours alone.
+        for entry in bytes.chunks_exact_mut(8) {
+            entry[0] &= 0x7f;
+        }
+        let run = self.allocate(1, true)?;
+        let new = self.geometry().offset_of(run.first);
+        if offset != 0 {
+            self.defer_free(self.cluster_run(offset));
+        }
+        self.set_l1(at, new | COPIED);
+        Ok(self.l2.insert(new, bytes))
+    }
+
+    /// The one cluster at a host offset.
+    pub(crate) fn cluster_run(&self, host: u64) -> Run {
+        Run { first: self.geometry().cluster_of(host), count: 1 }
+    }
+
+    /// Changes an entry of the active L1 table.
+    pub(crate) fn set_l1(&mut self, index: usize, entry: u64) {
+        if let Some(slot) = self.l1.get_mut(index) {
+            *slot = entry;
+            self.l1_dirty = Some(match self.l1_dirty.take() {
+                Some(old) => old.start.min(index)..old.end.max(index + 1),
+                None => index..index + 1,
+            });
+        }
+    }
+
+    /// Replaces the active L1 table by one that is on disk already.
+    pub(crate) fn replace_l1(&mut self, l1: Vec<u64>, offset: u64, size: u32) {
+        self.l1 = l1;
+        self.l1_dirty = None;
+        self.header.l1_offset = offset;
+        self.header.l1_size = size;
+    }
+
+    /// Decodes the L2 entry of a guest offset below the L1 entry given.
+    pub(crate) fn mapping_below(&mut self, l1_entry: u64, guest: u64) -> Result<Mapping> {
+        let geometry = self.geometry();
+        let index = geometry.l2_index(guest);
+        let Some(table) = self.l2_at(l1_entry)? else {
+            return Ok(Mapping::Unallocated);
+        };
+        let entry = table.entry(index);
+        Mapping::decode(entry, geometry).map_err(|reason| {
+            self.corrupt(format!("L2 entry {entry:#x} of guest offset {guest:#x}: {reason}"))
+        })
+    }
+
+    /// How the active disk maps a guest offset.
+    pub(crate) fn mapping(&mut self, guest: u64) -> Result<Mapping> {
+        let index = to_usize(self.geometry().l1_index(guest));
+        let entry = self.l1.get(index).copied().unwrap_or(0);
+        self.mapping_below(entry, guest)
+    }
+
+    /// Whether anything in memory differs from the disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.refcounts.is_dirty()
+            || self.l2.is_dirty()
+            || self.l1_dirty.is_some()
+            || !self.pending.is_empty()
+    }
+
+    /// Writes all changes in the module's order; all of them, and the guest's data, are durable
+    /// afterwards. A failure leaves what is unwritten in memory, to be tried again.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if !self.is_dirty() {
+            return self.storage.flush();
+        }
+        self.refcounts.write_back()?;
+        self.storage.flush()?;
+        self.write_tables()?;
+        self.storage.flush()?;
+        for run in std::mem::take(&mut self.pending) {
+            self.free(run)?;
+        }
+        // No order is needed: on disk these clusters just look used until then.
+        self.refcounts.write_back()?;
+        self.punch_freed()
+    }
+
+    /// Gives the host's space of free clusters back, unless they are in use again.
+    fn punch_freed(&mut self) -> Result<()> {
+        for run in std::mem::take(&mut self.freed) {
+            let mut free = Vec::new();
+            for cluster in run.first..run.end() {
+                if self.refcounts.get(cluster)? == 0 {
+                    push_run(&mut free, Run { first: cluster, count: 1 });
+                }
+            }
+            for part in free {
+                let geometry = self.geometry();
+                let (at, len) = (geometry.offset_of(part.first), geometry.offset_of(part.count));
+                if let Err(e) = self.storage.discard(at, len) {
+                    tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Step 3 of the order.
+    fn write_tables(&mut self) -> Result<()> {
+        self.l2.write_back(&*self.storage)?;
+        if let Some(range) = self.l1_dirty.clone() {
+            self.storage.flush()?;
+            let bytes: Vec<u8> =
+                self.l1[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let at = self.header.l1_offset + to_u64(range.start) * 8;
+            self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;
+            self.l1_dirty = None;
+        }
+        Ok(())
+    }
+
+    /// Between operations: keeps caches and the list of clusters to be freed within their limits.
+    pub(crate) fn trim(&mut self) -> Result<()> {
+        self.refcounts.trim()?;
+        if self.l2.is_over() {
+            self.l2.shrink();
+        }
+        if (self.l2.is_over() || self.pending.len() > MAX_PENDING_RUNS) && self.writable {
+            self.sync()?;
+            self.l2.shrink();
+        }
+        Ok(())
+    }
+
+    /// Cuts free clusters off the end of the file. An error is of no consequence.
+    pub(crate) fn truncate_tail(&mut self) {
+        let geometry = self.geometry();
+        let cut = || -> Result<()> {
+            let len = self.storage.len()?;
+            let end = self.refcounts.used_end(geometry.clusters(len))?;
+            if geometry.offset_of(end) < len && end > 0 {
+                self.storage.set_len(geometry.offset_of(end))?;
+            }
+            Ok(())
+        };
+        let mut cut = cut;
+        if let Err(e) = cut() {
+            tracing::debug!(image = self.storage.name(), "file was not shortened: {e}");
+        }
+    }
+}
+
+/// Reads an L1 table whose size has been checked.
+pub(super) fn read_l1(storage: &dyn Storage, offset: u64, size: u32) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; to_usize(size.into()) * 8];
+    storage.read_at(offset, &[ReadBuf::new(&mut bytes)])?;
+    Ok(bytes.chunks_exact(8).map(|entry| crate::num::be64(entry, 0)).collect())
+}

@@ -1,0 +1,291 @@
+//! The qcow2 format, versions 2 and 3 (`docs/interop/qcow2.txt` of QEMU).
+//!
+//! | file | what |
+//! |---|---|
+//! | `layout` | sizes, table entries |
+//! | `header` | the header, checked |
+//! | `cache` | L2 tables and refcount blocks in memory |
+//! | `refcount` | references to host clusters, allocation |
+//! | `meta` | all of these together, and the order in which they are written |
+//! | `inflight` | which guest ranges are being worked on |
+//! | `read`, `compressed`, `write`, `zero` | requests |
+//! | `snapshot` | internal snapshots and VM state |
+//!
+//! Lock order: a range of [`inflight`] first, then a snapshot's own tables, then the metadata
+//! mutex. No guest data is transferred while the metadata mutex is held.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::format::Format;
+use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::storage::Storage;
+use crate::{Error, ReadBuf, Result, WriteBuf};
+
+mod cache;
+mod compressed;
+mod header;
+mod inflight;
+mod layout;
+mod meta;
+mod read;
+mod refcount;
+mod snapshot;
+mod write;
+mod zero;
+
+pub use header::Compression;
+
+use header::{Header, field, incompatible};
+use inflight::InFlight;
+use layout::Geometry;
+use meta::Meta;
+
+/// Requests are worked on in pieces of this many bytes (or one cluster), so that what is kept of
+/// one in memory is bounded.
+const PIECE: u64 = 4 << 20;
+
+/// The header of an image, read and checked, before its backing file is open.
+#[derive(Debug)]
+pub struct Probe {
+    storage: Arc<dyn Storage>,
+    header: Header,
+}
+
+impl Probe {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// [`Error::NotFormat`], [`Error::Corrupt`] or [`Error::NotSupported`], saying what is wrong.
+    pub fn new(storage: Arc<dyn Storage>) -> Result<Self> {
+        let header = Header::read(&*storage)?;
+        Ok(Self { storage, header })
+    }
+
+    /// The backing file's name as the image has it.
+    pub fn backing_file(&self) -> Option<&str> {
+        self.header.backing_file.as_deref()
+    }
+
+    /// The backing file's format, where the image tells it.
+    pub fn backing_format(&self) -> Option<&str> {
+        self.header.backing_format.as_deref()
+    }
+}
+
+/// What `query-named-block-nodes` tells of a qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qcow2Info {
+    /// "0.10" for version 2, "1.1" for version 3.
+    pub compat: &'static str,
+    /// How compressed clusters are compressed.
+    pub compression: Compression,
+    /// Whether the image asks for lazy refcounts.
+    pub lazy_refcounts: bool,
+    /// Width of a refcount in bits.
+    pub refcount_bits: u32,
+    /// Whether the image is marked as corrupt.
+    pub corrupt: bool,
+    /// Whether the image was not closed properly.
+    pub dirty: bool,
+    /// Cluster size in bytes.
+    pub cluster_size: u64,
+    /// Backing file as the image has it.
+    pub backing_file: Option<String>,
+    /// Backing file's format as the image has it.
+    pub backing_format: Option<String>,
+}
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    compression: Compression,
+    meta: Mutex<Meta>,
+    in_flight: InFlight,
+    backing: Option<Arc<dyn Format>>,
+    size: AtomicU64,
+    read_only: bool,
+}
+
+impl Qcow2 {
+    /// Opens the image over its backing file, if there is one.
+    ///
+    /// # Errors
+    /// For writing: images that are marked as corrupt, or whose refcounts may be wrong.
+    pub fn open(probe: Probe, backing: Option<Arc<dyn Format>>, read_only: bool) -> Result<Self> {
+        let Probe { storage, header } = probe;
+        let writable = !read_only;
+        if writable {
+            check_marks(&storage, &header)?;
+        }
+        let size = header.size;
+        let mut image = Self {
+            geometry: header.geometry,
+            compression: header.compression,
+            meta: Mutex::new(Meta::open(storage.clone(), header, writable)?),
+            storage,
+            in_flight: InFlight::default(),
+            backing,
+            size: AtomicU64::new(size),
+            read_only,
+        };
+        if writable {
+            image.clear_autoclear()?;
+        }
+        Ok(image)
+    }
+
+    /// Clears the bits of features that writes here do not keep up to date (persistent bitmaps),
+    /// so that their data counts as out of date ("autoclear_features").
+    fn clear_autoclear(&mut self) -> Result<()> {
+        let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if meta.header.autoclear != 0 {
+            meta.write_field(field::AUTOCLEAR, &[0; 8])?;
+            meta.header.autoclear = 0;
+        }
+        Ok(())
+    }
+
+    /// What the header tells.
+    pub fn info(&self) -> Qcow2Info {
+        let meta = self.meta();
+        let header = &meta.header;
+        Qcow2Info {
+            compat: if header.geometry.version < 3 { "0.10" } else { "1.1" },
+            compression: header.compression,
+            lazy_refcounts: header.compatible & 1 != 0,
+            refcount_bits: 1 << header.geometry.refcount_order,
+            corrupt: header.incompatible & incompatible::CORRUPT != 0,
+            dirty: header.incompatible & incompatible::DIRTY != 0,
+            cluster_size: header.geometry.cluster_size(),
+            backing_file: header.backing_file.clone(),
+            backing_format: header.backing_format.clone(),
+        }
+    }
+
+    fn meta(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn disk_size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.disk_size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size }),
+        }
+    }
+
+    /// How much of a request to do at once: up to a cluster boundary.
+    fn piece(&self, offset: u64, len: u64) -> u64 {
+        let most = PIECE.max(self.geometry.cluster_size());
+        let end = self.geometry.cluster_start(offset) + most;
+        len.min(end - offset)
+    }
+
+    /// The whole clusters around a guest range.
+    fn clusters_of(&self, offset: u64, len: u64) -> Range<u64> {
+        let size = self.geometry.cluster_size();
+        self.geometry.cluster_start(offset)..(offset + len).next_multiple_of(size)
+    }
+}
+
+/// Refuses images that only a repair may write to.
+fn check_marks(storage: &Arc<dyn Storage>, header: &Header) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(Error::NotSupported(format!(
+            "Image '{name}' {why}; repair it with: qemu-img check -r all '{name}'",
+            name = storage.name()
+        )))
+    };
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        return refuse("is marked as corrupt and can be opened read-only only");
+    }
+    if header.incompatible & incompatible::DIRTY != 0 {
+        return refuse("was not closed properly, its refcounts may be wrong (dirty bit)");
+    }
+    Ok(())
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if meta.writable
+            && meta.is_dirty()
+            && let Err(e) = meta.sync()
+        {
+            tracing::error!(image = self.storage.name(), "changes are lost: {e}");
+        }
+    }
+}
+
+impl Format for Qcow2 {
+    fn driver(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn size(&self) -> u64 {
+        self.disk_size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        self.read_disk(offset, bufs)
+    }
+
+    fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.write_disk(offset, bufs)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut meta = self.meta();
+        if !meta.writable {
+            return Ok(());
+        }
+        if meta.is_dirty() {
+            return meta.sync();
+        }
+        drop(meta);
+        self.storage.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.discard_disk(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.zero_disk(offset, len, unmap)
+    }
+
+    fn supports_snapshots(&self) -> bool {
+        true
+    }
+
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.meta().snapshots.iter().map(|s| s.info.clone()).collect()
+    }
+
+    fn create_snapshot(&self, new: &NewSnapshot) -> Result<Box<dyn SnapshotCreate + '_>> {
+        Ok(Box::new(snapshot::Create::begin(self, new)?))
+    }
+
+    fn revert_snapshot(&self, id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
+        Ok(Box::new(snapshot::Revert::begin(self, id)?))
+    }
+
+    fn delete_snapshot(&self, id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
+        Ok(Box::new(snapshot::Delete::begin(self, id)?))
+    }
+
+    fn open_vmstate(&self, id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        Ok(Box::new(snapshot::VmState::open(self, id)?))
+    }
+}

@@ -1,0 +1,157 @@
+//! Reading: map under the metadata lock, transfer without it.
+
+use crate::iobuf;
+use crate::num::{to_u64, to_usize};
+use crate::{ReadBuf, Result};
+
+use super::Qcow2;
+use super::compressed::decompress;
+use super::layout::{Geometry, Mapping};
+use super::meta::Meta;
+
+/// A part of a request whose bytes come from one place.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Extent {
+    pub(crate) guest: u64,
+    pub(crate) len: u64,
+    pub(crate) source: Source,
+}
+
+/// Where the bytes of an extent come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// The image file at this offset.
+    Host(u64),
+    /// Zeroes.
+    Zero,
+    /// The backing file at the guest offset, or zeroes without one.
+    Backing,
+    /// A compressed cluster at this host offset, of at most this many bytes.
+    Compressed(u64, u64),
+}
+
+impl Source {
+    fn of(mapping: Mapping, in_cluster: u64) -> Self {
+        match mapping {
+            Mapping::Unallocated => Self::Backing,
+            Mapping::Zero { .. } => Self::Zero,
+            Mapping::Data { host, .. } => Self::Host(host + in_cluster),
+            Mapping::Compressed { host, len } => Self::Compressed(host, len),
+        }
+    }
+
+    /// Whether `next` goes on where this ends after `len` bytes.
+    fn continues(self, len: u64, next: Self) -> bool {
+        match (self, next) {
+            (Self::Host(a), Self::Host(b)) => a + len == b,
+            (Self::Zero, Self::Zero) | (Self::Backing, Self::Backing) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Maps a guest range; `l1` gives the L1 entry of an index.
+pub(super) fn map(
+    meta: &mut Meta,
+    l1: impl Fn(&Meta, u64) -> u64,
+    guest: u64,
+    len: u64,
+) -> Result<Vec<Extent>> {
+    let geometry: Geometry = meta.geometry();
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut at = guest;
+    let end = guest + len;
+    while at < end {
+        let entry = l1(meta, geometry.l1_index(at));
+        let in_cluster = geometry.in_cluster(at);
+        let n = (geometry.cluster_size() - in_cluster).min(end - at);
+        let source = Source::of(meta.mapping_below(entry, at)?, in_cluster);
+        match extents.last_mut() {
+            Some(last) if last.source.continues(last.len, source) => last.len += n,
+            _ => extents.push(Extent { guest: at, len: n, source }),
+        }
+        at += n;
+    }
+    Ok(extents)
+}
+
+impl Qcow2 {
+    /// Maps a range of the active disk.
+    pub(super) fn map_active(&self, guest: u64, len: u64) -> Result<Vec<Extent>> {
+        let mut meta = self.meta();
+        meta.trim()?;
+        map(&mut meta, |meta, index| meta.l1.get(to_usize(index)).copied().unwrap_or(0), guest, len)
+    }
+
+    /// Reads extents into the buffers, which start at the first extent. `bulk` bypasses the host's
+    /// page cache where possible.
+    pub(super) fn read_extents(
+        &self,
+        extents: &[Extent],
+        bufs: &[ReadBuf<'_>],
+        bulk: bool,
+    ) -> Result<()> {
+        let mut done = 0;
+        for extent in extents {
+            let part = iobuf::slice_read(bufs, done, extent.len);
+            match extent.source {
+                Source::Zero => iobuf::fill_zero(&part),
+                Source::Backing => self.read_backing(extent.guest, extent.len, &part)?,
+                Source::Host(host) if bulk => self.storage.read_bulk(host, &part)?,
+                Source::Host(host) => self.storage.read_at(host, &part)?,
+                Source::Compressed(host, len) => {
+                    let cluster = self.read_compressed(host, len)?;
+                    let skip = to_usize(self.geometry.in_cluster(extent.guest));
+                    iobuf::copy_in(&part, &cluster[skip..]);
+                }
+            }
+            done += extent.len;
+        }
+        Ok(())
+    }
+
+    /// Reads from the backing file; zeroes past its end, or without one.
+    fn read_backing(&self, guest: u64, len: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        let Some(backing) = &self.backing else {
+            iobuf::fill_zero(bufs);
+            return Ok(());
+        };
+        let inside = backing.size().saturating_sub(guest).min(len);
+        if inside > 0 {
+            backing.read(guest, &iobuf::slice_read(bufs, 0, inside))?;
+        }
+        iobuf::fill_zero(&iobuf::slice_read(bufs, inside, len - inside));
+        Ok(())
+    }
+
+    /// Reads and unpacks a compressed cluster. At most two clusters are read, whatever the entry
+    /// says.
+    fn read_compressed(&self, host: u64, len: u64) -> Result<Vec<u8>> {
+        let size = self.geometry.cluster_size();
+        let mut data = vec![0; to_usize(len.min(size * 2))];
+        self.storage.read_at(host, &[ReadBuf::new(&mut data)])?;
+        let mut out = vec![0; to_usize(size)];
+        decompress(self.compression, &data, &mut out).map_err(|reason| crate::Error::Corrupt {
+            filename: self.storage.name().to_owned(),
+            reason: format!("{reason} at host offset {host:#x}"),
+        })?;
+        debug_assert_eq!(to_u64(out.len()), size);
+        Ok(out)
+    }
+
+    pub(super) fn read_disk(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        let len = iobuf::total_len(bufs);
+        self.check_range(offset, len)?;
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let n = self.piece(at, len - done);
+            let held = self.in_flight.shared(self.clusters_of(at, n));
+            let extents = self.map_active(at, n)?;
+            self.read_extents(&extents, &iobuf::slice_read(bufs, done, n), false)?;
+            drop(held);
+            done += n;
+        }
+        Ok(())
+    }
+}

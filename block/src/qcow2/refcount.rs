@@ -1,0 +1,363 @@
+//! Who owns which host cluster: refcounts of every width, allocation, and growth of the table.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::num::{to_u64, to_usize};
+use crate::storage::Storage;
+use crate::{Error, ReadBuf, Result, WriteBuf};
+
+use super::cache::{Table, TableCache};
+use super::header::{Header, MAX_REFTABLE_BYTES, field};
+use super::layout::{Geometry, MAX_HOST, OFFSET_MASK, Run};
+
+const CACHE_BYTES: u64 = 32 << 20;
+
+/// The refcount table and its blocks. Changes stay in memory until [`Refcounts::write_back`].
+#[derive(Debug)]
+pub(super) struct Refcounts {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    /// Entries in host order; 0 for a block that is not there, whose clusters are all free.
+    table: Vec<u64>,
+    table_run: Run,
+    table_dirty: Option<Range<usize>>,
+    blocks: TableCache,
+    /// No cluster below is free.
+    hint: u64,
+}
+
+/// Reads the refcount at `index` of a block ("Refcount blocks": widths below a byte start at the
+/// least significant bit).
+fn get(bytes: &[u8], index: usize, order: u32) -> u64 {
+    let width = 1usize << order;
+    if order < 3 {
+        let bit = index * width;
+        let byte = bytes.get(bit / 8).copied().unwrap_or(0);
+        return u64::from(byte >> (bit % 8)) & ((1 << width) - 1);
+    }
+    let len = width / 8;
+    bytes[index * len..][..len].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// Sets the refcount at `index` of a block.
+fn set(table: &mut Table, index: usize, order: u32, value: u64) {
+    let width = 1usize << order;
+    if order < 3 {
+        let bit = index * width;
+        let at = bit / 8;
+        let mask = ((1u8 << width) - 1) << (bit % 8);
+        let [low, ..] = value.to_le_bytes();
+        let byte = &mut table.bytes_mut(at..at + 1)[0];
+        *byte = (*byte & !mask) | (low << (bit % 8) & mask);
+        return;
+    }
+    let len = width / 8;
+    let bytes = value.to_be_bytes();
+    table.bytes_mut(index * len..(index + 1) * len).copy_from_slice(&bytes[8 - len..]);
+}
+
+impl Refcounts {
+    /// Reads the refcount table.
+    pub(crate) fn open(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
+        let geometry = header.geometry;
+        let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
+        let mut bytes = vec![0; to_usize(len)];
+        storage.read_at(header.refcount_table_offset, &[ReadBuf::new(&mut bytes)])?;
+        let table = bytes.chunks_exact(8).map(|entry| crate::num::be64(entry, 0)).collect();
+        Ok(Self {
+            storage: storage.clone(),
+            geometry,
+            table,
+            table_run: Run {
+                first: geometry.cluster_of(header.refcount_table_offset),
+                count: header.refcount_table_clusters.into(),
+            },
+            table_dirty: None,
+            blocks: TableCache::new(geometry.cluster_size(), CACHE_BYTES),
+            hint: 1,
+        })
+    }
+
+    /// The clusters of the refcount table.
+    pub(crate) fn table_run(&self) -> Run {
+        self.table_run
+    }
+
+    fn corrupt(&self, reason: String) -> Error {
+        Error::Corrupt { filename: self.storage.name().to_owned(), reason }
+    }
+
+    /// The block of a cluster and the index in it; `None` if there is no block.
+    fn block(&mut self, cluster: u64) -> Result<Option<(&mut Table, usize)>> {
+        let entries = self.geometry.block_entries();
+        let Some(entry) = self.table.get(to_usize(cluster / entries)).copied() else {
+            return Ok(None);
+        };
+        if entry == 0 {
+            return Ok(None);
+        }
+        let offset = entry & OFFSET_MASK;
+        if offset != entry || self.geometry.in_cluster(offset) != 0 {
+            return Err(self.corrupt(format!(
+                "refcount table entry {} is {entry:#x}, not a cluster offset",
+                cluster / entries
+            )));
+        }
+        let table = self.blocks.load(&*self.storage, offset)?;
+        Ok(Some((table, to_usize(cluster % entries))))
+    }
+
+    /// How many references a cluster has.
+    pub(crate) fn get(&mut self, cluster: u64) -> Result<u64> {
+        let order = self.geometry.refcount_order;
+        Ok(match self.block(cluster)? {
+            Some((table, index)) => get(table.bytes(), index, order),
+            None => 0,
+        })
+    }
+
+    fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        match self.block(cluster)? {
+            Some((table, index)) => set(table, index, order, value),
+            None => {
+                return Err(self.corrupt(format!("cluster {cluster:#x} has no refcount block")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds one reference to each cluster; all or none.
+    ///
+    /// # Errors
+    /// Among others when the refcounts' width is exhausted, or a cluster has no reference yet,
+    /// which a used cluster must have.
+    pub(crate) fn add(&mut self, run: Run) -> Result<()> {
+        for cluster in run.first..run.end() {
+            let changed = match self.get(cluster) {
+                Ok(0) => {
+                    Err(self.corrupt(format!("cluster {cluster:#x} is in use but has refcount 0")))
+                }
+                Ok(n) if n >= self.geometry.max_refcount() => Err(Error::NotSupported(format!(
+                    "Image '{}': the refcount of cluster {cluster:#x} would exceed {} bits",
+                    self.storage.name(),
+                    1u32 << self.geometry.refcount_order
+                ))),
+                Ok(n) => self.set(cluster, n + 1),
+                Err(e) => Err(e),
+            };
+            if let Err(e) = changed {
+                let done = Run { first: run.first, count: cluster - run.first };
+                self.sub(done, |_| {})?;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one reference from each cluster and tells which have none left.
+    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(u64)) -> Result<()> {
+        for cluster in run.first..run.end() {
+            match self.get(cluster)? {
+                0 => {
+                    return Err(
+                        self.corrupt(format!("cluster {cluster:#x} to be freed has refcount 0"))
+                    );
+                }
+                n => self.set(cluster, n - 1)?,
+            }
+            if self.get(cluster)? == 0 {
+                self.hint = self.hint.min(cluster);
+                freed(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`.
+    pub(crate) fn allocate(&mut self, want: u64, exact: bool) -> Result<Run> {
+        let mut at = self.hint;
+        loop {
+            while self.get(at)? != 0 {
+                at += 1;
+            }
+            let mut count = 1;
+            while count < want && self.get(at + count)? == 0 {
+                count += 1;
+            }
+            if exact && count < want {
+                at += count;
+                continue;
+            }
+            let run = Run { first: at, count };
+            if self.geometry.offset_of(run.end()) >= MAX_HOST {
+                return Err(Error::NotSupported(format!(
+                    "Image '{}' cannot grow any more",
+                    self.storage.name()
+                )));
+            }
+            // New blocks are placed in the ranges they describe, perhaps in this very run.
+            if self.ensure_blocks(run)? {
+                continue;
+            }
+            for cluster in run.first..run.end() {
+                self.set(cluster, 1)?;
+            }
+            if !exact || run.first == self.hint {
+                self.hint = run.end();
+            }
+            return Ok(run);
+        }
+    }
+
+    /// Makes sure that all clusters of a run have a block; says whether any was missing.
+    fn ensure_blocks(&mut self, run: Run) -> Result<bool> {
+        let entries = self.geometry.block_entries();
+        let mut made = false;
+        for index in run.first / entries..=(run.end() - 1) / entries {
+            if index >= to_u64(self.table.len()) {
+                self.grow(index)?;
+                made = true;
+            }
+            if self.table[to_usize(index)] == 0 {
+                self.make_block(index, index * entries);
+                made = true;
+            }
+        }
+        Ok(made)
+    }
+
+    /// Makes the block `index` at `cluster`, which is in the range of a block that exists or of
+    /// this one. On disk the table refers to it only after the block is durable.
+    fn make_block(&mut self, index: u64, cluster: u64) {
+        let offset = self.geometry.offset_of(cluster);
+        let bytes = vec![0; to_usize(self.geometry.cluster_size())];
+        let order = self.geometry.refcount_order;
+        let entries = self.geometry.block_entries();
+        let table = self.blocks.insert(offset, bytes);
+        if cluster / entries == index {
+            set(table, to_usize(cluster % entries), order, 1);
+        }
+        let index = to_usize(index);
+        self.table[index] = offset;
+        self.table_dirty = Some(match self.table_dirty.take() {
+            Some(old) => old.start.min(index)..old.end.max(index + 1),
+            None => index..index + 1,
+        });
+    }
+
+    /// Moves the table to a larger place so that it has an entry `index`.
+    ///
+    /// The new table and blocks that describe it lie in ranges no block described before, hence
+    /// free. Order: new blocks and table durable, then the header, then the old table is freed. A
+    /// crash in between leaves the old table in force and nothing else on disk refers to the new.
+    fn grow(&mut self, index: u64) -> Result<()> {
+        let geometry = self.geometry;
+        let entries = geometry.block_entries();
+        let old_entries = to_u64(self.table.len());
+        let first_block = old_entries.max(index);
+        // Half as much again, so that growth is rare; room for the blocks that describe the table.
+        let mut wanted = first_block + 1 + old_entries / 2;
+        let (clusters, blocks) = loop {
+            let clusters = geometry.clusters(wanted * 8);
+            let blocks = clusters.div_ceil(entries - 1);
+            if clusters * geometry.cluster_size() / 8 >= first_block + blocks {
+                break (clusters, blocks);
+            }
+            wanted += blocks;
+        };
+        if clusters << geometry.cluster_bits > MAX_REFTABLE_BYTES.max(geometry.cluster_size()) {
+            return Err(Error::NotSupported(format!(
+                "Image '{}' cannot grow any more: its refcount table is at its largest",
+                self.storage.name()
+            )));
+        }
+        let start = first_block * entries;
+        let table_run = Run { first: start + blocks, count: clusters };
+        if geometry.offset_of(table_run.end()) >= MAX_HOST {
+            return Err(Error::NotSupported(format!(
+                "Image '{}' cannot grow any more",
+                self.storage.name()
+            )));
+        }
+        let old_table = self.table.clone();
+        let old_dirty = self.table_dirty.clone();
+        self.table.resize(to_usize(clusters * geometry.cluster_size() / 8), 0);
+        let result = self.install(first_block, blocks, start, table_run);
+        if result.is_err() {
+            for n in 0..blocks {
+                self.blocks.forget(geometry.offset_of(start + n));
+            }
+            self.table = old_table;
+            self.table_dirty = old_dirty;
+            return result;
+        }
+        let old_run = std::mem::replace(&mut self.table_run, table_run);
+        self.sub(old_run, |_| {})
+    }
+
+    /// The writes of [`Refcounts::grow`].
+    fn install(&mut self, first_block: u64, blocks: u64, start: u64, table: Run) -> Result<()> {
+        for n in 0..blocks {
+            self.make_block(first_block + n, start + n);
+        }
+        for cluster in start..table.end() {
+            self.set(cluster, 1)?;
+        }
+        self.blocks.write_back(&*self.storage)?;
+        let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        let offset = self.geometry.offset_of(table.first);
+        self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
+        self.storage.flush()?;
+        let mut fields = [0; 12];
+        fields[..8].copy_from_slice(&offset.to_be_bytes());
+        let clusters = u32::try_from(table.count).unwrap_or(u32::MAX);
+        fields[8..].copy_from_slice(&clusters.to_be_bytes());
+        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
+        self.storage.flush()?;
+        self.table_dirty = None;
+        Ok(())
+    }
+
+    /// Whether anything differs from the disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.table_dirty.is_some() || self.blocks.is_dirty()
+    }
+
+    /// Writes blocks, then table entries; a flush comes in between where entries are new, so that
+    /// the table never refers to a block that is not there.
+    pub(crate) fn write_back(&mut self) -> Result<()> {
+        self.blocks.write_back(&*self.storage)?;
+        if let Some(range) = self.table_dirty.clone() {
+            self.storage.flush()?;
+            let bytes: Vec<u8> =
+                self.table[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let at = self.geometry.offset_of(self.table_run.first) + to_u64(range.start) * 8;
+            self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;
+            self.table_dirty = None;
+        }
+        if self.blocks.is_over() {
+            self.blocks.shrink();
+        }
+        Ok(())
+    }
+
+    /// Keeps the cache within its limit. Blocks may be written at any time: they hold references
+    /// that are needed already, and lack only such as nothing on disk uses.
+    pub(crate) fn trim(&mut self) -> Result<()> {
+        if self.blocks.is_over() {
+            self.write_back()?;
+        }
+        Ok(())
+    }
+
+    /// The index after the last used cluster below `end`.
+    pub(crate) fn used_end(&mut self, end: u64) -> Result<u64> {
+        let mut end = end;
+        while end > 0 && self.get(end - 1)? == 0 {
+            end -= 1;
+        }
+        Ok(end)
+    }
+}

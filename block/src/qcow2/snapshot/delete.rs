@@ -1,0 +1,114 @@
+//! Deleting a snapshot.
+//!
+//! prepare: the table without it, written to fresh clusters, durable.
+//! publish: one header write.
+//! finish:  references of the snapshot's tree are given back, the old table is freed.
+
+use crate::qcow2::Qcow2;
+use crate::snapshot::SnapshotChange;
+use crate::{Error, Result};
+
+use super::table::{Entry, TableSwitch};
+use super::{Stage, begin_change, find, l1_run, load_l1, tree};
+
+/// See the module.
+pub(in crate::qcow2) struct Delete<'a> {
+    image: &'a Qcow2,
+    entry: Entry,
+    l1: Vec<u64>,
+    switch: Option<TableSwitch>,
+    stage: Stage,
+}
+
+impl<'a> Delete<'a> {
+    /// Starts the deletion of snapshot `id`.
+    pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
+        begin_change(image)?;
+        let load = || {
+            let mut meta = image.meta();
+            let entry = find(&meta, id)?;
+            if meta.readers.iter().any(|reader| reader == id) {
+                return Err(Error::Invalid(format!(
+                    "Snapshot '{}' is in use: its VM state is being read",
+                    entry.info.tag
+                )));
+            }
+            let l1 = load_l1(&mut meta, &entry)?;
+            Ok((entry, l1))
+        };
+        match load() {
+            Ok((entry, l1)) => Ok(Self { image, entry, l1, switch: None, stage: Stage::Begun }),
+            Err(e) => {
+                image.meta().changing = false;
+                Err(e)
+            }
+        }
+    }
+}
+
+impl SnapshotChange for Delete<'_> {
+    fn prepare(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Begun)?;
+        let mut meta = self.image.meta();
+        meta.check_writable()?;
+        let rest = meta
+            .snapshots
+            .iter()
+            .filter(|entry| entry.info.id != self.entry.info.id)
+            .cloned()
+            .collect();
+        self.switch = Some(TableSwitch::write(&mut meta, rest)?);
+        meta.sync()?;
+        self.stage = Stage::Prepared;
+        Ok(())
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Prepared)?;
+        if let Some(switch) = &mut self.switch {
+            switch.publish(&mut self.image.meta())?;
+        }
+        self.stage = Stage::Published;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Published)?;
+        self.stage = Stage::Ended;
+        let mut meta = self.image.meta();
+        meta.changing = false;
+        let run = l1_run(&meta, &self.entry);
+        let freed = tree::sub_refs(&mut meta, &self.l1).and_then(|()| meta.free(run));
+        let table = match &mut self.switch {
+            Some(switch) => switch.finish(&mut meta),
+            None => Ok(()),
+        };
+        let copied = tree::set_copied(&mut meta);
+        let synced = meta.sync();
+        meta.truncate_tail();
+        freed.and(table).and(copied).and(synced)
+    }
+
+    fn rollback(&mut self) -> Result<()> {
+        if self.stage == Stage::Ended {
+            return Ok(());
+        }
+        self.stage = Stage::Ended;
+        let mut meta = self.image.meta();
+        meta.changing = false;
+        if let Some(switch) = &mut self.switch {
+            switch.undo(&mut meta)?;
+            meta.sync()?;
+            meta.truncate_tail();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Delete<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.rollback() {
+            tracing::error!("deletion of a snapshot was not undone wholly: {e}");
+        }
+    }
+}

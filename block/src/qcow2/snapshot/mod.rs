@@ -1,0 +1,122 @@
+//! Internal snapshots: a copy of the L1 table, with a reference taken to everything below it.
+//!
+//! The snapshot point is `prepare`: writes that come later go to new clusters, whether the snapshot
+//! is published or rolled back afterwards.
+
+mod create;
+mod delete;
+mod revert;
+mod table;
+mod tree;
+mod vmstate;
+
+pub(super) use create::Create;
+pub(super) use delete::Delete;
+pub(super) use revert::Revert;
+pub(super) use table::{Entry, read_table};
+pub(super) use vmstate::VmState;
+
+use crate::{Error, Result};
+
+use super::Qcow2;
+use super::header::MAX_L1_BYTES;
+use super::layout::Run;
+use super::meta::{Meta, read_l1};
+
+/// How far a change is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Begun,
+    Prepared,
+    Published,
+    Ended,
+}
+
+impl Stage {
+    /// Refuses a step that is out of order.
+    fn expect(self, wanted: Self) -> Result<()> {
+        if self == wanted {
+            Ok(())
+        } else {
+            Err(Error::Invalid(format!("snapshot change is {self:?}, this step needs {wanted:?}")))
+        }
+    }
+}
+
+/// Starts a change: one at a time for an image.
+fn begin_change(image: &Qcow2) -> Result<()> {
+    let mut meta = image.meta();
+    meta.check_writable()?;
+    if meta.changing {
+        return Err(Error::Invalid(format!(
+            "Image '{}': another change of its snapshots is under way",
+            meta.storage.name()
+        )));
+    }
+    meta.changing = true;
+    Ok(())
+}
+
+/// Finds a snapshot by its id.
+fn find(meta: &Meta, id: &str) -> Result<Entry> {
+    meta.snapshots.iter().find(|entry| entry.info.id == id).cloned().ok_or_else(|| {
+        Error::NoSuchSnapshot { tag: id.to_owned(), node: meta.storage.name().to_owned() }
+    })
+}
+
+/// Reads a snapshot's L1 table, whose place and size an image may claim at will.
+fn load_l1(meta: &mut Meta, entry: &Entry) -> Result<Vec<u64>> {
+    let geometry = meta.geometry();
+    let bytes = u64::from(entry.l1_size) * 8;
+    let end = entry.l1_offset.checked_add(bytes);
+    let len = meta.storage.len()?;
+    let wrong = if bytes > MAX_L1_BYTES {
+        Some("is too large")
+    } else if geometry.in_cluster(entry.l1_offset) != 0 {
+        Some("is not cluster aligned")
+    } else if end.is_none_or(|end| end > len) {
+        Some("is beyond the end of the file")
+    } else if u64::from(entry.l1_size) < geometry.l1_entries(entry.info.disk_size) {
+        Some("is too small for its disk")
+    } else {
+        None
+    };
+    if let Some(wrong) = wrong {
+        return Err(meta.corrupt(format!(
+            "the L1 table of snapshot '{}' ({} entries at {:#x}) {wrong}",
+            entry.info.id, entry.l1_size, entry.l1_offset
+        )));
+    }
+    read_l1(&*meta.storage, entry.l1_offset, entry.l1_size)
+}
+
+/// The clusters of a snapshot's L1 table.
+fn l1_run(meta: &Meta, entry: &Entry) -> Run {
+    let geometry = meta.geometry();
+    Run {
+        first: geometry.cluster_of(entry.l1_offset),
+        count: geometry.clusters(u64::from(entry.l1_size) * 8),
+    }
+}
+
+/// Writes an L1 table to fresh clusters; at least one, so that it has a place.
+fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
+    let geometry = meta.geometry();
+    let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+    write_fresh(meta, bytes, geometry.cluster_size())
+}
+
+/// Writes bytes, padded to whole clusters (at least `least` bytes), to fresh clusters in a row.
+fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>, least: u64) -> Result<Run> {
+    use crate::num::{to_u64, to_usize};
+    let geometry = meta.geometry();
+    let count = geometry.clusters(to_u64(bytes.len()).max(least));
+    bytes.resize(to_usize(geometry.offset_of(count)), 0);
+    let run = meta.allocate(count, true)?;
+    let at = geometry.offset_of(run.first);
+    if let Err(e) = meta.storage.write_at(at, &[crate::WriteBuf::new(&bytes)]) {
+        meta.free_after_error(&[run]);
+        return Err(e);
+    }
+    Ok(run)
+}

@@ -1,0 +1,189 @@
+//! Going back to a snapshot.
+//!
+//! prepare: a reference is taken to everything below the snapshot's disk, its L1 table is copied to
+//!          fresh clusters; all durable.
+//! publish: one header write switches size, L1 offset and L1 size.
+//! finish:  references of the old disk's tree are given back.
+//!
+//! The VM state of the snapshot stays the snapshot's: the active table maps the disk only.
+
+use std::sync::atomic::Ordering;
+
+use crate::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::header::field;
+use crate::qcow2::layout::Run;
+use crate::qcow2::meta::Meta;
+use crate::snapshot::SnapshotChange;
+
+use super::table::Entry;
+use super::{Stage, begin_change, find, load_l1, tree, write_l1};
+
+/// An L1 table and the disk it maps.
+struct Active {
+    l1: Vec<u64>,
+    offset: u64,
+    disk_size: u64,
+}
+
+impl Active {
+    fn of(meta: &Meta) -> Self {
+        Self { l1: meta.l1.clone(), offset: meta.header.l1_offset, disk_size: meta.header.size }
+    }
+}
+
+/// See the module.
+pub(in crate::qcow2) struct Revert<'a> {
+    image: &'a Qcow2,
+    entry: Entry,
+    /// The snapshot's disk part.
+    l1: Vec<u64>,
+    /// Whether references were taken below `l1`.
+    taken: bool,
+    run: Option<Run>,
+    old: Option<(Active, Run)>,
+    stage: Stage,
+}
+
+impl<'a> Revert<'a> {
+    /// Starts going back to snapshot `id`.
+    pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
+        begin_change(image)?;
+        let load = || {
+            let mut meta = image.meta();
+            let entry = find(&meta, id)?;
+            let l1 = load_l1(&mut meta, &entry)?;
+            let count = meta.geometry().l1_entries(entry.info.disk_size);
+            Ok((entry, tree::plain_entries(&l1, count)))
+        };
+        match load() {
+            Ok((entry, l1)) => Ok(Self {
+                image,
+                entry,
+                l1,
+                taken: false,
+                run: None,
+                old: None,
+                stage: Stage::Begun,
+            }),
+            Err(e) => {
+                image.meta().changing = false;
+                Err(e)
+            }
+        }
+    }
+
+    /// Switches the active disk, on disk first. The caller holds the whole disk exclusively.
+    fn switch(&self, meta: &mut Meta, to: &Active) -> Result<()> {
+        let size = u32::try_from(to.l1.len()).unwrap_or(u32::MAX);
+        let mut fields = [0; 24];
+        fields[..8].copy_from_slice(&to.disk_size.to_be_bytes());
+        fields[12..16].copy_from_slice(&size.to_be_bytes());
+        fields[16..].copy_from_slice(&to.offset.to_be_bytes());
+        // One write within one sector (bytes 24 to 48; the encryption method in between is 0).
+        meta.write_field(field::SIZE, &fields)?;
+        meta.storage.flush()?;
+        meta.replace_l1(to.l1.clone(), to.offset, size);
+        meta.header.size = to.disk_size;
+        self.image.size.store(to.disk_size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Frees what `prepare` took.
+    fn undo_prepare(&mut self, meta: &mut Meta, l1: &[u64]) -> Result<()> {
+        let freed = if std::mem::take(&mut self.taken) { tree::sub_refs(meta, l1) } else { Ok(()) };
+        let run = match self.run.take() {
+            Some(run) => meta.free(run),
+            None => Ok(()),
+        };
+        let copied = tree::set_copied(meta);
+        let synced = meta.sync();
+        meta.truncate_tail();
+        freed.and(run).and(copied).and(synced)
+    }
+}
+
+impl SnapshotChange for Revert<'_> {
+    fn prepare(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Begun)?;
+        let mut meta = self.image.meta();
+        meta.check_writable()?;
+        tree::add_refs(&mut meta, &self.l1)?;
+        self.taken = true;
+        self.run = Some(write_l1(&mut meta, &self.l1)?);
+        meta.sync()?;
+        self.stage = Stage::Prepared;
+        Ok(())
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Prepared)?;
+        let _held = self.image.in_flight.exclusive(0..u64::MAX);
+        let mut meta = self.image.meta();
+        // The old disk must be whole on disk: its tables in memory are about to be left.
+        meta.sync()?;
+        let old = (Active::of(&meta), meta.l1_run());
+        let new = Active {
+            l1: self.l1.clone(),
+            offset: self.run.map_or(0, |run| meta.geometry().offset_of(run.first)),
+            disk_size: self.entry.info.disk_size,
+        };
+        if let Err(e) = self.switch(&mut meta, &new) {
+            // The header may have either; settle it. If that fails too, keep all clusters.
+            if let Err(again) = self.switch(&mut meta, &old.0) {
+                tracing::error!("the header could not be restored: {again}");
+                self.taken = false;
+                self.run = None;
+            }
+            return Err(e);
+        }
+        self.old = Some(old);
+        self.stage = Stage::Published;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.stage.expect(Stage::Published)?;
+        self.stage = Stage::Ended;
+        let mut meta = self.image.meta();
+        meta.changing = false;
+        let freed = match self.old.take() {
+            Some((old, run)) => tree::sub_refs(&mut meta, &old.l1).and_then(|()| meta.free(run)),
+            None => Ok(()),
+        };
+        let copied = tree::set_copied(&mut meta);
+        let synced = meta.sync();
+        meta.truncate_tail();
+        freed.and(copied).and(synced)
+    }
+
+    fn rollback(&mut self) -> Result<()> {
+        let stage = std::mem::replace(&mut self.stage, Stage::Ended);
+        if stage == Stage::Ended {
+            return Ok(());
+        }
+        let image = self.image;
+        let _held = image.in_flight.exclusive(0..u64::MAX);
+        let mut meta = image.meta();
+        meta.changing = false;
+        let mut l1 = self.l1.clone();
+        if let Some((old, _)) = self.old.take() {
+            // Writes since `publish` went to the new tree: that is what must be given back.
+            meta.sync()?;
+            l1.clone_from(&meta.l1);
+            self.switch(&mut meta, &old)?;
+        }
+        if self.taken || self.run.is_some() {
+            self.undo_prepare(&mut meta, &l1)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Revert<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.rollback() {
+            tracing::error!("going back to a snapshot was not undone wholly: {e}");
+        }
+    }
+}

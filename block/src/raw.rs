@@ -1,0 +1,86 @@
+//! The raw format, and the protocol node below every image: bytes as they are in the file.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::format::Format;
+use crate::iobuf;
+use crate::storage::Storage;
+use crate::{Error, ReadBuf, Result, WriteBuf};
+
+/// An image without a format.
+#[derive(Debug)]
+pub struct Raw {
+    storage: Arc<dyn Storage>,
+    driver: &'static str,
+    size: AtomicU64,
+    read_only: bool,
+}
+
+impl Raw {
+    /// Opens storage as a disk of its length, rounded up to whole 512-byte sectors as guests see.
+    pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
+        let size = storage.len()?.next_multiple_of(512);
+        Ok(Self { storage, driver: "raw", size: AtomicU64::new(size), read_only })
+    }
+
+    /// The protocol node of a file.
+    pub fn protocol(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
+        let mut raw = Self::open(storage, read_only)?;
+        raw.driver = "file";
+        Ok(raw)
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size }),
+        }
+    }
+
+    fn check_write(&self, offset: u64, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly(self.storage.name().to_owned()));
+        }
+        self.check(offset, len)
+    }
+}
+
+impl Format for Raw {
+    fn driver(&self) -> &'static str {
+        self.driver
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        self.check(offset, iobuf::total_len(bufs))?;
+        self.storage.read_at(offset, bufs)
+    }
+
+    fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.check_write(offset, iobuf::total_len(bufs))?;
+        self.storage.write_at(offset, bufs)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.storage.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_write(offset, len)?;
+        self.storage.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.check_write(offset, len)?;
+        self.storage.write_zeroes(offset, len, unmap)
+    }
+}
