@@ -1,10 +1,10 @@
 #!/bin/sh
-# Builds initramfs.cpio: the agent as init, busybox, and the directories they need. Needs no
-# root. The result is committed, with the checksums of its sources in initramfs.sources, so only
-# a change of the agent or of this script needs this; `build-initramfs.sh --check` says whether
-# the two belong together.
+# Builds agent.cpio, the agent as init and the directories it needs, and initramfs.cpio, the same
+# with busybox. Needs no root. The results are committed, with the checksums of their sources in
+# initramfs.sources, so only a change of the agent or of this script needs this;
+# `build-initramfs.sh --check` says whether they belong together.
 #
-# The archive is not compressed: the guest would have to decompress it, in kernel mode.
+# The archives are not compressed: the guest would have to decompress them, in kernel mode.
 #
 # CARGO_TARGET_DIR   where the agent is built (default: agent/target)
 set -eu
@@ -24,7 +24,7 @@ sources() {
 
 if [ "${1:-}" = --check ]; then
     sources | diff initramfs.sources - >&2 && sha256sum --check --quiet initramfs.sha256 || {
-        echo "initramfs.cpio is not of these sources: run resources/guest/build-initramfs.sh" >&2
+        echo "the archives are not of these sources: run resources/guest/build-initramfs.sh" >&2
         exit 1
     }
     exit 0
@@ -51,19 +51,25 @@ target_dir=${CARGO_TARGET_DIR:-$here/agent/target}
 
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
-mkdir -p "$stage/bin" "$stage/dev" "$stage/mnt" "$stage/proc" "$stage/sys" "$stage/tmp"
-install -m 0755 "$target_dir/$target/release/guest-agent" "$stage/init"
-install -m 0755 /bin/busybox "$stage/bin/busybox"
-ln -s busybox "$stage/bin/sh"
-chmod 1777 "$stage/tmp"
-chmod 0755 "$stage" "$stage/bin" "$stage/dev" "$stage/mnt" "$stage/proc" "$stage/sys"
 
 # The same input gives the same bytes: sorted names, no times, owned by root. Device nodes are
 # the kernel's business (devtmpfs).
-find "$stage" -exec touch -h -d @0 {} +
-(cd "$stage" && find . -mindepth 1 | sort | cpio --quiet --reproducible -o -H newc -R 0:0) \
-    >initramfs.cpio
+archive() {
+    find "$stage" -exec touch -h -d @0 {} +
+    (cd "$stage" && find . -mindepth 1 | sort | cpio --quiet --reproducible -o -H newc -R 0:0)
+}
+
+umask 022
+chmod 0755 "$stage"
+mkdir "$stage/bin" "$stage/dev" "$stage/mnt" "$stage/proc" "$stage/sys" "$stage/tmp"
+chmod 1777 "$stage/tmp"
+install -m 0755 "$target_dir/$target/release/guest-agent" "$stage/init"
+archive >agent.cpio
+install -m 0755 /bin/busybox "$stage/bin/busybox"
+ln -s busybox "$stage/bin/sh"
+archive >initramfs.cpio
+
 sources >initramfs.sources
-sha256sum initramfs.cpio >initramfs.sha256
+sha256sum agent.cpio initramfs.cpio >initramfs.sha256
 dpkg-query -W -f 'busybox-static ${Version}\n' busybox-static
-ls -l initramfs.cpio
+ls -l agent.cpio initramfs.cpio

@@ -71,4 +71,7 @@ while read -r line; do
     }
 done <"$here/tiny.config"
 install -m 0644 "$tree/arch/x86/boot/bzImage" "$here/tiny.bzImage"
+cd "$here"
+sha256sum build-kernel.sh patches/*.patch tiny.config >kernel.sources
+sha256sum tiny.bzImage >kernel.sha256
 ls -l "$here/tiny.bzImage"

@@ -1,8 +1,9 @@
 //! The one buffer for disk and file data. It is large, so it lives outside the stack, and it is
 //! never freed, so that its pages are touched for the first time only once.
 
-/// Data moves in pieces of this many bytes.
-pub const SIZE: usize = 64 << 10;
+/// Data moves in pieces of this many bytes: large, because each system call and each interrupt
+/// costs far more than the bytes.
+pub const SIZE: usize = 256 << 10;
 
 /// A buffer that O_DIRECT accepts: aligned to a page.
 #[repr(C, align(4096))]

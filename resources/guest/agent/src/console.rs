@@ -134,6 +134,15 @@ impl Reply {
         reply
     }
 
+    /// A line of a program's output, on behalf of the request `token`.
+    pub fn output(token: &str, text: &str) -> Self {
+        let mut line = Self { bytes: [0; REPLY_MAX], token: 0, length: 0 };
+        for part in [token, " | ", text] {
+            line.push(part);
+        }
+        line
+    }
+
     /// The token this answers.
     pub fn token(&self) -> &str {
         core::str::from_utf8(&self.bytes[..self.token]).unwrap_or("")

@@ -41,7 +41,7 @@ impl Range {
 
     /// Checks a range that came in a request.
     pub fn new(offset: u64, length: u64) -> Result<Self, Error> {
-        if offset % SECTOR != 0 || length % SECTOR != 0 {
+        if !offset.is_multiple_of(SECTOR) || !length.is_multiple_of(SECTOR) {
             return Err(Error::Request("offset and length must be multiples of 512"));
         }
         match offset.checked_add(length) {

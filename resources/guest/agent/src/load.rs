@@ -5,7 +5,6 @@ use core::fmt::Write;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::args::{Args, Path};
-use crate::buffer::SIZE;
 use crate::command::Agent;
 use crate::console::Reply;
 use crate::disk::{Disk, Range};
@@ -15,6 +14,9 @@ use crate::sys;
 
 /// Most processes at a time.
 const WORKERS_MAX: usize = 8;
+
+/// `disk`: bytes of a write; small, so that many are under way while a checkpoint is taken.
+const PIECE: u64 = 64 << 10;
 
 /// What a worker tells; shared between it and init.
 struct Progress {
@@ -86,7 +88,7 @@ pub fn load(agent: &mut Agent, mut args: Args, reply: &mut Reply) -> Result<(), 
             let offset = args.number("offset expected")?;
             let range = Range::new(offset, args.number("length expected")?)?;
             args.end()?;
-            if range.length < SIZE as u64 {
+            if range.length < PIECE {
                 return Err(Error::Request("length must be 64K at least"));
             }
             start(agent, Kind::Disk, |agent, index, shared| {
@@ -213,11 +215,11 @@ fn write(agent: &mut Agent, device: &Path, range: Range, shared: &Shared, index:
         progress.errors.fetch_add(1, Relaxed);
         return;
     };
-    let places = range.length / SIZE as u64;
+    let places = range.length / PIECE;
     let mut step = 0;
     while !shared.stop.load(Relaxed) {
-        let offset = range.offset + pattern::word(PLACES, step) % places * SIZE as u64;
-        let bytes = agent.buffer.first(SIZE as u64);
+        let offset = range.offset + pattern::word(PLACES, step) % places * PIECE;
+        let bytes = agent.buffer.first(PIECE);
         pattern::fill(bytes, step, offset);
         let written = disk.write(bytes, offset).is_ok();
         bytes.fill(0);

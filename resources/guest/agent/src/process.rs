@@ -5,7 +5,7 @@ use core::ptr::null;
 
 use crate::args::Args;
 use crate::command::Agent;
-use crate::console::{self, Reply};
+use crate::console::Reply;
 use crate::error::{During, Error};
 use crate::sys::{self, Errno, Fd, O_RDWR};
 
@@ -65,9 +65,8 @@ fn relay(agent: &mut Agent, output: &Fd, token: &str) -> Result<(), Error> {
                 None if count == 0 || held == LINE => held,
                 None => break,
             };
-            for part in [token, " | ", core::str::from_utf8(&bytes[..end]).unwrap_or("?"), "\n"] {
-                console::print(part);
-            }
+            let text = core::str::from_utf8(&bytes[..end]).unwrap_or("(not text)");
+            Reply::output(token, text).send();
             let next = end + usize::from(newline.is_some());
             bytes.copy_within(next..held, 0);
             held -= next;
