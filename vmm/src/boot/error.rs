@@ -196,6 +196,9 @@ impl FirstBytes {
 
 impl fmt::Display for FirstBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no bytes");
+        }
         f.write_str("first bytes")?;
         self.0.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
     }

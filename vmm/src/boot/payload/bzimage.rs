@@ -18,7 +18,7 @@ pub(super) const SETUP_HEADER_END: usize = SETUP_HEADER_START + size_of::<setup_
 const BOOT_FLAG: u16 = 0xaa55;
 
 /// `header`, at 0x202: "HdrS".
-const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
+const HEADER_MAGIC: [u8; 4] = *b"HdrS";
 
 /// The first protocol with `payload_offset` and `payload_length`.
 const OLDEST_VERSION: u16 = 0x0208;
@@ -40,11 +40,8 @@ impl SetupHeader {
     /// Takes the header from the first [`SETUP_HEADER_END`] bytes of a file (fewer if it is
     /// shorter) of `length` bytes. `None` if the file is not a bzImage.
     pub(super) fn parse(start: &[u8], length: u64) -> Result<Option<Self>, KernelError> {
-        let boot_flag = start.get(0x1fe..0x200).map(|flag| [flag[0], flag[1]]);
-        if boot_flag != Some(BOOT_FLAG.to_le_bytes())
-            || start
-                .get(0x202..0x206)
-                .is_some_and(|magic| magic != HEADER_MAGIC.to_le_bytes())
+        if start.get(0x1fe..0x200) != Some(&BOOT_FLAG.to_le_bytes())
+            || start.get(0x202..0x206) != Some(&HEADER_MAGIC)
         {
             return Ok(None);
         }

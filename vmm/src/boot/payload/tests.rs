@@ -56,6 +56,30 @@ fn large_lz4_payload_of_several_blocks_is_put_together() {
 }
 
 #[test]
+fn lz4_block_header_that_is_cut_off_is_corrupt() {
+    let elf = elf(&code(5000));
+    let payload = payload(Compression::Lz4, &elf);
+    let (data, size) = payload.split_at(payload.len() - 4);
+    let text = refusal(&bzimage(&[data, b"\x01\0", size].concat()));
+    assert_eq!(
+        text,
+        "a bzImage whose lz4 payload is corrupt: an lz4 block is cut off"
+    );
+}
+
+#[test]
+fn lz4_frames_behind_one_another_are_one_payload() {
+    let elf = elf(&code(5000));
+    let frame = |part| {
+        let payload = payload(Compression::Lz4, part);
+        payload[..payload.len() - 4].to_vec()
+    };
+    let size = u32::try_from(elf.len()).unwrap().to_le_bytes();
+    let payload = [frame(&elf[..3000]), frame(&elf[3000..]), size.to_vec()].concat();
+    assert!(unpacked(&bzimage(&payload)) == elf);
+}
+
+#[test]
 fn incompressible_blocks_of_lzo_are_taken_as_they_are() {
     let mut state = 7u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
@@ -172,6 +196,42 @@ fn bzimage_of_an_old_protocol_is_refused_with_its_version() {
 }
 
 #[test]
+fn no_setup_sectors_are_four_of_them() {
+    let elf = elf(&code(5000));
+    let payload = payload(Compression::Lz4, &elf);
+    let setup = setup_header {
+        setup_sects: 0,
+        ..testing::setup(&payload)
+    };
+    let mut image = bzimage_of(setup, &payload);
+    // Protected-mode code starts one sector later than after the three that are there.
+    image.splice(4 * 512..4 * 512, [0; 512]);
+    assert!(unpacked(&image) == elf);
+}
+
+#[test]
+fn what_is_behind_the_end_of_a_setup_header_is_not_of_it() {
+    let payload = payload(Compression::Lz4, &elf(&code(5000)));
+    // Ends with setup_data, at 0x258; pref_address and init_size would follow.
+    let setup = setup_header {
+        version: 0x0209,
+        jump: 0x56eb,
+        pref_address: 0x6372_6170,
+        init_size: 0x6564_6f63,
+        ..testing::setup(&payload)
+    };
+    let header = open(&bzimage_of(setup, &payload))
+        .unwrap()
+        .setup_header()
+        .unwrap();
+    assert_eq!(({ header.pref_address }, { header.init_size }), (0, 0));
+    assert_eq!(
+        ({ header.version }, { header.cmdline_size }),
+        (0x0209, 2047)
+    );
+}
+
+#[test]
 fn payload_outside_the_file_or_the_guest_is_refused() {
     let payload = payload(Compression::Gzip, &elf(&code(100)));
     let setup = testing::setup(&payload);
@@ -219,7 +279,7 @@ fn payload_of_an_unknown_kind_is_refused_with_its_first_bytes() {
         text.ends_with("(first bytes 04 22 4d 18 20 61 6e 20)"),
         "{text}"
     );
-    assert!(refusal(&bzimage(b"")).contains("neither an ELF file"));
+    assert!(refusal(&bzimage(b"")).ends_with("(no bytes)"));
 }
 
 #[test]
@@ -283,8 +343,8 @@ fn payload_that_claims_more_than_the_guest_has_is_refused_before_work() {
 
 #[test]
 fn bomb_stops_at_the_size_that_it_claims() {
-    // 8 MiB of zeroes that claim to be 64 KiB.
-    let bomb = vec![0; 8 << 20];
+    // Two blocks of lz4, and many of lzo, that claim to be 64 KiB of zeroes.
+    let bomb = vec![0; 9 << 20];
     for compression in COMPRESSIONS {
         let mut payload = payload(compression, &bomb);
         let at = payload.len() - 4;
@@ -292,6 +352,24 @@ fn bomb_stops_at_the_size_that_it_claims() {
         let error = decompress::decompress(compression, &payload, LIMIT).unwrap_err();
         let text = error.to_string();
         assert!(text.starts_with("is corrupt"), "{compression}: {text}");
+    }
+}
+
+#[test]
+fn blocks_are_not_given_more_room_than_the_size_that_is_claimed() {
+    let bomb = vec![0; 9 << 20];
+    let expected = 64 << 10;
+    for (compression, decode) in [
+        (
+            Compression::Lz4,
+            lz4::decompress as fn(&[u8], usize, &mut Vec<u8>) -> _,
+        ),
+        (Compression::Lzo, lzop::decompress),
+    ] {
+        let payload = payload(compression, &bomb);
+        let mut out = Vec::with_capacity(expected);
+        decode(&payload[..payload.len() - 4], expected, &mut out).unwrap_err();
+        assert_eq!(out.capacity(), expected, "{compression}");
     }
 }
 
