@@ -1,1 +1,424 @@
+use std::sync::{Arc, Mutex};
 
+use proptest::prelude::*;
+
+use super::state::{accepts, may_become};
+use super::*;
+use crate::Error;
+use crate::schema::{Event, JobStatus, JobType, JobVerb};
+
+/// What was asked of the work, and what it says.
+#[derive(Debug, Default)]
+struct Script {
+    asked: Vec<&'static str>,
+    progress: (u64, u64),
+    stubborn: bool,
+}
+
+#[derive(Clone, Default)]
+struct TestWork(Arc<Mutex<Script>>);
+
+impl TestWork {
+    fn ask(&self, what: &'static str) -> bool {
+        let mut script = self.0.lock().unwrap();
+        script.asked.push(what);
+        !script.stubborn
+    }
+
+    fn asked(&self) -> Vec<&'static str> {
+        self.0.lock().unwrap().asked.clone()
+    }
+}
+
+impl Work for TestWork {
+    fn progress(&self) -> (u64, u64) {
+        self.0.lock().unwrap().progress
+    }
+
+    fn cancel(&mut self) -> bool {
+        self.ask("cancel")
+    }
+
+    fn pause(&mut self) -> bool {
+        self.ask("pause")
+    }
+
+    fn resume(&mut self) {
+        self.ask("resume");
+    }
+
+    fn complete(&mut self) {
+        self.ask("complete");
+    }
+}
+
+type Log = Arc<Mutex<Vec<(String, JobStatus)>>>;
+
+struct Fixture {
+    jobs: Jobs,
+    log: Log,
+    work: TestWork,
+}
+
+const MANUAL: AutoFlags = AutoFlags { finalize: false, dismiss: false };
+
+impl Fixture {
+    fn new() -> Self {
+        let log = Log::default();
+        let sink = log.clone();
+        let jobs = Jobs::new(move |event| {
+            let Event::JobStatusChange { id, status } = event else { panic!("{event:?}") };
+            sink.lock().unwrap().push((id.clone(), *status));
+        });
+        Self { jobs, log, work: TestWork::default() }
+    }
+
+    /// With a job "j" that was started.
+    fn running(kind: JobType, auto: AutoFlags) -> Self {
+        let mut fixture = Self::new();
+        fixture.create("j", kind, auto).unwrap();
+        fixture.jobs.start("j").unwrap();
+        fixture
+    }
+
+    fn create(&mut self, id: &str, kind: JobType, auto: AutoFlags) -> Result<(), Error> {
+        self.jobs.create(id, kind, auto, Box::new(self.work.clone()))
+    }
+
+    /// The states gone through since the last call.
+    fn states(&mut self) -> String {
+        let log = std::mem::take(&mut *self.log.lock().unwrap());
+        log.iter().map(|(_, status)| status.as_str()).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn desc(result: Result<(), Error>) -> String {
+    result.expect_err("it was accepted").desc
+}
+
+#[test]
+fn a_snapshot_job_that_succeeds_stays_concluded_until_dismissed() {
+    let mut f = Fixture::running(JobType::SnapshotSave, AutoFlags::of(JobType::SnapshotSave));
+    f.work.0.lock().unwrap().progress = (7, 10);
+    assert_eq!(f.jobs.query()[0].current_progress, 7);
+    f.work.0.lock().unwrap().progress = (10, 10);
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.states(), "created running waiting pending concluded");
+    let info = f.jobs.get("j").unwrap();
+    assert_eq!((info.status, info.error), (JobStatus::Concluded, None));
+    assert_eq!((info.current_progress, info.total_progress), (10, 10));
+    assert_eq!(Arc::strong_count(&f.work.0), 1, "the work is dropped");
+    f.jobs.dismiss("j").unwrap();
+    assert_eq!(f.states(), "null");
+    assert!(f.jobs.query().is_empty());
+    assert_eq!(desc(f.jobs.dismiss("j")), "Job not found");
+}
+
+#[test]
+fn a_job_that_fails_shows_its_error_in_the_list_and_keeps_its_progress() {
+    let mut f = Fixture::running(JobType::SnapshotLoad, AutoFlags::of(JobType::SnapshotLoad));
+    f.work.0.lock().unwrap().progress = (3, 9);
+    f.jobs.finish("j", Outcome::Failure("no".into())).unwrap();
+    assert_eq!(f.states(), "created running aborting concluded");
+    let info = f.jobs.get("j").unwrap();
+    assert_eq!(info.error.as_deref(), Some("no"));
+    assert_eq!((info.current_progress, info.total_progress), (3, 9));
+}
+
+#[test]
+fn a_block_job_disappears_by_itself() {
+    let mut f = Fixture::running(JobType::Backup, AutoFlags::of(JobType::Backup));
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.states(), "created running waiting pending concluded null");
+    assert!(f.jobs.query().is_empty());
+    f.create("j", JobType::Backup, AutoFlags::of(JobType::Backup)).unwrap();
+}
+
+#[test]
+fn a_cancelled_job_ends_when_its_work_does() {
+    let mut f = Fixture::running(JobType::SnapshotSave, AutoFlags::of(JobType::SnapshotSave));
+    f.jobs.cancel("j").unwrap();
+    f.jobs.cancel("j").unwrap();
+    assert_eq!(f.work.asked(), ["cancel"]);
+    assert_eq!(f.jobs.get("j").unwrap().status, JobStatus::Running);
+    f.jobs.finish("j", Outcome::Cancelled).unwrap();
+    assert_eq!(f.states(), "created running aborting concluded");
+    assert_eq!(f.jobs.get("j").unwrap().error.as_deref(), Some("Operation canceled"));
+    let text = "Job 'j' in state 'concluded' cannot accept command verb 'cancel'";
+    assert_eq!(desc(f.jobs.cancel("j")), text);
+}
+
+#[test]
+fn a_cancel_that_comes_too_late_ends_in_success() {
+    let mut f = Fixture::running(JobType::SnapshotSave, AutoFlags::of(JobType::SnapshotSave));
+    f.jobs.cancel("j").unwrap();
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.jobs.get("j").unwrap().error, None);
+}
+
+#[test]
+fn work_that_cannot_stop_now_refuses_the_cancel() {
+    let mut f = Fixture::running(JobType::SnapshotLoad, AutoFlags::of(JobType::SnapshotLoad));
+    f.work.0.lock().unwrap().stubborn = true;
+    let text = "Job 'j' in state 'running' cannot accept command verb 'cancel'";
+    assert_eq!(desc(f.jobs.cancel("j")), text);
+    let text = "Job 'j' in state 'running' cannot accept command verb 'pause'";
+    assert_eq!(desc(f.jobs.pause("j")), text);
+    f.work.0.lock().unwrap().stubborn = false;
+    f.jobs.cancel("j").unwrap();
+}
+
+#[test]
+fn jobs_without_work_under_way_are_cancelled_at_once() {
+    let mut f = Fixture::new();
+    f.create("j", JobType::Backup, MANUAL).unwrap();
+    f.jobs.cancel("j").unwrap();
+    assert_eq!(f.states(), "created aborting concluded");
+    let mut f = Fixture::running(JobType::Backup, MANUAL);
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.states(), "created running waiting pending");
+    f.jobs.cancel("j").unwrap();
+    assert_eq!(f.states(), "aborting concluded");
+    assert_eq!(f.work.asked(), [""; 0]);
+}
+
+#[test]
+fn a_manual_job_waits_for_finalize_and_dismiss() {
+    let mut f = Fixture::running(JobType::Mirror, MANUAL);
+    f.jobs.ready("j").unwrap();
+    f.jobs.complete("j").unwrap();
+    assert_eq!(f.work.asked(), ["complete"]);
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.states(), "created running ready waiting pending");
+    let text = "Job 'j' in state 'pending' cannot accept command verb 'dismiss'";
+    assert_eq!(desc(f.jobs.dismiss("j")), text);
+    f.jobs.finalize("j").unwrap();
+    f.jobs.dismiss("j").unwrap();
+    assert_eq!(f.states(), "concluded null");
+}
+
+#[test]
+fn a_pause_takes_effect_when_the_work_rests() {
+    let mut f = Fixture::running(JobType::Stream, MANUAL);
+    f.states();
+    f.jobs.pause("j").unwrap();
+    assert_eq!(desc(f.jobs.pause("j")), "Job is already paused");
+    assert_eq!(f.states(), "");
+    f.jobs.paused("j").unwrap();
+    f.jobs.paused("j").unwrap();
+    assert_eq!(f.states(), "paused");
+    f.jobs.resume("j").unwrap();
+    assert_eq!(f.states(), "running");
+    // The report of a pause that was taken back meanwhile.
+    f.jobs.paused("j").unwrap();
+    assert_eq!(f.states(), "");
+    assert_eq!(desc(f.jobs.resume("j")), "Can't resume a job that was not paused");
+    assert_eq!(f.work.asked(), ["pause", "resume"]);
+}
+
+#[test]
+fn a_paused_job_goes_on_to_be_cancelled_or_to_end() {
+    let mut f = Fixture::running(JobType::Mirror, MANUAL);
+    f.jobs.pause("j").unwrap();
+    f.jobs.paused("j").unwrap();
+    f.jobs.cancel("j").unwrap();
+    f.jobs.finish("j", Outcome::Cancelled).unwrap();
+    assert_eq!(f.states(), "created running paused running aborting concluded");
+    let mut f = Fixture::running(JobType::Mirror, MANUAL);
+    f.jobs.ready("j").unwrap();
+    f.jobs.pause("j").unwrap();
+    f.jobs.paused("j").unwrap();
+    f.jobs.complete("j").unwrap();
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert_eq!(f.states(), "created running ready standby ready waiting pending");
+}
+
+#[test]
+fn resume_of_an_unpaused_job_is_refused_in_every_state_with_its_own_text() {
+    let mut f = Fixture::running(JobType::SnapshotSave, MANUAL);
+    f.jobs.finish("j", Outcome::Failure(String::new())).unwrap();
+    assert_eq!(desc(f.jobs.resume("j")), "Can't resume a job that was not paused");
+    assert_eq!(desc(f.jobs.resume("k")), "Job not found");
+}
+
+#[test]
+fn ids_are_checked_and_unique_until_dismissed() {
+    let mut f = Fixture::new();
+    for id in ["", "1a", "-a", ".", "a b", "a/b", "ä", "aä", "a\0"] {
+        let text = desc(f.create(id, JobType::SnapshotSave, MANUAL));
+        assert_eq!(text, format!("Invalid job ID '{id}'"));
+    }
+    for id in ["a", "Z-1._", &"x".repeat(300)] {
+        f.create(id, JobType::SnapshotSave, MANUAL).unwrap();
+    }
+    f.jobs.cancel("a").unwrap();
+    let text = desc(f.create("a", JobType::Backup, MANUAL));
+    assert_eq!(text, "Job ID 'a' already in use");
+    f.jobs.dismiss("a").unwrap();
+    f.create("a", JobType::Backup, MANUAL).unwrap();
+}
+
+#[test]
+fn the_list_is_newest_first_with_the_wire_names() {
+    let mut f = Fixture::new();
+    for id in ["a", "b", "c"] {
+        f.create(id, JobType::SnapshotDelete, MANUAL).unwrap();
+    }
+    let ids: Vec<String> = f.jobs.query().into_iter().map(|job| job.id).collect();
+    assert_eq!(ids, ["c", "b", "a"]);
+    let expected = serde_json::json!({
+        "id": "a", "type": "snapshot-delete", "status": "created",
+        "current-progress": 0, "total-progress": 0,
+    });
+    assert_eq!(serde_json::to_value(f.jobs.get("a").unwrap()).unwrap(), expected);
+}
+
+#[test]
+fn close_forgets_what_is_concluded_and_cancels_the_rest() {
+    let mut f = Fixture::running(JobType::SnapshotSave, MANUAL);
+    f.create("done", JobType::SnapshotSave, MANUAL).unwrap();
+    f.jobs.cancel("done").unwrap();
+    f.states();
+    assert_eq!(f.jobs.close(), 1);
+    assert_eq!(f.states(), "null");
+    assert_eq!(f.work.asked(), ["cancel"]);
+    f.jobs.finish("j", Outcome::Cancelled).unwrap();
+    assert_eq!(f.jobs.close(), 0);
+    assert_eq!(f.states(), "aborting concluded null");
+}
+
+#[test]
+fn reports_that_the_state_does_not_allow_change_nothing() {
+    let mut f = Fixture::new();
+    assert_eq!(f.jobs.start("j"), Err(StateError::NoJob("j".into())));
+    f.create("j", JobType::SnapshotSave, MANUAL).unwrap();
+    assert!(f.jobs.finish("j", Outcome::Success).is_err());
+    f.jobs.start("j").unwrap();
+    assert!(f.jobs.start("j").is_err());
+    f.jobs.finish("j", Outcome::Success).unwrap();
+    assert!(f.jobs.finish("j", Outcome::Success).is_err());
+    assert_eq!(f.states(), "created running waiting pending");
+}
+
+#[test]
+fn the_tables_are_qemus() {
+    use JobStatus as S;
+    let edges: Vec<(S, &[S])> = vec![
+        (S::Undefined, &[S::Created]),
+        (S::Created, &[S::Running, S::Aborting, S::Null]),
+        (S::Running, &[S::Paused, S::Ready, S::Waiting, S::Aborting]),
+        (S::Paused, &[S::Running]),
+        (S::Ready, &[S::Standby, S::Waiting, S::Aborting]),
+        (S::Standby, &[S::Ready]),
+        (S::Waiting, &[S::Pending, S::Aborting]),
+        (S::Pending, &[S::Aborting, S::Concluded]),
+        (S::Aborting, &[S::Aborting, S::Concluded]),
+        (S::Concluded, &[S::Null]),
+        (S::Null, &[]),
+    ];
+    for (from, expected) in edges {
+        for &to in S::ALL {
+            assert_eq!(may_become(from, to), expected.contains(&to), "{from} {to}");
+        }
+    }
+    let early = [S::Created, S::Running, S::Paused, S::Ready, S::Standby];
+    for &status in S::ALL {
+        let cancel = early.contains(&status) || matches!(status, S::Waiting | S::Pending);
+        assert_eq!(accepts(status, JobVerb::Cancel), cancel, "{status}");
+        for verb in [JobVerb::Pause, JobVerb::Resume, JobVerb::SetSpeed, JobVerb::Change] {
+            assert_eq!(accepts(status, verb), early.contains(&status), "{status} {verb}");
+        }
+        let complete = matches!(status, S::Ready | S::Standby);
+        assert_eq!(accepts(status, JobVerb::Complete), complete, "{status}");
+        assert_eq!(accepts(status, JobVerb::Finalize), status == S::Pending, "{status}");
+        assert_eq!(accepts(status, JobVerb::Dismiss), status == S::Concluded, "{status}");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Create(bool, bool),
+    Start,
+    Paused,
+    Ready,
+    Finish(u8),
+    Verb(JobVerb),
+    Stubborn(bool),
+    Close,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        1 => any::<(bool, bool)>().prop_map(|(finalize, dismiss)| Act::Create(finalize, dismiss)),
+        3 => Just(Act::Start),
+        2 => Just(Act::Paused),
+        1 => Just(Act::Ready),
+        2 => (0..3_u8).prop_map(Act::Finish),
+        6 => prop::sample::select(JobVerb::ALL).prop_map(Act::Verb),
+        1 => any::<bool>().prop_map(Act::Stubborn),
+        1 => Just(Act::Close),
+    ]
+}
+
+/// Every job's life, as told, is a walk through the table that concludes at most once, and is where
+/// the list says.
+fn check_log(log: &[(String, JobStatus)], jobs: &Jobs) {
+    for id in ["a", "b"] {
+        let mut at = JobStatus::Undefined;
+        for (_, status) in log.iter().filter(|(of, _)| of == id) {
+            if at == JobStatus::Null {
+                at = JobStatus::Undefined;
+            }
+            assert!(may_become(at, *status), "{id}: {at} to {status} in {log:?}");
+            at = *status;
+        }
+        let listed = jobs.get(id).map_or(JobStatus::Null, |job| job.status);
+        let told = if at == JobStatus::Undefined { JobStatus::Null } else { at };
+        assert_eq!(listed, told, "{id} in {log:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn no_order_of_verbs_and_reports_leaves_the_table(
+        acts in prop::collection::vec((prop::sample::select(vec!["a", "b"]), act()), 0..60),
+    ) {
+        let mut f = Fixture::new();
+        for (id, act) in acts {
+            let before = f.log.lock().unwrap().len();
+            let jobs = &mut f.jobs;
+            let refused = match act {
+                Act::Create(finalize, dismiss) => {
+                    let work = Box::new(f.work.clone());
+                    jobs.create(id, JobType::Mirror, AutoFlags { finalize, dismiss }, work).is_err()
+                }
+                Act::Start => jobs.start(id).is_err(),
+                Act::Paused => jobs.paused(id).is_err(),
+                Act::Ready => jobs.ready(id).is_err(),
+                // Work that is over reports once; what it does before is not checked here.
+                Act::Finish(0) => { let _ = jobs.finish(id, Outcome::Success); false }
+                Act::Finish(1) => { let _ = jobs.finish(id, Outcome::Cancelled); false }
+                Act::Finish(_) => { let _ = jobs.finish(id, Outcome::Failure("no".into())); false }
+                Act::Verb(JobVerb::Cancel) => jobs.cancel(id).is_err(),
+                Act::Verb(JobVerb::Pause) => jobs.pause(id).is_err(),
+                Act::Verb(JobVerb::Resume) => jobs.resume(id).is_err(),
+                Act::Verb(JobVerb::Complete) => jobs.complete(id).is_err(),
+                Act::Verb(JobVerb::Dismiss) => jobs.dismiss(id).is_err(),
+                Act::Verb(JobVerb::Finalize) => jobs.finalize(id).is_err(),
+                Act::Verb(_) => false,
+                Act::Stubborn(stubborn) => {
+                    f.work.0.lock().unwrap().stubborn = stubborn;
+                    false
+                }
+                Act::Close => {
+                    jobs.close();
+                    false
+                }
+            };
+            let log = f.log.lock().unwrap();
+            prop_assert!(!refused || log.len() == before, "a refusal told an event");
+            check_log(&log, &f.jobs);
+        }
+    }
+}

@@ -15,9 +15,6 @@ mod poll;
 mod session;
 mod socket;
 
-#[cfg(test)]
-mod tests;
-
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
