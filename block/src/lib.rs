@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod format;
+pub mod graph;
 pub mod iobuf;
 mod lock;
 pub mod node;
@@ -18,6 +19,7 @@ pub mod storage;
 
 pub use error::{Error, Result};
 pub use format::Format;
+pub use graph::{Attachment, Graph, NodeInfo};
 pub use iobuf::{ReadBuf, WriteBuf};
 pub use node::Node;
 pub use progress::Progress;

@@ -15,13 +15,14 @@ pub struct Raw {
     driver: &'static str,
     size: AtomicU64,
     read_only: bool,
+    unmap: bool,
 }
 
 impl Raw {
     /// Opens storage as a disk of its length, rounded up to whole 512-byte sectors as guests see.
     pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let size = storage.len()?.next_multiple_of(512);
-        Ok(Self { storage, driver: "raw", size: AtomicU64::new(size), read_only })
+        Ok(Self { storage, driver: "raw", size: AtomicU64::new(size), read_only, unmap: true })
     }
 
     /// The protocol node of a file.
@@ -29,6 +30,13 @@ impl Raw {
         let mut raw = Self::open(storage, read_only)?;
         raw.driver = "file";
         Ok(raw)
+    }
+
+    /// Whether discards reach the file (QEMU's `discard=unmap`) or do nothing.
+    #[must_use]
+    pub fn with_discard(mut self, unmap: bool) -> Self {
+        self.unmap = unmap;
+        self
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<()> {
@@ -76,11 +84,14 @@ impl Format for Raw {
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_write(offset, len)?;
+        if !self.unmap {
+            return Ok(());
+        }
         self.storage.discard(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_write(offset, len)?;
-        self.storage.write_zeroes(offset, len, unmap)
+        self.storage.write_zeroes(offset, len, unmap && self.unmap)
     }
 }

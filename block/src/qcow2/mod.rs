@@ -107,6 +107,7 @@ pub struct Qcow2 {
     backing: Option<Arc<dyn Format>>,
     size: AtomicU64,
     read_only: bool,
+    unmap: bool,
 }
 
 impl Qcow2 {
@@ -130,11 +131,19 @@ impl Qcow2 {
             backing,
             size: AtomicU64::new(size),
             read_only,
+            unmap: true,
         };
         if writable {
             image.clear_autoclear()?;
         }
         Ok(image)
+    }
+
+    /// Whether discards reach the image (QEMU's `discard=unmap`) or do nothing.
+    #[must_use]
+    pub fn with_discard(mut self, unmap: bool) -> Self {
+        self.unmap = unmap;
+        self
     }
 
     /// Clears the bits of features that writes here do not keep up to date (persistent bitmaps),
@@ -258,11 +267,15 @@ impl Format for Qcow2 {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_range(offset, len)?;
+        if !self.unmap {
+            return self.meta().check_writable();
+        }
         self.discard_disk(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.zero_disk(offset, len, unmap)
+        self.zero_disk(offset, len, unmap && self.unmap)
     }
 
     fn supports_snapshots(&self) -> bool {

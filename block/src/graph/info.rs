@@ -1,0 +1,209 @@
+//! What QMP tells of a node: `BlockDeviceInfo` and `ImageInfo`, with QMP's member names.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::node::Node;
+use crate::qcow2::Compression;
+use crate::snapshot::SnapshotInfo;
+
+/// `BlockDeviceInfo`: an element of query-named-block-nodes, and `inserted` of query-block.
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeInfo {
+    /// The node's name.
+    #[serde(rename = "node-name")]
+    pub node_name: String,
+    /// Its driver.
+    pub drv: String,
+    /// The file it is in.
+    pub file: String,
+    /// Whether writes are refused.
+    pub ro: bool,
+    /// Always: images are never given up to another host.
+    pub active: bool,
+    /// Never: encrypted images are refused.
+    pub encrypted: bool,
+    /// "off".
+    pub detect_zeroes: String,
+    /// The backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_file: Option<String>,
+    /// How many images are below.
+    pub backing_file_depth: u64,
+    /// Throttling: none.
+    pub bps: u64,
+    /// Throttling: none.
+    pub bps_rd: u64,
+    /// Throttling: none.
+    pub bps_wr: u64,
+    /// Throttling: none.
+    pub iops: u64,
+    /// Throttling: none.
+    pub iops_rd: u64,
+    /// Throttling: none.
+    pub iops_wr: u64,
+    /// Cache options.
+    pub cache: CacheInfo,
+    /// Write threshold events: none.
+    pub write_threshold: u64,
+    /// The image.
+    pub image: ImageInfo,
+}
+
+/// `BlockdevCacheInfo`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CacheInfo {
+    /// Writes are durable after a flush only.
+    pub writeback: bool,
+    /// The host's page cache is bypassed.
+    pub direct: bool,
+    /// Flushes are ignored.
+    pub no_flush: bool,
+}
+
+/// `ImageInfo`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// The file it is in.
+    pub filename: String,
+    /// Its format.
+    pub format: String,
+    /// Bytes of the guest's disk.
+    pub virtual_size: u64,
+    /// Bytes of host space.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actual_size: Option<u64>,
+    /// Bytes of a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// Not closed properly.
+    pub dirty_flag: bool,
+    /// `ImageInfoSpecific`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_specific: Option<Value>,
+    /// Internal snapshots.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<Value>,
+    /// Backing file as the image has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    /// Backing file with its directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_backing_filename: Option<String>,
+    /// Backing format as the image has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename_format: Option<String>,
+    /// The backing image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_image: Option<Box<ImageInfo>>,
+}
+
+/// `SnapshotInfo` of QMP.
+pub fn snapshot_json(info: &SnapshotInfo) -> Value {
+    let mut value = json!({
+        "id": info.id,
+        "name": info.tag,
+        "vm-state-size": info.vm_state_size,
+        "date-sec": info.date_sec,
+        "date-nsec": info.date_nsec,
+        "vm-clock-sec": info.vm_clock_nsec / 1_000_000_000,
+        "vm-clock-nsec": info.vm_clock_nsec % 1_000_000_000,
+    });
+    if let (Some(icount), Some(members)) = (info.icount, value.as_object_mut()) {
+        members.insert("icount".to_owned(), icount.into());
+    }
+    value
+}
+
+impl Node {
+    /// What QMP tells of the node; `flat` leaves out the images below.
+    pub fn info(&self, flat: bool) -> Result<NodeInfo> {
+        let options = self.details();
+        let backing_file = self.backing().map(|b| b.filename().to_owned());
+        Ok(NodeInfo {
+            node_name: self.name().to_owned(),
+            drv: self.format().driver().to_owned(),
+            file: self.filename().to_owned(),
+            ro: self.read_only(),
+            active: true,
+            encrypted: false,
+            detect_zeroes: "off".to_owned(),
+            backing_file,
+            backing_file_depth: if flat { 0 } else { self.backing_depth() },
+            bps: 0,
+            bps_rd: 0,
+            bps_wr: 0,
+            iops: 0,
+            iops_rd: 0,
+            iops_wr: 0,
+            cache: CacheInfo {
+                writeback: true,
+                direct: options.direct,
+                no_flush: options.no_flush,
+            },
+            write_threshold: 0,
+            image: self.image_info(flat)?,
+        })
+    }
+
+    /// How many images are below this one.
+    fn backing_depth(&self) -> u64 {
+        let mut depth = 0;
+        let mut node = self.backing();
+        while let Some(below) = node {
+            depth += 1;
+            node = below.backing();
+        }
+        depth
+    }
+
+    fn image_info(&self, flat: bool) -> Result<ImageInfo> {
+        let format = self.format();
+        let mut info = ImageInfo {
+            filename: self.filename().to_owned(),
+            format: format.driver().to_owned(),
+            virtual_size: format.size(),
+            actual_size: match self.storage() {
+                Some(storage) => Some(storage.allocated()?),
+                None => None,
+            },
+            cluster_size: None,
+            dirty_flag: false,
+            format_specific: None,
+            snapshots: format.snapshots().iter().map(snapshot_json).collect(),
+            backing_filename: None,
+            full_backing_filename: None,
+            backing_filename_format: None,
+            backing_image: None,
+        };
+        if format.driver() == "file" {
+            info.format_specific = Some(json!({"type": "file", "data": {}}));
+        }
+        if let Some(qcow2) = self.qcow2() {
+            let own = qcow2.info();
+            info.cluster_size = Some(own.cluster_size);
+            info.dirty_flag = own.dirty;
+            info.backing_filename = own.backing_file;
+            info.backing_filename_format = own.backing_format;
+            info.full_backing_filename = self.details().full_backing.clone();
+            info.format_specific = Some(json!({"type": "qcow2", "data": {
+                "compat": own.compat,
+                "compression-type": match own.compression {
+                    Compression::Zlib => "zlib",
+                    Compression::Zstd => "zstd",
+                },
+                "lazy-refcounts": own.lazy_refcounts,
+                "refcount-bits": own.refcount_bits,
+                "corrupt": own.corrupt,
+                "extended-l2": false,
+            }}));
+        }
+        if !flat && let Some(backing) = self.backing() {
+            info.backing_image = Some(Box::new(backing.image_info(false)?));
+        }
+        Ok(info)
+    }
+}

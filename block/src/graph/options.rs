@@ -1,0 +1,370 @@
+//! `BlockdevOptions` of QMP, read from JSON or from the command line's `key=value` text.
+//!
+//! Every member is looked at: one that does not exist is an error, and so is one that exists in
+//! QEMU but is not done here. None is ignored.
+
+use serde_json::{Map, Value};
+
+use crate::storage::Locking;
+use crate::{Error, Result};
+
+/// The options of one node, and of those that are opened with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NodeOptions {
+    pub(crate) node_name: Option<String>,
+    /// `None`: as the parent.
+    pub(crate) read_only: Option<bool>,
+    pub(crate) auto_read_only: bool,
+    /// `None`: as the parent.
+    pub(crate) force_share: Option<bool>,
+    /// `None`: as the parent.
+    pub(crate) direct: Option<bool>,
+    /// `None`: as the parent.
+    pub(crate) no_flush: Option<bool>,
+    /// Whether discards reach the image.
+    pub(crate) unmap: bool,
+    pub(crate) driver: Driver,
+}
+
+/// What is particular to a driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Driver {
+    File { filename: String, locking: Locking },
+    Raw { file: NodeRef },
+    Qcow2 { file: NodeRef, backing: Backing },
+}
+
+/// A node that exists, or one to be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NodeRef {
+    Name(String),
+    Inline(Box<NodeOptions>),
+}
+
+/// QMP's `backing`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// What the image says.
+    FromImage,
+    /// `null`: none, whatever the image says.
+    None,
+    Node(NodeRef),
+}
+
+/// How strict values are typed: JSON has types, the command line only has text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    Json,
+    Text,
+}
+
+/// QEMU's options that are not done here, by driver; "" for all drivers.
+const NOT_DONE: &[(&str, &[&str])] = &[
+    ("", &["active"]),
+    ("file", &["pr-manager", "aio-max-batch", "drop-cache", "x-check-cache-dropped"]),
+    ("raw", &["offset", "size"]),
+    (
+        "qcow2",
+        &[
+            "lazy-refcounts",
+            "pass-discard-request",
+            "pass-discard-snapshot",
+            "pass-discard-other",
+            "discard-no-unref",
+            "overlap-check",
+            "cache-size",
+            "l2-cache-size",
+            "l2-cache-entry-size",
+            "refcount-cache-size",
+            "cache-clean-interval",
+            "encrypt",
+            "data-file",
+        ],
+    ),
+];
+
+/// Most levels of nested options.
+const MAX_DEPTH: usize = 200;
+
+/// The members of one object, taken out one by one.
+struct Members<'a> {
+    members: Map<String, Value>,
+    path: &'a str,
+    source: Source,
+}
+
+fn invalid(text: String) -> Error {
+    Error::Invalid(text)
+}
+
+impl Members<'_> {
+    fn path_of(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    fn wrong_type<T>(&self, name: &str, expected: &str) -> Result<T> {
+        Err(invalid(format!(
+            "Invalid parameter type for '{}', expected: {expected}",
+            self.path_of(name)
+        )))
+    }
+
+    fn string(&mut self, name: &str) -> Result<Option<String>> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => self.wrong_type(name, "string"),
+        }
+    }
+
+    fn bool(&mut self, name: &str) -> Result<Option<bool>> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(Value::String(text)) if self.source == Source::Text => match text.as_str() {
+                "on" => Ok(Some(true)),
+                "off" => Ok(Some(false)),
+                _ => Err(invalid(format!(
+                    "Parameter '{}' expects 'on' or 'off'",
+                    self.path_of(name)
+                ))),
+            },
+            Some(_) => self.wrong_type(name, "boolean"),
+        }
+    }
+
+    /// A word of a list; the error names the member without its path, as QEMU does.
+    fn word(&mut self, name: &str, words: &[&str]) -> Result<Option<String>> {
+        match self.string(name)? {
+            Some(word) if !words.contains(&word.as_str()) => {
+                Err(invalid(format!("Parameter '{name}' does not accept value '{word}'")))
+            }
+            other => Ok(other),
+        }
+    }
+
+    fn object(&mut self, name: &str) -> Result<Option<Map<String, Value>>> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::Object(members)) => Ok(Some(members)),
+            Some(_) => self.wrong_type(name, "object"),
+        }
+    }
+
+    fn missing<T>(&self, name: &str) -> Result<T> {
+        Err(invalid(format!("Parameter '{}' is missing", self.path_of(name))))
+    }
+
+    /// A member that must have its default, because nothing else is done here.
+    fn only(&mut self, name: &str, words: &[&str], done: &str) -> Result<()> {
+        match self.word(name, words)? {
+            Some(word) if word != done => Err(Error::NotSupported(format!(
+                "Parameter '{}' with value '{word}' is not supported, only '{done}'",
+                self.path_of(name)
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is left is unknown, or not done.
+    fn end(self, driver: &str) -> Result<()> {
+        let Some(name) = self.members.keys().next() else {
+            return Ok(());
+        };
+        let path = self.path_of(name);
+        let known = NOT_DONE
+            .iter()
+            .filter(|(of, _)| of.is_empty() || *of == driver)
+            .any(|(_, names)| names.contains(&name.as_str()));
+        Err(if known {
+            Error::NotSupported(format!("Parameter '{path}' is not supported"))
+        } else {
+            invalid(format!("Parameter '{path}' is unexpected"))
+        })
+    }
+}
+
+impl NodeOptions {
+    /// Reads the options of a node and those in it.
+    pub(crate) fn parse(options: &Value, source: Source) -> Result<Self> {
+        let Value::Object(members) = options else {
+            return Err(invalid(
+                "Invalid parameter type for 'options', expected: object".to_owned(),
+            ));
+        };
+        Self::parse_at(members.clone(), "", source, 0)
+    }
+
+    fn parse_at(
+        members: Map<String, Value>,
+        path: &str,
+        source: Source,
+        depth: usize,
+    ) -> Result<Self> {
+        if depth > MAX_DEPTH {
+            return Err(invalid("block options are nested too deeply".to_owned()));
+        }
+        let mut all = Members { members, path, source };
+        let Some(driver_name) = all.string("driver")? else {
+            return all.missing("driver");
+        };
+        let node_name = all.string("node-name")?;
+        let unmap = all.word("discard", &["ignore", "unmap"])?.as_deref() == Some("unmap");
+        let (direct, no_flush) = cache(&mut all)?;
+        let read_only = all.bool("read-only")?;
+        let auto_read_only = all.bool("auto-read-only")?.unwrap_or(false);
+        let force_share = all.bool("force-share")?;
+        all.only("detect-zeroes", &["off", "on", "unmap"], "off")?;
+        let driver = match driver_name.as_str() {
+            "file" => file_driver(&mut all)?,
+            "raw" => Driver::Raw { file: file_ref(&mut all, depth)? },
+            "qcow2" => Driver::Qcow2 {
+                file: file_ref(&mut all, depth)?,
+                backing: backing(&mut all, depth)?,
+            },
+            _ => {
+                return Err(invalid(format!(
+                    "Parameter 'driver' does not accept value '{driver_name}'"
+                )));
+            }
+        };
+        all.end(&driver_name)?;
+        Ok(Self {
+            node_name,
+            read_only,
+            auto_read_only,
+            force_share,
+            direct,
+            no_flush,
+            unmap,
+            driver,
+        })
+    }
+}
+
+fn cache(all: &mut Members<'_>) -> Result<(Option<bool>, Option<bool>)> {
+    let Some(members) = all.object("cache")? else {
+        return Ok((None, None));
+    };
+    let path = all.path_of("cache");
+    let mut cache = Members { members, path: &path, source: all.source };
+    let found = (cache.bool("direct")?, cache.bool("no-flush")?);
+    cache.end("cache")?;
+    Ok(found)
+}
+
+fn file_driver(all: &mut Members<'_>) -> Result<Driver> {
+    let Some(filename) = all.string("filename")? else {
+        return all.missing("filename");
+    };
+    let locking = match all.word("locking", &["auto", "on", "off"])?.as_deref() {
+        Some("on") => Locking::On,
+        Some("off") => Locking::Off,
+        _ => Locking::Auto,
+    };
+    all.only("aio", &["threads", "native", "io_uring"], "threads")?;
+    Ok(Driver::File { filename, locking })
+}
+
+fn node_ref(all: &mut Members<'_>, name: &str, value: Value, depth: usize) -> Result<NodeRef> {
+    match value {
+        Value::String(node) => Ok(NodeRef::Name(node)),
+        Value::Object(members) => {
+            let path = all.path_of(name);
+            let options = NodeOptions::parse_at(members, &path, all.source, depth + 1)?;
+            Ok(NodeRef::Inline(Box::new(options)))
+        }
+        _ => all.wrong_type(name, "BlockdevRef"),
+    }
+}
+
+fn file_ref(all: &mut Members<'_>, depth: usize) -> Result<NodeRef> {
+    match all.members.remove("file") {
+        Some(value) => node_ref(all, "file", value, depth),
+        None => all.missing("file"),
+    }
+}
+
+fn backing(all: &mut Members<'_>, depth: usize) -> Result<Backing> {
+    match all.members.remove("backing") {
+        None => Ok(Backing::FromImage),
+        Some(Value::Null) => Ok(Backing::None),
+        // QEMU's own spelling of null on the command line.
+        Some(Value::String(text)) if text.is_empty() => Ok(Backing::None),
+        Some(value @ (Value::String(_) | Value::Object(_))) => {
+            Ok(Backing::Node(node_ref(all, "backing", value, depth)?))
+        }
+        Some(_) => all.wrong_type("backing", "BlockdevRefOrNull"),
+    }
+}
+
+/// Whether QEMU takes a name for a node or a job.
+pub(crate) fn is_well_formed(name: &str) -> bool {
+    let mut chars = name.chars();
+    chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+        && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn error_of(options: &Value) -> String {
+        NodeOptions::parse(options, Source::Json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bad_options_get_the_texts_of_qemu() {
+        let file = json!({"driver": "file", "filename": "x"});
+        let cases = [
+            (json!({"driver": "qcow2"}), "Parameter 'file' is missing"),
+            (json!({"node-name": "a"}), "Parameter 'driver' is missing"),
+            (json!({"driver": "zz"}), "Parameter 'driver' does not accept value 'zz'"),
+            (
+                json!({"driver": "qcow2", "file": 5}),
+                "Invalid parameter type for 'file', expected: BlockdevRef",
+            ),
+            (
+                json!({"driver": "qcow2", "file": file, "backing": 5}),
+                "Invalid parameter type for 'backing', expected: BlockdevRefOrNull",
+            ),
+            (
+                json!({"driver": "raw", "file": {"driver": "file", "filename": "x", "zz": 1}}),
+                "Parameter 'file.zz' is unexpected",
+            ),
+            (
+                json!({"driver": "raw", "file": {"driver": "file", "filename": 1}}),
+                "Invalid parameter type for 'file.filename', expected: string",
+            ),
+            (
+                json!({"driver": "raw", "file": file, "cache": {"direct": "on"}}),
+                "Invalid parameter type for 'cache.direct', expected: boolean",
+            ),
+            (
+                json!({"driver": "file", "filename": "x", "aio": "zz"}),
+                "Parameter 'aio' does not accept value 'zz'",
+            ),
+            (
+                json!({"driver": "file", "filename": "x", "aio": "native"}),
+                "Parameter 'aio' with value 'native' is not supported, only 'threads'",
+            ),
+            (
+                json!({"driver": "qcow2", "file": file, "l2-cache-size": 1}),
+                "Parameter 'l2-cache-size' is not supported",
+            ),
+        ];
+        for (options, text) in cases {
+            assert_eq!(error_of(&options), text);
+        }
+    }
+
+    #[test]
+    fn node_names_follow_qemus_rule() {
+        assert!(is_well_formed("disk-0.a_b"));
+        for bad in ["", "0a", "#block1", "a b", "a\u{e9}"] {
+            assert!(!is_well_formed(bad), "{bad:?}");
+        }
+    }
+}
