@@ -246,7 +246,10 @@ fn an_answer_larger_than_the_event_limit_arrives_whole() {
     raw.send(QUERY);
     let large = "x".repeat(4 << 20);
     requests.wait(PATIENCE).unwrap().reply.value(&large);
+    // Nor does an event that comes while it waits end the connection.
+    fixture.events.emit(&Event::Stop);
     assert_eq!(raw.line()["return"], large);
+    assert_eq!(raw.line()["event"], "STOP");
 }
 
 #[test]

@@ -40,6 +40,8 @@ pub(super) struct Connection {
     /// Bytes of `input` that the session has taken.
     taken: usize,
     output: OutputQueue,
+    /// Bytes of the last answer, until the client has read everything.
+    answer: usize,
     /// The machine is at work for this client.
     executing: bool,
     /// The client sends nothing more.
@@ -59,6 +61,7 @@ impl Connection {
             input: Vec::new(),
             taken: 0,
             output,
+            answer: 0,
             executing: false,
             ended: false,
             deaf: false,
@@ -112,16 +115,21 @@ impl Connection {
     /// The answer to the command that the machine ran.
     pub(super) fn answered(&mut self, message: Vec<u8>) {
         self.executing = false;
+        self.answer = message.len();
         self.push(message.into());
     }
 
-    /// Adds an event, unless more than `limit` bytes would wait; says whether it was added.
+    /// Adds an event, unless more than `limit` bytes would wait besides an answer, which the client
+    /// has asked for and may be long; says whether it was added.
     pub(super) fn event(&mut self, message: &Arc<[u8]>, limit: usize) -> bool {
-        if self.output.waiting() + message.len() > limit {
+        let fits = |this: &Self| {
+            this.output.waiting() + message.len() <= limit.saturating_add(this.answer)
+        };
+        if !fits(self) {
             // Much may have been told since the last flush: perhaps the client does read.
             self.flush();
         }
-        let fits = self.output.waiting() + message.len() <= limit;
+        let fits = fits(self);
         if fits {
             self.push(message.clone());
         }
@@ -138,6 +146,9 @@ impl Connection {
         if let Err(error) = self.output.flush(&mut self.stream) {
             tracing::debug!(monitor = self.id.0, %error, "a QMP client left without reading");
             self.deafen();
+        }
+        if self.output.waiting() == 0 {
+            self.answer = 0;
         }
     }
 

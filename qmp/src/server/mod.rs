@@ -44,8 +44,8 @@ pub struct Options {
     pub limits: Limits,
     /// Clients at once. Further ones wait, without a greeting, until one leaves.
     pub clients: usize,
-    /// Bytes of output that may wait for a client to read them; an event beyond closes the
-    /// connection. A single answer may be larger.
+    /// Bytes of output that may wait for a client to read them, besides the answer to its last
+    /// command; an event beyond closes the connection.
     pub unread: usize,
     /// How long a shutdown waits for clients to read their last answers.
     pub linger: Duration,
@@ -137,7 +137,8 @@ impl Server {
         Ok(())
     }
 
-    /// As [`Server::listen`], and returns only when the first client is there (`wait=on`).
+    /// As [`Server::listen`], and returns only when the first client is there (`wait=on`). Only a
+    /// signal with its default action ends the wait.
     ///
     /// # Errors
     /// As [`Server::listen`], and when waiting fails.
