@@ -171,8 +171,23 @@ impl<'a> Create<'a> {
         }
     }
 
+    /// Whether disk and VM state up to `end` fit in one L1 table.
+    fn check_mappable(&self, end: u64) -> Result<()> {
+        let geometry = self.image.geometry;
+        let entries =
+            geometry.l1_entries(self.image.disk_size()).checked_add(geometry.l1_entries(end));
+        if entries.is_none_or(|n| n > MAX_L1_BYTES / 8) {
+            return Err(Error::NotSupported(format!(
+                "VM state up to {end:#x} is beyond what the image can map with {} byte clusters",
+                geometry.cluster_size()
+            )));
+        }
+        Ok(())
+    }
+
     fn check_size(&self) -> Result<()> {
         let geometry = self.image.geometry;
+        self.check_mappable(self.vm_state_size)?;
         let mut area = self.area();
         let written = area.tables.last_entry().map_or(0, |last| {
             let used = last.get().iter().rposition(|e| *e != 0).unwrap_or(0);
@@ -225,15 +240,7 @@ impl SnapshotCreate for Create<'_> {
                 "VM state of {len} bytes at {offset:#x} is not made of whole clusters"
             )));
         }
-        let entries = geometry
-            .l1_entries(self.image.disk_size())
-            .checked_add(geometry.l1_entries(offset.saturating_add(len)));
-        if entries.is_none_or(|n| n > MAX_L1_BYTES / 8) {
-            return Err(Error::NotSupported(format!(
-                "VM state at {offset:#x} is beyond what the image can map with {} byte clusters",
-                geometry.cluster_size()
-            )));
-        }
+        self.check_mappable(offset.saturating_add(len))?;
         let mut done = 0;
         while done < len {
             let want = geometry.clusters((len - done).min(MAX_RUN.max(geometry.cluster_size())));
@@ -273,7 +280,10 @@ impl SnapshotChange for Create<'_> {
         let _held = image.in_flight.exclusive(0..u64::MAX);
         let mut meta = image.meta();
         meta.check_writable()?;
-        let vm = self.write_vm_tables(&mut meta)?;
+        let mut vm = self.write_vm_tables(&mut meta)?;
+        // The table covers the recorded size, also where it ends in parts that were never written.
+        let covered = meta.geometry().l1_entries(self.vm_state_size);
+        vm.resize(vm.len().max(to_usize(covered)), 0);
         let count = meta.geometry().l1_entries(meta.header.size);
         let disk = tree::plain_entries(&meta.l1, count);
         tree::add_refs(&mut meta, &disk)?;
