@@ -19,6 +19,9 @@ pub const STATE_AREA_STEP: u64 = 4 * MIB;
 /// Most RAM regions a layout may have.
 pub const MAX_REGIONS: usize = 64;
 
+/// Most bytes of guest RAM: 16 TiB. It bounds the time that a made-up header can cost.
+pub const MAX_RAM: u64 = 16 << 40;
+
 /// An offset in bytes from the start of the VM-state area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StateOffset(pub u64);
@@ -51,6 +54,9 @@ pub enum LayoutError {
     /// A region starts before the end of the one before it.
     #[error("the RAM region at {0:#x} overlaps the one before it or is out of order")]
     Order(u64),
+    /// All regions together are larger than [`MAX_RAM`].
+    #[error("the RAM is larger than 16 TiB")]
+    TooLarge,
     /// A region ends past the end of the address space.
     #[error("the RAM region at {0:#x} ends past the end of the address space")]
     Overflow(u64),
@@ -77,7 +83,7 @@ impl RamLayout {
             return Err(LayoutError::Unaligned(start.0));
         }
         let mut layout = Self { start, regions: Vec::new(), end: start };
-        let mut guest_end = 0;
+        let (mut guest_end, mut ram) = (0, 0);
         for (guest, len) in regions {
             if layout.regions.len() == MAX_REGIONS {
                 return Err(LayoutError::TooMany(MAX_REGIONS + 1));
@@ -90,6 +96,10 @@ impl RamLayout {
             }
             let overflow = LayoutError::Overflow(guest.0);
             guest_end = guest.0.checked_add(len).ok_or(overflow.clone())?;
+            ram += len.min(MAX_RAM + 1);
+            if ram > MAX_RAM {
+                return Err(LayoutError::TooLarge);
+            }
             let slot_end = layout.end.0.checked_add(len);
             let slot_end = slot_end.and_then(|end| align_up(end, RAM_ALIGN));
             layout.regions.push(RamRegion { start: guest, len, offset: layout.end });

@@ -129,7 +129,9 @@ fn impossible_ram_layouts_are_refused() {
     assert_eq!(layout(0, &[(0, 8192), (4096, 4096)]), LayoutError::Order(4096));
     let top = u64::MAX - 4095;
     assert_eq!(layout(0, &[(top, 4096)]), LayoutError::Overflow(top));
-    assert_eq!(layout(0, &[(0, top)]), LayoutError::Overflow(0));
+    assert_eq!(layout(0, &[(0, top)]), LayoutError::TooLarge);
+    let offset = u64::MAX - (2 * MIB - 1);
+    assert_eq!(layout(offset, &[(0, 4096)]), LayoutError::Overflow(0));
     let many: Vec<_> = (0..65).map(|n| (n * 4096, 4096)).collect();
     assert_eq!(layout(0, &many), LayoutError::TooMany(65));
 }
