@@ -50,6 +50,7 @@ fn read_all(serial: &mut Serial) -> Vec<u8> {
     let mut got = Vec::new();
     while serial.read(LSR) & LSR_DATA_READY != 0 {
         got.push(serial.read(DATA));
+        assert!(got.len() <= INPUT_BUFFER_SIZE + FIFO_SIZE);
     }
     got
 }
@@ -123,6 +124,7 @@ fn save_mutate_restore_save_is_equal() {
     serial.write(SCRATCH, 0);
     serial.write(3, 0x80);
     serial.write(0, 0x42);
+    serial.write(3, 0);
     serial.enqueue_input(&[1; 500]);
     let _ = read_all(&mut serial);
     serial.restore(&saved).unwrap();
