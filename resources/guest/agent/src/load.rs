@@ -79,7 +79,7 @@ pub fn load(agent: &mut Agent, mut args: Args, reply: &mut Reply) -> Result<(), 
             let count = args.number("count expected")?;
             args.end()?;
             for _ in 0..count {
-                start(agent, Kind::Cpu, |_, index, shared| compute(index as u64, shared, index))?;
+                start(agent, Kind::Cpu, |_, index, shared| compute(shared, index))?;
             }
             Ok(())
         }
@@ -122,11 +122,14 @@ fn start(
     let index = agent.load.count;
     let progress = shared.workers.get(index).ok_or(Error::State("8 workers at most"))?;
     shared.stop.store(false, Relaxed);
-    for counter in [&progress.steps, &progress.value, &progress.errors] {
-        counter.store(0, Relaxed);
-    }
+    progress.steps.store(0, Relaxed);
+    progress.errors.store(0, Relaxed);
+    // Where a computation starts; it may be stopped before its first step.
+    progress.value.store(index as u64, Relaxed);
     match sys::fork().during("fork")? {
         None => {
+            // Requests are answered promptly all the same.
+            sys::lowest_priority();
             work(agent, index, shared);
             sys::exit(0)
         }
@@ -178,10 +181,10 @@ const FACTOR: u64 = 6_364_136_223_846_793_005;
 const INCREMENT: u64 = 1_442_695_040_888_963_407;
 
 /// `load cpu`: steps of the generator until told to stop.
-fn compute(start: u64, shared: &Shared, index: usize) {
+fn compute(shared: &Shared, index: usize) {
     const BATCH: u64 = 1 << 20;
     let progress = &shared.workers[index];
-    let mut value = start;
+    let mut value = progress.value.load(Relaxed);
     while !shared.stop.load(Relaxed) {
         for _ in 0..BATCH {
             value = value.wrapping_mul(FACTOR).wrapping_add(INCREMENT);

@@ -18,6 +18,9 @@ pub struct Region {
 /// Filling and summing go through memory in steps of this many bytes.
 const STEP: usize = 4096;
 
+/// Memory that `dirty` leaves to the kernel, for page tables and everything else.
+const RESERVE: u64 = 4 << 20;
+
 /// `dirty <MiB> <seed>`: memory of that size with the pattern. The same size again overwrites it
 /// in place, another size replaces it, 0 gives it back.
 pub fn dirty(agent: &mut Agent, mut args: Args, _: &mut Reply) -> Result<(), Error> {
@@ -32,6 +35,10 @@ pub fn dirty(agent: &mut Agent, mut args: Args, _: &mut Reply) -> Result<(), Err
         }
         if length == 0 {
             return Ok(());
+        }
+        // Nobody would survive the kernel running out of memory in the middle.
+        if length as u64 > sys::free_memory().during("sysinfo")?.saturating_sub(RESERVE) {
+            return Err(Error::State("not that much memory is free"));
         }
         let bytes = sys::map(length, false).during("map")?;
         agent.memory = Some(Region { bytes, seed });

@@ -47,7 +47,9 @@ mod nr {
     pub const EXIT: usize = 60;
     pub const WAIT4: usize = 61;
     pub const FSYNC: usize = 74;
+    pub const SYSINFO: usize = 99;
     pub const SETSID: usize = 112;
+    pub const SETPRIORITY: usize = 141;
     pub const SYNC: usize = 162;
     pub const MOUNT: usize = 165;
     pub const UMOUNT2: usize = 166;
@@ -190,6 +192,21 @@ pub fn unmap(memory: &'static mut [u8]) {
 /// The calling process.
 pub fn getpid() -> usize {
     plain(nr::GETPID, [0; 6]).unwrap_or(0)
+}
+
+/// Gives way to every other process (nice 19).
+pub fn lowest_priority() {
+    let _ = plain(nr::SETPRIORITY, [0, 0, 19, 0, 0, 0]);
+}
+
+/// Bytes of memory nobody uses, not even as cache.
+pub fn free_memory() -> Result<u64, Errno> {
+    // `struct sysinfo` in words: uptime, three load averages, total, free, and more; on 64-bit
+    // machines its unit is a byte.
+    const FREE: usize = 5;
+    let mut info = [0u64; 14];
+    plain(nr::SYSINFO, [address(&mut info), 0, 0, 0, 0, 0])?;
+    Ok(info[FREE])
 }
 
 /// Splits in two: the new process gets `None`, the old one its process id.
