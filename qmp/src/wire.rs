@@ -5,9 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::Error;
 use crate::json::to_message;
 use crate::schema::{Event, QmpCapability, VersionInfo};
-use crate::{Error, ErrorClass};
 
 /// A request, its arguments not yet looked at.
 #[derive(Debug, PartialEq)]
@@ -114,8 +114,7 @@ pub(crate) fn event(event: &Event) -> Vec<u8> {
 /// client gets an error instead of silence.
 fn message(value: &impl Serialize) -> Vec<u8> {
     to_message(value).unwrap_or_else(|error| {
-        let class = ErrorClass::GenericError;
-        tracing::error!(%error, ?class, "a QMP message does not serialise");
+        tracing::error!(%error, "a QMP message does not serialise");
         b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"internal error\"}}\r\n".to_vec()
     })
 }

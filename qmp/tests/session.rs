@@ -100,8 +100,21 @@ fn ids_come_back_by_value_with_answers_and_dispatch_errors() {
         assert_eq!(answer["id"], id);
         assert_eq!(answer["error"]["class"], "CommandNotFound");
     }
-    raw.send(r#"{"execute":"cont","id":"é"}"#);
+}
+
+#[test]
+fn messages_have_qemus_spacing_and_order_of_members() {
+    let fixture = Fixture::answering(options());
+    let mut raw = fixture.negotiated();
+    raw.send(r#"{"execute":"cont","id":"é"}{"execute":"é","id":[1,2]}{"execute":"stop"}"#);
     assert_eq!(raw.text(), r#"{"return": {}, "id": "\u00E9"}"#);
+    let desc = r"The command \u00E9 has not been found";
+    let error = format!(r#"{{"class": "CommandNotFound", "desc": "{desc}"}}"#);
+    assert_eq!(raw.text(), format!(r#"{{"id": [1, 2], "error": {error}}}"#));
+    let event = raw.text();
+    assert!(event.starts_with(r#"{"timestamp": {"seconds": "#), "{event}");
+    assert!(event.ends_with(r#"}, "event": "STOP"}"#), "{event}");
+    assert_eq!(raw.text(), r#"{"return": {}}"#);
 }
 
 #[test]
