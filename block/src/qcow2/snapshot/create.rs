@@ -50,6 +50,8 @@ pub(in crate::qcow2) struct Create<'a> {
     /// Clusters of tables that belong to the snapshot.
     own: Vec<Run>,
     switch: Option<TableSwitch>,
+    /// Whether `prepare` was tried: flags of the active tables may have changed.
+    tried: bool,
     stage: Stage,
 }
 
@@ -74,6 +76,7 @@ impl<'a> Create<'a> {
             taken: None,
             own: Vec::new(),
             switch: None,
+            tried: false,
             stage: Stage::Begun,
         })
     }
@@ -214,7 +217,7 @@ impl<'a> Create<'a> {
             result = result.and(meta.free(run));
         }
         area.tables.clear();
-        if self.stage != Stage::Begun || self.switch.is_some() {
+        if self.tried {
             result = result.and(tree::set_copied(meta));
         }
         result

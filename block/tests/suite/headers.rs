@@ -1,0 +1,192 @@
+//! Images that are not what they say: each is refused with what is wrong, and without great memory.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use block::qcow2::{Probe, Qcow2};
+use block::storage::Storage;
+use block::storage::memory::MemoryStorage;
+use block::{Error, Format, Graph, Result, WriteBuf};
+
+use crate::common::{self, Random, create, have_qemu_img, save};
+
+fn open(bytes: Vec<u8>, read_only: bool) -> Result<Qcow2> {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(bytes));
+    Qcow2::open(Probe::new(storage)?, None, read_only)
+}
+
+fn good(dir: &Path) -> Vec<u8> {
+    let image = create(dir, "a.qcow2", "4M", "");
+    let storage = Arc::new(MemoryStorage::new(std::fs::read(image).unwrap()));
+    let format = {
+        let storage: Arc<dyn Storage> = storage.clone();
+        Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap()
+    };
+    common::write(&format, 0, &[1; 200_000]);
+    save(&format, "s");
+    drop(format);
+    storage.bytes()
+}
+
+fn patched(image: &[u8], at: usize, bytes: &[u8]) -> Vec<u8> {
+    let mut image = image.to_vec();
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+    image
+}
+
+#[test]
+fn absurd_header_fields_are_named() {
+    if !have_qemu_img("headers") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let cases: &[(usize, &[u8], &str)] = &[
+        (0, b"QCOW", "Image is not in qcow2 format"),
+        (4, &[0, 0, 0, 1], "version 1"),
+        (4, &[0, 0, 0, 9], "version 9"),
+        (20, &[0, 0, 0, 8], "cluster_bits is 8"),
+        (20, &[0, 0, 0, 22], "cluster_bits is 22"),
+        (20, &[0xff; 4], "cluster_bits"),
+        (24, &[0xff; 8], "too small for a disk"),
+        (24, &[0x7f, 0, 0, 0, 0, 0, 0, 0], "too small for a disk"),
+        (32, &[0, 0, 0, 1], "encrypted (AES)"),
+        (32, &[0, 0, 0, 2], "encrypted (LUKS)"),
+        (36, &[0xff; 4], "l1_size"),
+        (36, &[0, 0, 0, 0], "l1_size is 0"),
+        (40, &[0, 0, 0, 0, 0, 0, 0, 8], "L1 table offset 0x8"),
+        (40, &[0, 0x40, 0, 0, 0, 0, 0, 0], "beyond the end of the file"),
+        (40, &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], "L1 table offset"),
+        (48, &[0, 0, 0, 0, 0, 0, 0, 1], "refcount table offset"),
+        (48, &[0, 0x40, 0, 0, 0, 0, 0, 0], "refcount table"),
+        (56, &[0xff; 4], "refcount table of 4294967295 clusters"),
+        (56, &[0; 4], "no refcount table"),
+        (60, &[0xff; 4], "snapshots are too many"),
+        (60, &[0, 0, 0xff, 0xff], "beyond the end of the file"),
+        (64, &[0, 0, 0, 0, 0, 0, 0, 1], "snapshot table offset"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "external data file"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 16], "extended L2 entries"),
+        (72, &[0x40, 0, 0, 0, 0, 0, 0, 0], "unknown incompatible feature 62"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 1], "dirty bit"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 2], "marked as corrupt"),
+        (96, &[0, 0, 0, 7], "refcount_order is 7"),
+        (100, &[0, 0, 0, 50], "header_length is 50"),
+        (100, &[0xff; 4], "header_length"),
+        (8, &[0xff; 12], "backing file name"),
+    ];
+    for (at, bytes, text) in cases {
+        let error = open(patched(&image, *at, bytes), false).err();
+        let error = error.unwrap_or_else(|| panic!("{text}: opened")).to_string();
+        assert!(error.contains(text), "byte {at}: {error}");
+    }
+}
+
+#[test]
+fn corrupt_and_dirty_images_can_still_be_read() {
+    if !have_qemu_img("marked images") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    for bit in [1, 2] {
+        let format = open(patched(&image, 79, &[bit]), true).unwrap();
+        assert_eq!(common::read(&format, 0, 1), [1]);
+    }
+}
+
+#[test]
+fn truncated_images_are_refused_or_read_as_zeroes_but_never_panic() {
+    if !have_qemu_img("truncated images") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    for len in [0, 1, 3, 4, 71, 72, 103, 104, 512, 65536, 65537, 131_072, 200_000, 262_144] {
+        let result = open(image[..len].to_vec(), false);
+        assert!(result.is_err(), "{len} bytes");
+    }
+    for n in 0..image.len() / 4096 {
+        let _ = open(image[..n * 4096].to_vec(), true);
+    }
+}
+
+/// Random damage: any answer but a panic or a hang is right.
+#[test]
+fn random_damage_gets_answers() {
+    if !have_qemu_img("random damage") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let mut random = Random(77);
+    let metadata = [0..4096u64, 65536..65600, 131_072..131_200, 196_608..196_700];
+    for _ in 0..600 {
+        let mut bytes = image.clone();
+        for _ in 0..=random.below(3) {
+            let area = &metadata[random.below(4) as usize];
+            let at = area.start + random.below(area.end - area.start);
+            bytes[at as usize] = random.next() as u8;
+        }
+        let Ok(format) = open(bytes, false) else { continue };
+        let mut buf = vec![0; 65536];
+        let _ = format.read(0, &[block::ReadBuf::new(&mut buf)]);
+        let _ = format.write(1 << 20, &[WriteBuf::new(&buf)]);
+        let _ = format.create_snapshot(&common::new_snapshot("x")).and_then(|mut c| {
+            c.prepare()?;
+            c.publish()?;
+            c.finish()
+        });
+        for snapshot in format.snapshots() {
+            let _ = format.open_vmstate(&snapshot.id).and_then(|s| s.extents(0, 65536));
+            let _ = format.revert_snapshot(&snapshot.id).and_then(|mut c| common::land(&mut *c));
+            let _ = format.delete_snapshot(&snapshot.id).and_then(|mut c| common::land(&mut *c));
+        }
+        let _ = format.flush();
+    }
+}
+
+#[test]
+fn a_bad_table_entry_marks_the_image_and_ends_writes() {
+    if !have_qemu_img("bad entry") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "4M", "");
+    let mut bytes = std::fs::read(&image).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    // The L1 entry points to the header's cluster plus a bit that no cluster offset has.
+    bytes[l1..l1 + 8].copy_from_slice(&(1u64 << 63 | 0x200).to_be_bytes());
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let dynamic: Arc<dyn Storage> = storage.clone();
+    let format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
+    let error = format.write(0, &[WriteBuf::new(&[1; 512])]).unwrap_err();
+    assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    assert!(format.write(2 << 20, &[WriteBuf::new(&[1; 512])]).is_err());
+    drop(format);
+    assert_eq!(storage.bytes()[79] & 2, 2, "the corrupt bit");
+}
+
+#[test]
+fn files_that_are_no_images_say_what_was_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        ("empty", Vec::new(), "is empty"),
+        ("short", b"QFI\xfb\0\0\0\x03".to_vec(), "is truncated: 8 bytes"),
+        ("other", vec![0x7f; 4096], "starts with [7f, 7f, 7f, 7f]"),
+    ];
+    for (name, bytes, text) in cases {
+        let file = dir.path().join(name);
+        std::fs::write(&file, bytes).unwrap();
+        let options =
+            format!("driver=qcow2,node-name=d,file.driver=file,file.filename={}", file.display());
+        let error = Graph::new().add_text(&options).err().unwrap().to_string();
+        assert!(error.starts_with("Image is not in qcow2 format"), "{error}");
+        assert!(error.contains(text), "{error}");
+    }
+    let error = Graph::new()
+        .add_text("driver=qcow2,node-name=d,file.driver=file,file.filename=/no/such/file")
+        .err()
+        .unwrap();
+    let text = "Could not open '/no/such/file': No such file or directory (os error 2)";
+    assert_eq!(error.to_string(), text);
+}

@@ -1,0 +1,110 @@
+//! QEMU's image locks, against a process of QEMU that holds the image.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use block::Graph;
+
+use crate::common::{create, have_qemu_img, open, path, qemu_img};
+
+/// A qemu-io that has the image open until it is dropped.
+struct Holder {
+    child: Child,
+    input: Option<ChildStdin>,
+}
+
+impl Holder {
+    fn start(image: &Path, read_only: bool) -> Self {
+        let mut command = Command::new("qemu-io");
+        if read_only {
+            command.arg("-r");
+        }
+        let mut child = command
+            .args(["-f", "qcow2", &path(image)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        // Its answer tells that the image is open.
+        writeln!(input, "length").unwrap();
+        input.flush().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("MiB") {
+            line.clear();
+            assert!(output.read_line(&mut line).unwrap() > 0, "qemu-io ended");
+        }
+        Self { child, input: Some(input) }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.input.take();
+        self.child.wait().unwrap();
+    }
+}
+
+fn add(image: &Path, more: &str) -> block::Result<()> {
+    let graph = Graph::new();
+    let file = format!("file.driver=file,file.filename={}", image.display());
+    graph.add_text(&format!("driver=qcow2,node-name=d,{file}{more}")).map(|_| ())
+}
+
+#[test]
+fn an_image_that_qemu_writes_is_refused_and_one_that_it_reads_is_shared_for_reading() {
+    if !have_qemu_img("locks") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "1M", "");
+    let holder = Holder::start(&image, false);
+    let error = add(&image, "").unwrap_err().to_string();
+    assert!(error.starts_with("Failed to get \"write\" lock"), "{error}");
+    assert!(error.contains("another process using the image"), "{error}");
+    let error = add(&image, ",read-only=on").unwrap_err().to_string();
+    assert!(error.starts_with("Failed to get shared \"write\" lock"), "{error}");
+    add(&image, ",read-only=on,force-share=on").unwrap();
+    drop(holder);
+    let holder = Holder::start(&image, true);
+    assert!(add(&image, "").is_err());
+    add(&image, ",read-only=on").unwrap();
+    drop(holder);
+    add(&image, "").unwrap();
+}
+
+#[test]
+fn qemu_is_refused_an_image_that_we_write() {
+    if !have_qemu_img("locks") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "1M", "");
+    let (graph, node) = open(&image);
+    let output = Command::new("qemu-img").args(["info", &path(&image)]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("lock"), "{text}");
+    qemu_img(&["info", "-U", &path(&image)]);
+    let error = add(&image, "").unwrap_err().to_string();
+    assert!(error.contains("lock"), "a second opening by ourselves: {error}");
+    drop((graph, node));
+    qemu_img(&["info", &path(&image)]);
+}
+
+#[test]
+fn overlays_share_a_base_and_nobody_may_write_it() {
+    if !have_qemu_img("shared base") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = create(dir.path(), "base.qcow2", "1M", "");
+    let overlay =
+        |name| create(dir.path(), name, "1M", "backing_file=base.qcow2,backing_fmt=qcow2");
+    let (a, b) = (overlay("a.qcow2"), overlay("b.qcow2"));
+    let _first = open(&a);
+    let _second = open(&b);
+    let error = add(&base, "").unwrap_err().to_string();
+    assert!(error.contains("lock"), "{error}");
+}
