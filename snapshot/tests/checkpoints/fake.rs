@@ -308,11 +308,9 @@ impl VmStateRead for Reader<'_> {
                 let len = (size - inside).min(buf.len() - done);
                 let zeroes = vec![0; size];
                 let bytes = self.snapshot.vmstate.get(&(at / cluster)).unwrap_or(&zeroes);
+                let to = buf.as_mut_ptr().wrapping_add(done);
                 // SAFETY: the buffer's maker vouched for `len` more bytes from `done` on.
-                unsafe {
-                    let to = buf.as_mut_ptr().add(done);
-                    to.copy_from(bytes[inside..].as_ptr(), len);
-                }
+                unsafe { to.copy_from(bytes[inside..].as_ptr(), len) };
                 done += len;
                 at += len as u64;
             }
