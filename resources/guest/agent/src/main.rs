@@ -35,7 +35,7 @@ use command::Agent;
 use console::{Console, Line};
 
 /// Runs the agent. `shell` says that the kernel's command line asked for a shell first
-/// (`-- shell`), for people at a terminal.
+/// (the word `shell` in it), for people at a terminal.
 fn run(shell: bool) -> ! {
     let mut agent = Agent::new(Console::open());
     if shell {
