@@ -1,6 +1,7 @@
 //! What can be said over the wire: commands, events and their types, declared once.
 //!
-//! The tables behind [`commands()`] and [`EVENTS`] are the only list of what exists. From them come the Rust types that handlers work with, the check of arguments before dispatch, and what
+//! The tables behind [`commands()`] and [`EVENTS`] are the only list of what exists. From them come
+//! the Rust types that handlers work with, the check of arguments before dispatch, and what
 //! introspection tells. A command that is not in the table is not found; one that is in the table is
 //! a variant of [`Command`], so that the machine's `match` does not compile without it.
 

@@ -152,8 +152,9 @@ impl Connection {
         }
     }
 
-    /// Does what can be done: takes commands as long as none is under way, reads and writes.
-    pub(super) fn pump(&mut self, machine: &Machine) {
+    /// Does what can be done: takes commands as long as none is under way, writes, and, if there may
+    /// be something, reads.
+    pub(super) fn pump(&mut self, machine: &Machine, readable: bool) {
         let mut turn = TURN;
         loop {
             self.flush();
@@ -163,11 +164,14 @@ impl Connection {
                 return;
             }
             if turn == 0 {
-                // No one tells us when to go on with a client that is gone.
                 self.ended |= self.deaf;
                 return;
             }
             if self.taken == self.input.len() {
+                // No one tells when there is something to read of a client that is gone.
+                if !readable && !self.deaf {
+                    return;
+                }
                 match self.read() {
                     Some(count) => turn = turn.saturating_sub(count),
                     None => return,

@@ -114,7 +114,7 @@ impl Poll {
                     if let Some(client) = self.clients.get_mut(&monitor.0) {
                         client.answered(message);
                     }
-                    self.serve(monitor.0);
+                    self.serve(monitor.0, false);
                 }
                 Output::Event(message) => self.tell(&message.into()),
                 Output::Listen(listener, first) => self.listen(listener, first),
@@ -210,7 +210,7 @@ impl Poll {
         self.next_client += 1;
         let session = Session::new(self.options.limits, self.version.clone());
         self.clients.insert(token, Connection::new(MonitorId(token), stream, session));
-        self.serve(token);
+        self.serve(token, false);
     }
 
     fn client_ready(&mut self, token: u64, ready: EventSet) {
@@ -220,21 +220,21 @@ impl Poll {
         {
             client.deafen();
         }
-        self.serve(token);
+        self.serve(token, ready.contains(EventSet::IN));
     }
 
     fn serve_all(&mut self) {
         let tokens: Vec<u64> = self.clients.keys().copied().collect();
         for token in tokens {
-            self.serve(token);
+            self.serve(token, false);
         }
     }
 
     /// Does what can be done for a client, then waits for the right things, or lets it go.
-    fn serve(&mut self, token: u64) {
+    fn serve(&mut self, token: u64, readable: bool) {
         let Some(client) = self.clients.get_mut(&token) else { return };
         match self.closing {
-            None => client.pump(&self.machine),
+            None => client.pump(&self.machine, readable),
             Some(_) => client.flush(),
         }
         if client.is_over() {
