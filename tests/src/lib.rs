@@ -1,1 +1,27 @@
-//! tests
+//! What the end-to-end tests share: the real binary on real KVM with a real Linux guest.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`vm`] | a `tardigrade` process with its QMP and serial sockets |
+//! | [`agent`] | the guest's agent, asked over the serial port |
+//! | [`disk`] | images, made and judged by `qemu-img` |
+//! | [`checkpoint`] | a booted guest in a checkpoint that all tests share |
+//! | [`pattern`] | the bytes that the agent writes |
+//! | [`require`] | what a test needs of the host, and what happens without it |
+//!
+//! Helpers panic with what went wrong: they are the tests' hands.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+pub mod agent;
+pub mod checkpoint;
+pub mod disk;
+pub mod pattern;
+pub mod require;
+pub mod vm;
+
+use std::path::PathBuf;
+
+/// A file of the repository.
+pub fn repo(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}

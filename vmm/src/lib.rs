@@ -1,3 +1,16 @@
-//! vmm
+//! The Tardigrade virtual machine monitor: the machine itself, the QMP command handlers and the
+//! command line of the binary `tardigrade`. `docs/vmm.md` tells how its threads work together.
 
 pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod client;
+pub mod console;
+pub mod control;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod run;
+pub mod terminal;
+pub mod vcpu;
+pub mod version;

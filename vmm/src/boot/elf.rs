@@ -132,10 +132,7 @@ impl ElfImage {
         let header: Elf64_Ehdr = read_at(file, 0, length, "the ELF header")?;
         check_header(&header)?;
 
-        let mut image = Self {
-            entry: header.e_entry,
-            segments: Vec::new(),
-        };
+        let mut image = Self { entry: header.e_entry, segments: Vec::new() };
         let mut entry_loaded = false;
         let size = size_of::<Elf64_Phdr>() as u64;
         for index in 0..usize::from(header.e_phnum) {
@@ -165,11 +162,7 @@ impl ElfImage {
 
     /// First address behind all segments, what is not in the file (`.bss`) included.
     pub(super) fn end(&self) -> u64 {
-        self.segments
-            .iter()
-            .map(|(_, range)| range.end)
-            .max()
-            .unwrap_or(0)
+        self.segments.iter().map(|(_, range)| range.end).max().unwrap_or(0)
     }
 
     /// Checks that no segment lies on a boot structure, in the area of video and firmware, or
@@ -180,21 +173,13 @@ impl ElfImage {
     pub(super) fn check_placement(&self) -> Result<(), ElfError> {
         let taken = [
             ("boot structures", 0..layout::BOOT_AREA_END.0),
-            (
-                "BIOS area with the MP table",
-                layout::EBDA_ADDR.0..layout::HIGH_MEMORY_ADDR.0,
-            ),
+            ("BIOS area with the MP table", layout::EBDA_ADDR.0..layout::HIGH_MEMORY_ADDR.0),
         ];
         for (index, range) in &self.segments {
             let (index, range) = (*index, range.clone());
             for (what, taken) in taken.clone() {
                 if range.start < taken.end && taken.start < range.end {
-                    return Err(ElfError::Overlaps {
-                        index,
-                        range,
-                        what,
-                        taken,
-                    });
+                    return Err(ElfError::Overlaps { index, range, what, taken });
                 }
             }
             if range.end > layout::LOW_RAM_MAX {
@@ -236,17 +221,9 @@ fn check_header(header: &Elf64_Ehdr) -> Result<(), ElfError> {
 /// Checks that the part of a segment which is in the file is there.
 fn check_in_file(index: usize, segment: &Elf64_Phdr, length: u64) -> Result<(), ElfError> {
     let (start, size) = (segment.p_offset, segment.p_filesz);
-    let end = start.checked_add(size).ok_or(ElfError::Wraps {
-        index,
-        start,
-        length: size,
-    })?;
+    let end = start.checked_add(size).ok_or(ElfError::Wraps { index, start, length: size })?;
     if end > length {
-        return Err(ElfError::Truncated {
-            what: "a segment",
-            end,
-            length,
-        });
+        return Err(ElfError::Truncated { what: "a segment", end, length });
     }
     Ok(())
 }
@@ -255,17 +232,9 @@ fn check_in_file(index: usize, segment: &Elf64_Phdr, length: u64) -> Result<(), 
 fn memory_range(index: usize, segment: &Elf64_Phdr) -> Result<Range<u64>, ElfError> {
     let (start, memory, file) = (segment.p_paddr, segment.p_memsz, segment.p_filesz);
     if file > memory {
-        return Err(ElfError::FileLarger {
-            index,
-            file,
-            memory,
-        });
+        return Err(ElfError::FileLarger { index, file, memory });
     }
-    let end = start.checked_add(memory).ok_or(ElfError::Wraps {
-        index,
-        start,
-        length: memory,
-    })?;
+    let end = start.checked_add(memory).ok_or(ElfError::Wraps { index, start, length: memory })?;
     Ok(start..end)
 }
 
@@ -282,8 +251,7 @@ fn read_at<F: Read + Seek, T: ByteValued + Default>(
     }
     let mut value = T::default();
     file.seek(SeekFrom::Start(offset)).map_err(ElfError::Read)?;
-    file.read_exact(value.as_mut_slice())
-        .map_err(ElfError::Read)?;
+    file.read_exact(value.as_mut_slice()).map_err(ElfError::Read)?;
     Ok(value)
 }
 

@@ -68,27 +68,15 @@ pub fn initial_registers(info: &BootInfo, sregs: kvm_sregs) -> EntryState {
     };
     let data = flat_segment(DATA_SELECTOR, TYPE_DATA);
     let sregs = kvm_sregs {
-        cs: kvm_segment {
-            l: 1,
-            db: 0,
-            ..flat_segment(CODE_SELECTOR, TYPE_CODE)
-        },
+        cs: kvm_segment { l: 1, db: 0, ..flat_segment(CODE_SELECTOR, TYPE_CODE) },
         ds: data,
         es: data,
         fs: data,
         gs: data,
         ss: data,
         tr: task_segment(),
-        ldt: kvm_segment {
-            type_: 0x2,
-            unusable: 1,
-            ..kvm_segment::default()
-        },
-        gdt: kvm_dtable {
-            base: layout::GDT_ADDR.0,
-            limit: GDT_LIMIT,
-            ..kvm_dtable::default()
-        },
+        ldt: kvm_segment { type_: 0x2, unusable: 1, ..kvm_segment::default() },
+        gdt: kvm_dtable { base: layout::GDT_ADDR.0, limit: GDT_LIMIT, ..kvm_dtable::default() },
         // Without an IDT any exception shuts the vCPU down, rather than running wild.
         idt: kvm_dtable::default(),
         cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG,
@@ -98,11 +86,7 @@ pub fn initial_registers(info: &BootInfo, sregs: kvm_sregs) -> EntryState {
         efer: EFER_LME | EFER_LMA,
         ..sregs
     };
-    let fpu = kvm_fpu {
-        fcw: FPU_CONTROL_WORD,
-        mxcsr: MXCSR,
-        ..kvm_fpu::default()
-    };
+    let fpu = kvm_fpu { fcw: FPU_CONTROL_WORD, mxcsr: MXCSR, ..kvm_fpu::default() };
     EntryState { regs, sregs, fpu }
 }
 
@@ -143,30 +127,16 @@ const GDT_LIMIT: u16 = (GDT_LENGTH * 8 - 1) as u16;
 
 /// The descriptor table that the segment registers are loaded from.
 pub(super) fn gdt() -> Vec<u8> {
-    let code = kvm_segment {
-        l: 1,
-        db: 0,
-        ..flat_segment(CODE_SELECTOR, TYPE_CODE)
-    };
+    let code = kvm_segment { l: 1, db: 0, ..flat_segment(CODE_SELECTOR, TYPE_CODE) };
     let data = flat_segment(DATA_SELECTOR, TYPE_DATA);
-    let descriptors: [u64; GDT_LENGTH] = [
-        0,
-        0,
-        descriptor(&code),
-        descriptor(&data),
-        descriptor(&task_segment()),
-        0,
-    ];
+    let descriptors: [u64; GDT_LENGTH] =
+        [0, 0, descriptor(&code), descriptor(&data), descriptor(&task_segment()), 0];
     descriptors.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
 /// A segment as a descriptor (Intel SDM volume 3, figure 3-8). All bases are 0.
 fn descriptor(segment: &kvm_segment) -> u64 {
-    let limit = if segment.g == 1 {
-        segment.limit >> 12
-    } else {
-        segment.limit
-    };
+    let limit = if segment.g == 1 { segment.limit >> 12 } else { segment.limit };
     let limit = u64::from(limit);
     let bit = |value: u8, position: u32| u64::from(value) << position;
     (limit & 0xffff)
@@ -183,34 +153,17 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 
 /// How many GiB from address 0 the entry page tables map, for RAM that ends at `ram_end`.
 pub(super) fn identity_mapped_gib(ram_end: u64) -> u64 {
-    ram_end
-        .div_ceil(GIB)
-        .clamp(layout::IDENTITY_MAP_MIN_GIB, layout::IDENTITY_MAP_MAX_GIB)
+    ram_end.div_ceil(GIB).clamp(layout::IDENTITY_MAP_MIN_GIB, layout::IDENTITY_MAP_MAX_GIB)
 }
 
 /// The page tables, for [`layout::PML4_ADDR`] onwards: they map the first `gib` GiB to themselves
 /// with pages of 2 MiB, which every x86-64 processor has.
 pub(super) fn page_tables(gib: u64) -> Vec<u8> {
     let directory = |index: u64| layout::PAGE_DIRECTORIES_ADDR.0 + index * layout::PAGE_SIZE;
-    let pml4 = (0..ENTRIES).map(|i| {
-        if i == 0 {
-            layout::PDPT_ADDR.0 | PAGE_TABLE
-        } else {
-            0
-        }
-    });
-    let pdpt = (0..ENTRIES).map(|i| {
-        if i < gib {
-            directory(i) | PAGE_TABLE
-        } else {
-            0
-        }
-    });
+    let pml4 = (0..ENTRIES).map(|i| if i == 0 { layout::PDPT_ADDR.0 | PAGE_TABLE } else { 0 });
+    let pdpt = (0..ENTRIES).map(|i| if i < gib { directory(i) | PAGE_TABLE } else { 0 });
     let directories = (0..gib * ENTRIES).map(|i| (i << 21) | PAGE_2M);
-    pml4.chain(pdpt)
-        .chain(directories)
-        .flat_map(u64::to_le_bytes)
-        .collect()
+    pml4.chain(pdpt).chain(directories).flat_map(u64::to_le_bytes).collect()
 }
 
 #[cfg(test)]

@@ -138,10 +138,7 @@ pub fn low_ram_end(size: u64) -> u64 {
 /// A length of guest RAM as `usize`; the project runs on 64-bit hosts alone.
 fn bytes(length: u64) -> usize {
     const { assert!(usize::BITS == 64) };
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "usize has 64 bits, asserted above"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, asserted above")]
     let length = length as usize;
     length
 }
@@ -159,10 +156,7 @@ mod tests {
     #[test]
     fn ram_past_the_hole_goes_on_at_4_gib_without_loss() {
         let regions = ram_regions(3 * GIB + 512 * MIB).unwrap();
-        assert_eq!(
-            regions,
-            [(GuestAddress(0), 3 << 30), (HIGH_RAM_START, 512 << 20)]
-        );
+        assert_eq!(regions, [(GuestAddress(0), 3 << 30), (HIGH_RAM_START, 512 << 20)]);
         let smallest = ram_regions(3 * GIB + PAGE_SIZE).unwrap();
         assert_eq!(smallest[1], (HIGH_RAM_START, 4096));
     }
@@ -170,19 +164,10 @@ mod tests {
     #[test]
     fn bad_ram_sizes_are_refused_with_their_reason() {
         assert_eq!(ram_regions(0), Err(LayoutError::TooSmall(0)));
-        assert_eq!(
-            ram_regions(MIN_RAM - PAGE_SIZE),
-            Err(LayoutError::TooSmall(MIN_RAM - 4096))
-        );
-        assert_eq!(
-            ram_regions(MIN_RAM + 1),
-            Err(LayoutError::Unaligned(MIN_RAM + 1))
-        );
+        assert_eq!(ram_regions(MIN_RAM - PAGE_SIZE), Err(LayoutError::TooSmall(MIN_RAM - 4096)));
+        assert_eq!(ram_regions(MIN_RAM + 1), Err(LayoutError::Unaligned(MIN_RAM + 1)));
         assert_eq!(ram_regions(u64::MAX), Err(LayoutError::TooLarge(u64::MAX)));
-        assert_eq!(
-            ram_regions(MAX_RAM).unwrap()[1].1 as u64,
-            MAX_RAM - LOW_RAM_MAX
-        );
+        assert_eq!(ram_regions(MAX_RAM).unwrap()[1].1 as u64, MAX_RAM - LOW_RAM_MAX);
     }
 
     #[test]
@@ -198,22 +183,14 @@ mod tests {
             (CMDLINE_ADDR.0, BOOT_AREA_END.0),
             (EBDA_ADDR.0, 0xa_0000),
             (MP_TABLE_ADDR.0, 0x10_0000),
-            (
-                MMIO_START.0,
-                MMIO_START.0 + MMIO_DEVICES_MAX * MMIO_DEVICE_SIZE,
-            ),
+            (MMIO_START.0, MMIO_START.0 + MMIO_DEVICES_MAX * MMIO_DEVICE_SIZE),
             (u64::from(IOAPIC_ADDR), u64::from(IOAPIC_ADDR) + PAGE_SIZE),
             (u64::from(LAPIC_ADDR), u64::from(LAPIC_ADDR) + PAGE_SIZE),
             (KVM_IDENTITY_MAP_ADDR, KVM_RESERVED_END),
             (HIGH_RAM_START.0, u64::MAX),
         ];
         for pair in areas.windows(2) {
-            assert!(
-                pair[0].1 <= pair[1].0,
-                "{:x?} runs into {:x?}",
-                pair[0],
-                pair[1]
-            );
+            assert!(pair[0].1 <= pair[1].0, "{:x?} runs into {:x?}", pair[0], pair[1]);
         }
     }
 }

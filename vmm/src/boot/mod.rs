@@ -89,24 +89,12 @@ impl Boot {
             return Err(BootError::Vcpus(spec.vcpus));
         }
         let path = spec.kernel.to_path_buf();
-        let kernel = Kernel::open(spec.kernel, layout::low_ram_end(ram)).map_err(|reason| {
-            BootError::Kernel {
-                path: path.clone(),
-                reason,
-            }
-        })?;
+        let kernel = Kernel::open(spec.kernel, layout::low_ram_end(ram))
+            .map_err(|reason| BootError::Kernel { path: path.clone(), reason })?;
         let header = zero_page::setup_header_for(kernel.setup_header());
         let cmdline = cmdline_bytes(spec.cmdline, header.cmdline_size)?;
         let initrd = place_initrd(spec.initrd, kernel.elf().end(), header.initrd_addr_max, ram)?;
-        Ok(Self {
-            path,
-            kernel,
-            header,
-            initrd,
-            cmdline,
-            vcpus: spec.vcpus,
-            ram,
-        })
+        Ok(Self { path, kernel, header, initrd, cmdline, vcpus: spec.vcpus, ram })
     }
 
     /// Writes everything to guest memory, which must have the regions that
@@ -119,9 +107,7 @@ impl Boot {
         let entry = GuestAddress(self.kernel.elf().entry());
         let kernel_end = GuestAddress(self.kernel.elf().end());
         let path = self.path;
-        self.kernel
-            .load_into(mem)
-            .map_err(|reason| BootError::Kernel { path, reason })?;
+        self.kernel.load_into(mem).map_err(|reason| BootError::Kernel { path, reason })?;
         let mut initrd_range = None;
         if let Some(initrd) = self.initrd {
             initrd_range = Some((initrd.address, initrd.size));
@@ -134,22 +120,13 @@ impl Boot {
         let writes: [(&'static str, GuestAddress, &[u8]); 6] = [
             ("command line", layout::CMDLINE_ADDR, &self.cmdline),
             ("zero page", layout::ZERO_PAGE_ADDR, params.as_slice()),
-            (
-                "MP floating pointer",
-                layout::EBDA_ADDR,
-                &mptable::floating_pointer(),
-            ),
-            (
-                "MP table",
-                layout::MP_TABLE_ADDR,
-                &mptable::configuration_table(self.vcpus),
-            ),
+            ("MP floating pointer", layout::EBDA_ADDR, &mptable::floating_pointer()),
+            ("MP table", layout::MP_TABLE_ADDR, &mptable::configuration_table(self.vcpus)),
             ("GDT", layout::GDT_ADDR, &entry::gdt()),
             ("page tables", layout::PML4_ADDR, &tables),
         ];
         for (what, address, bytes) in writes {
-            mem.write_slice(bytes, address)
-                .map_err(|source| BootError::Memory { what, source })?;
+            mem.write_slice(bytes, address).map_err(|source| BootError::Memory { what, source })?;
         }
         Ok(BootInfo {
             entry,
@@ -173,19 +150,11 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, spec: &BootSpec<'_>) -> Result<BootI
 /// The command line as the guest gets it, with its NUL.
 fn cmdline_bytes(cmdline: &str, kernel_limit: u32) -> Result<Vec<u8>, CmdlineError> {
     let room = usize::try_from(layout::CMDLINE_ROOM).unwrap_or(usize::MAX) - 1;
-    let limit = usize::try_from(kernel_limit)
-        .unwrap_or(usize::MAX)
-        .min(room);
+    let limit = usize::try_from(kernel_limit).unwrap_or(usize::MAX).min(room);
     if cmdline.len() > limit {
-        return Err(CmdlineError::TooLong {
-            length: cmdline.len(),
-            limit,
-        });
+        return Err(CmdlineError::TooLong { length: cmdline.len(), limit });
     }
-    let bad = cmdline
-        .bytes()
-        .enumerate()
-        .find(|(_, byte)| *byte == 0 || !byte.is_ascii());
+    let bad = cmdline.bytes().enumerate().find(|(_, byte)| *byte == 0 || !byte.is_ascii());
     if let Some((position, byte)) = bad {
         return Err(CmdlineError::NotAscii { position, byte });
     }
@@ -205,18 +174,11 @@ fn place_initrd(
     let Some(path) = path else {
         return match kernel_end <= low_end {
             true => Ok(None),
-            false => Err(BootError::RamTooSmall {
-                ram,
-                kernel_end,
-                initrd: 0,
-                needed: kernel_end,
-            }),
+            false => Err(BootError::RamTooSmall { ram, kernel_end, initrd: 0, needed: kernel_end }),
         };
     };
-    let (file, size) = payload::open_regular(path).map_err(|reason| BootError::Initrd {
-        path: path.to_path_buf(),
-        reason,
-    })?;
+    let (file, size) = payload::open_regular(path)
+        .map_err(|reason| BootError::Initrd { path: path.to_path_buf(), reason })?;
     // The least end of RAM that leaves the initrd whole pages behind the kernel.
     let needed = kernel_end
         .next_multiple_of(layout::PAGE_SIZE)
@@ -224,53 +186,31 @@ fn place_initrd(
         .checked_next_multiple_of(layout::PAGE_SIZE)
         .unwrap_or(u64::MAX);
     if needed > limit {
-        return Err(BootError::InitrdTooLarge {
-            kernel_end,
-            initrd: size,
-            limit,
-        });
+        return Err(BootError::InitrdTooLarge { kernel_end, initrd: size, limit });
     }
     if needed > low_end {
-        return Err(BootError::RamTooSmall {
-            ram,
-            kernel_end,
-            initrd: size,
-            needed,
-        });
+        return Err(BootError::RamTooSmall { ram, kernel_end, initrd: size, needed });
     }
     let address = (limit.min(low_end) - size) & !(layout::PAGE_SIZE - 1);
     match (u32::try_from(address), u32::try_from(size)) {
-        (Ok(address), Ok(size)) => Ok(Some(Initrd {
-            path: path.to_path_buf(),
-            file,
-            address,
-            size,
-        })),
-        _ => Err(BootError::InitrdTooLarge {
-            kernel_end,
-            initrd: size,
-            limit,
-        }),
+        (Ok(address), Ok(size)) => {
+            Ok(Some(Initrd { path: path.to_path_buf(), file, address, size }))
+        }
+        _ => Err(BootError::InitrdTooLarge { kernel_end, initrd: size, limit }),
     }
 }
 
 /// Reads the initrd straight into guest memory.
 fn load_initrd<M: GuestMemoryBackend>(mem: &M, initrd: Initrd) -> Result<(), BootError> {
-    let Initrd {
-        path,
-        mut file,
-        address,
-        size,
-    } = initrd;
+    let Initrd { path, mut file, address, size } = initrd;
     let address = GuestAddress(u64::from(address));
-    mem.read_exact_volatile_from(address, &mut file, size as usize)
-        .map_err(|error| {
-            let reason = match error {
-                vm_memory::GuestMemoryError::IOError(error) => FileError::Read(error),
-                _ => FileError::Shrank,
-            };
-            BootError::Initrd { path, reason }
-        })
+    mem.read_exact_volatile_from(address, &mut file, size as usize).map_err(|error| {
+        let reason = match error {
+            vm_memory::GuestMemoryError::IOError(error) => FileError::Read(error),
+            _ => FileError::Shrank,
+        };
+        BootError::Initrd { path, reason }
+    })
 }
 
 #[cfg(test)]

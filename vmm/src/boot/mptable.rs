@@ -97,29 +97,11 @@ pub(super) fn configuration_table(vcpus: u8) -> Vec<u8> {
     push(&io_apic);
     for pin in 0..IOAPIC_PINS {
         let kind = interrupt::VECTORED;
-        push(&[
-            entry::IO_INTERRUPT,
-            kind,
-            0,
-            0,
-            ISA_BUS,
-            pin,
-            io_apic_id,
-            pin,
-        ]);
+        push(&[entry::IO_INTERRUPT, kind, 0, 0, ISA_BUS, pin, io_apic_id, pin]);
     }
     // The PIC is behind LINT0 of every local APIC, NMI on LINT1.
     for (pin, kind) in [(0, interrupt::EXTINT), (1, interrupt::NMI)] {
-        push(&[
-            entry::LOCAL_INTERRUPT,
-            kind,
-            0,
-            0,
-            ISA_BUS,
-            0,
-            ALL_LAPICS,
-            pin,
-        ]);
+        push(&[entry::LOCAL_INTERRUPT, kind, 0, 0, ISA_BUS, 0, ALL_LAPICS, pin]);
     }
     fill_header(&mut table, entries);
     table
@@ -141,10 +123,7 @@ fn fill_header(table: &mut [u8], entries: u16) {
 
 /// The byte that makes the sum of all bytes 0, where it is still 0 itself.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes
-        .iter()
-        .fold(0u8, |sum, &byte| sum.wrapping_add(byte))
-        .wrapping_neg()
+    bytes.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)).wrapping_neg()
 }
 
 #[cfg(test)]

@@ -64,11 +64,7 @@ pub(super) fn code(length: usize) -> Vec<u8> {
     let mut state = 1u32;
     let mut byte = |_| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        if state & 0x300 == 0 {
-            state.to_be_bytes()[0]
-        } else {
-            0x90
-        }
+        if state & 0x300 == 0 { state.to_be_bytes()[0] } else { 0x90 }
     };
     (0..length).map(&mut byte).collect()
 }
@@ -198,11 +194,7 @@ fn lzop_file(plain: &[u8]) -> Vec<u8> {
     file.extend_from_slice(&lzop_adler32(&header).to_be_bytes());
     for block in plain.chunks(256 << 10) {
         let packed = lzo1x::compress(block, lzo1x::CompressLevel::default());
-        let data = if packed.len() < block.len() {
-            &packed[..]
-        } else {
-            block
-        };
+        let data = if packed.len() < block.len() { &packed[..] } else { block };
         for number in [block.len(), data.len()] {
             file.extend_from_slice(&u32::try_from(number).unwrap().to_be_bytes());
         }
@@ -222,10 +214,5 @@ pub(super) fn file(content: &[u8]) -> tempfile::NamedTempFile {
 
 /// The Linux kernel that this project brings along.
 pub(super) fn tiny_bzimage() -> std::path::PathBuf {
-    [
-        env!("CARGO_MANIFEST_DIR"),
-        "../resources/guest/tiny.bzImage",
-    ]
-    .iter()
-    .collect()
+    [env!("CARGO_MANIFEST_DIR"), "../resources/guest/tiny.bzImage"].iter().collect()
 }

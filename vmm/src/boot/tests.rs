@@ -14,12 +14,7 @@ fn memory(ram: u64) -> Memory {
 }
 
 fn spec(kernel: &Path) -> BootSpec<'_> {
-    BootSpec {
-        kernel,
-        initrd: None,
-        cmdline: "console=ttyS0",
-        vcpus: 2,
-    }
+    BootSpec { kernel, initrd: None, cmdline: "console=ttyS0", vcpus: 2 }
 }
 
 fn bytes(mem: &Memory, address: u64, length: usize) -> Vec<u8> {
@@ -43,11 +38,7 @@ fn elf_kernel_is_loaded_with_everything_it_is_told() {
     assert_eq!(info.kernel_end, GuestAddress(ENTRY + 10_000 + BSS));
     assert_eq!(info.initrd, None);
     assert!(bytes(&mem, ENTRY, code.len()) == code);
-    assert!(
-        bytes(&mem, ENTRY + 10_000, 0x1000)
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    assert!(bytes(&mem, ENTRY + 10_000, 0x1000).iter().all(|byte| *byte == 0));
     assert_eq!(bytes(&mem, 0x2_0000, 14), b"console=ttyS0\0");
     let zero_page = info.zero_page.0;
     assert_eq!(bytes(&mem, zero_page + 0x202, 4), b"HdrS");
@@ -55,14 +46,8 @@ fn elf_kernel_is_loaded_with_everything_it_is_told() {
     assert_eq!(bytes(&mem, 0x9_fc00, 4), b"_MP_");
     let table = u64::from(u32_at(&mem, 0x9_fc04));
     assert_eq!(bytes(&mem, table, 4), b"PCMP");
-    assert_eq!(
-        bytes(&mem, layout::GDT_ADDR.0 + 0x10, 8),
-        0x00af_9b00_0000_ffffu64.to_le_bytes()
-    );
-    assert_eq!(
-        bytes(&mem, layout::PML4_ADDR.0, 8),
-        (layout::PDPT_ADDR.0 | 3).to_le_bytes()
-    );
+    assert_eq!(bytes(&mem, layout::GDT_ADDR.0 + 0x10, 8), 0x00af_9b00_0000_ffffu64.to_le_bytes());
+    assert_eq!(bytes(&mem, layout::PML4_ADDR.0, 8), (layout::PDPT_ADDR.0 | 3).to_le_bytes());
 }
 
 #[test]
@@ -74,11 +59,7 @@ fn bzimage_is_entered_where_its_elf_file_says() {
         let info = load(&mem, &spec(kernel.path())).unwrap();
         assert_eq!(info.entry, GuestAddress(ENTRY), "{compression}");
         assert!(bytes(&mem, ENTRY, code.len()) == code, "{compression}");
-        assert_eq!(
-            bytes(&mem, info.zero_page.0 + 0x206, 2),
-            [0x0f, 2],
-            "version of the file"
-        );
+        assert_eq!(bytes(&mem, info.zero_page.0 + 0x206, 2), [0x0f, 2], "version of the file");
     }
 }
 
@@ -98,10 +79,7 @@ fn initrd_ends_at_the_end_of_ram_and_the_zero_page_knows() {
     let content = code(5000);
     let initrd = file(&content);
     let mem = memory(64 * MIB);
-    let spec = BootSpec {
-        initrd: Some(initrd.path()),
-        ..spec(kernel.path())
-    };
+    let spec = BootSpec { initrd: Some(initrd.path()), ..spec(kernel.path()) };
     let info = load(&mem, &spec).unwrap();
     let address = 64 * MIB - 8192;
     assert_eq!(info.initrd, Some((GuestAddress(address), 5000)));
@@ -114,24 +92,15 @@ fn initrd_ends_at_the_end_of_ram_and_the_zero_page_knows() {
 fn initrd_stays_below_what_the_kernel_can_reach_and_below_the_hole() {
     let kernel = file(&elf(&code(100)));
     let initrd = file(&[1; 4096]);
-    let spec = BootSpec {
-        initrd: Some(initrd.path()),
-        ..spec(kernel.path())
-    };
+    let spec = BootSpec { initrd: Some(initrd.path()), ..spec(kernel.path()) };
     // Address space only: no page but those written is touched.
     let info = load(&memory(5 * GIB), &spec).unwrap();
     assert_eq!(info.initrd, Some((GuestAddress(0x8000_0000 - 4096), 4096)));
 
     let payload = payload(Compression::Lz4, &elf(&code(100)));
-    let header = setup_header {
-        initrd_addr_max: u32::MAX,
-        ..testing::setup(&payload)
-    };
+    let header = setup_header { initrd_addr_max: u32::MAX, ..testing::setup(&payload) };
     let kernel = file(&testing::bzimage_of(header, &payload));
-    let spec = BootSpec {
-        kernel: kernel.path(),
-        ..spec
-    };
+    let spec = BootSpec { kernel: kernel.path(), ..spec };
     let info = load(&memory(5 * GIB), &spec).unwrap();
     assert_eq!(info.initrd, Some((GuestAddress(3 * GIB - 4096), 4096)));
 }
@@ -141,10 +110,7 @@ fn initrd_that_just_fits_is_loaded_and_one_byte_more_is_not() {
     let kernel = file(&elf(&code(100)));
     let kernel_end = (ENTRY + 100 + BSS).next_multiple_of(4096);
     let initrd = tempfile::NamedTempFile::new().unwrap();
-    let spec = BootSpec {
-        initrd: Some(initrd.path()),
-        ..spec(kernel.path())
-    };
+    let spec = BootSpec { initrd: Some(initrd.path()), ..spec(kernel.path()) };
 
     initrd.as_file().set_len(32 * MIB - kernel_end).unwrap();
     let mem = memory(32 * MIB);
@@ -173,22 +139,15 @@ fn kernel_that_is_too_large_for_the_ram_says_what_it_needs() {
     let (header, mut segment) = headers(64);
     segment.p_memsz = 200 * MIB;
     let kernel = file(&elf_of(header, &[segment], &[0x90; 64]));
-    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        text.ends_with("so give the guest 216 MiB at least"),
-        "{text}"
-    );
+    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB).unwrap_err().to_string();
+    assert!(text.ends_with("so give the guest 216 MiB at least"), "{text}");
     Boot::prepare(&spec(kernel.path()), 216 * MIB).unwrap();
 }
 
 #[test]
 fn messages_name_the_file_and_what_is_wrong_with_it() {
     let kernel = file(b"MZ is no kernel");
-    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB)
-        .unwrap_err()
-        .to_string();
+    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB).unwrap_err().to_string();
     let path = kernel.path().display();
     assert_eq!(
         text,
@@ -197,27 +156,16 @@ fn messages_name_the_file_and_what_is_wrong_with_it() {
         )
     );
     let kernel = file(&elf(&code(100))[..0x1000]);
-    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB)
-        .unwrap_err()
-        .to_string();
+    let text = Boot::prepare(&spec(kernel.path()), 64 * MIB).unwrap_err().to_string();
     assert!(text.ends_with("truncated: a segment ends at byte 4196, but the file has 4096 bytes"));
 
     let kernel = file(&elf(&code(100)));
     let missing = Path::new("no/such/initrd");
-    let spec = BootSpec {
-        initrd: Some(missing),
-        ..spec(kernel.path())
-    };
+    let spec = BootSpec { initrd: Some(missing), ..spec(kernel.path()) };
     let text = Boot::prepare(&spec, 64 * MIB).unwrap_err().to_string();
-    assert!(
-        text.starts_with("initrd 'no/such/initrd': cannot be opened: No such file"),
-        "{text}"
-    );
+    assert!(text.starts_with("initrd 'no/such/initrd': cannot be opened: No such file"), "{text}");
     let empty = file(b"");
-    let spec = BootSpec {
-        initrd: Some(empty.path()),
-        ..spec
-    };
+    let spec = BootSpec { initrd: Some(empty.path()), ..spec };
     let text = Boot::prepare(&spec, 64 * MIB).unwrap_err().to_string();
     assert!(text.ends_with("': the file is empty"), "{text}");
 }
@@ -227,21 +175,11 @@ fn command_line_is_limited_to_what_the_kernel_takes() {
     let kernel = file(&elf(&code(100)));
     let longest = "x".repeat(2047);
     let mem = memory(32 * MIB);
-    load(
-        &mem,
-        &BootSpec {
-            cmdline: &longest,
-            ..spec(kernel.path())
-        },
-    )
-    .unwrap();
+    load(&mem, &BootSpec { cmdline: &longest, ..spec(kernel.path()) }).unwrap();
     assert_eq!(bytes(&mem, 0x2_0000 + 2046, 2), [b'x', 0]);
 
     let refused = |cmdline: &str| {
-        let spec = BootSpec {
-            cmdline,
-            ..spec(kernel.path())
-        };
+        let spec = BootSpec { cmdline, ..spec(kernel.path()) };
         Boot::prepare(&spec, 32 * MIB).unwrap_err().to_string()
     };
     assert_eq!(
@@ -260,17 +198,11 @@ fn command_line_is_limited_to_what_the_kernel_takes() {
 fn command_line_limit_of_a_bzimage_counts_but_not_past_the_room() {
     let payload = payload(Compression::Zstd, &elf(&code(100)));
     let with_limit = |cmdline_size| {
-        let header = setup_header {
-            cmdline_size,
-            ..testing::setup(&payload)
-        };
+        let header = setup_header { cmdline_size, ..testing::setup(&payload) };
         let kernel = file(&testing::bzimage_of(header, &payload));
         move |length: usize| {
             let cmdline = "y".repeat(length);
-            let spec = BootSpec {
-                cmdline: &cmdline,
-                ..spec(kernel.path())
-            };
+            let spec = BootSpec { cmdline: &cmdline, ..spec(kernel.path()) };
             Boot::prepare(&spec, 32 * MIB).is_ok()
         }
     };
@@ -284,23 +216,15 @@ fn command_line_limit_of_a_bzimage_counts_but_not_past_the_room() {
 fn vcpu_count_and_ram_size_are_checked() {
     let kernel = file(&elf(&code(100)));
     for vcpus in [0, 255] {
-        let spec = BootSpec {
-            vcpus,
-            ..spec(kernel.path())
-        };
+        let spec = BootSpec { vcpus, ..spec(kernel.path()) };
         let text = Boot::prepare(&spec, 32 * MIB).unwrap_err().to_string();
         assert_eq!(
             text,
             format!("{vcpus} vCPUs cannot be described to the guest: give it 1 to 254")
         );
     }
-    let text = Boot::prepare(&spec(kernel.path()), 16 * MIB)
-        .unwrap_err()
-        .to_string();
-    assert_eq!(
-        text,
-        "16777216 bytes of RAM are too few: a guest needs 32 MiB at least"
-    );
+    let text = Boot::prepare(&spec(kernel.path()), 16 * MIB).unwrap_err().to_string();
+    assert_eq!(text, "16777216 bytes of RAM are too few: a guest needs 32 MiB at least");
 }
 
 #[test]
@@ -309,39 +233,23 @@ fn memory_that_is_not_the_layout_is_an_error_not_a_panic() {
     let boot = Boot::prepare(&spec(kernel.path()), 64 * MIB).unwrap();
     let mem = Memory::from_ranges(&[(GuestAddress(0x20_0000), 64 << 20)]).unwrap();
     let text = boot.load(&mem).unwrap_err().to_string();
-    assert!(
-        text.starts_with("guest memory cannot take the command line: "),
-        "{text}"
-    );
+    assert!(text.starts_with("guest memory cannot take the command line: "), "{text}");
 }
 
 #[test]
 fn files_that_shrink_after_they_were_checked_are_errors() {
     let kernel = file(&elf(&code(10_000)));
     let initrd = file(&[1; 10_000]);
-    let spec = BootSpec {
-        initrd: Some(initrd.path()),
-        ..spec(kernel.path())
-    };
+    let spec = BootSpec { initrd: Some(initrd.path()), ..spec(kernel.path()) };
     let boot = Boot::prepare(&spec, 32 * MIB).unwrap();
     initrd.as_file().set_len(5000).unwrap();
     let text = boot.load(&memory(32 * MIB)).unwrap_err().to_string();
     assert!(text.starts_with("initrd '"), "{text}");
 
-    let boot = Boot::prepare(
-        &BootSpec {
-            initrd: None,
-            ..spec
-        },
-        32 * MIB,
-    )
-    .unwrap();
+    let boot = Boot::prepare(&BootSpec { initrd: None, ..spec }, 32 * MIB).unwrap();
     kernel.as_file().set_len(5000).unwrap();
     let text = boot.load(&memory(32 * MIB)).unwrap_err().to_string();
-    assert!(
-        text.starts_with("kernel '") && text.contains("cannot be loaded"),
-        "{text}"
-    );
+    assert!(text.starts_with("kernel '") && text.contains("cannot be loaded"), "{text}");
 }
 
 proptest! {

@@ -50,16 +50,8 @@ pub(super) fn zero_page(header: setup_header, ram: u64, initrd: Option<(u32, u32
     let (ramdisk_image, ramdisk_size) = initrd.unwrap_or((0, 0));
     #[expect(clippy::cast_possible_truncation, reason = "below 1 MiB")]
     let cmd_line_ptr = layout::CMDLINE_ADDR.0 as u32;
-    let hdr = setup_header {
-        cmd_line_ptr,
-        ramdisk_image,
-        ramdisk_size,
-        ..header
-    };
-    let mut params = boot_params {
-        hdr,
-        ..boot_params::default()
-    };
+    let hdr = setup_header { cmd_line_ptr, ramdisk_image, ramdisk_size, ..header };
+    let mut params = boot_params { hdr, ..boot_params::default() };
     let mut table = params.e820_table;
     let mut entries = 0u8;
     for (slot, entry) in table.iter_mut().zip(e820_map(ram)) {
@@ -82,20 +74,12 @@ fn e820_map(ram: u64) -> impl Iterator<Item = boot_e820_entry> {
         (0, ebda, E820_RAM),
         (ebda, high_memory, E820_RESERVED),
         (high_memory, low_end, E820_RAM),
-        (
-            layout::KVM_IDENTITY_MAP_ADDR,
-            layout::KVM_RESERVED_END,
-            E820_RESERVED,
-        ),
+        (layout::KVM_IDENTITY_MAP_ADDR, layout::KVM_RESERVED_END, E820_RESERVED),
         (high_start, high_start + (ram - low_end), E820_RAM),
     ]
     .into_iter()
     .filter(|(start, end, _)| start < end)
-    .map(|(start, end, kind)| boot_e820_entry {
-        addr: start,
-        size: end - start,
-        r#type: kind,
-    })
+    .map(|(start, end, kind)| boot_e820_entry { addr: start, size: end - start, r#type: kind })
 }
 
 #[cfg(test)]

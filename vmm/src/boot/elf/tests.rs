@@ -26,22 +26,13 @@ fn good_kernel_gives_its_entry_and_its_end_with_bss() {
 
 #[test]
 fn other_machines_and_file_types_are_refused() {
-    assert_eq!(
-        refusal(|h, _| h.e_ident[4] = 1),
-        "not a 64-bit little-endian ELF file"
-    );
-    assert_eq!(
-        refusal(|h, _| h.e_ident[5] = 2),
-        "not a 64-bit little-endian ELF file"
-    );
+    assert_eq!(refusal(|h, _| h.e_ident[4] = 1), "not a 64-bit little-endian ELF file");
+    assert_eq!(refusal(|h, _| h.e_ident[5] = 2), "not a 64-bit little-endian ELF file");
     assert_eq!(
         refusal(|h, _| h.e_machine = 183),
         "an ELF file for machine 183, not for x86-64 (62)"
     );
-    assert_eq!(
-        refusal(|h, _| h.e_type = 1),
-        "an ELF file of type 1, not an executable (2 or 3)"
-    );
+    assert_eq!(refusal(|h, _| h.e_type = 1), "an ELF file of type 1, not an executable (2 or 3)");
 }
 
 #[test]
@@ -57,10 +48,7 @@ fn absurd_program_header_tables_are_refused() {
 #[test]
 fn segments_that_are_not_in_the_file_are_refused() {
     let text = refusal(|_, s| s.p_filesz = 65);
-    assert_eq!(
-        text,
-        "truncated: a segment ends at byte 4161, but there are 4160 bytes"
-    );
+    assert_eq!(text, "truncated: a segment ends at byte 4161, but there are 4160 bytes");
     assert!(refusal(|_, s| s.p_offset = u64::MAX).contains("past the address space"));
     assert!(refusal(|_, s| s.p_memsz = 63).contains("64 bytes in the file for 63 bytes"));
 }
@@ -87,10 +75,7 @@ fn segments_on_boot_structures_are_refused() {
         })
     };
     let text = at(0x7000);
-    assert_eq!(
-        text,
-        "segment 0 at 0x7000-0x8040 overlaps the boot structures at 0x0-0x30000"
-    );
+    assert_eq!(text, "segment 0 at 0x7000-0x8040 overlaps the boot structures at 0x0-0x30000");
     assert!(at(0x9_f000).contains("BIOS area with the MP table at 0x9fc00-0x100000"));
     assert!(at(0xf_ffff).contains("BIOS area"));
 }
@@ -110,10 +95,7 @@ fn segments_between_the_reserved_areas_are_fine() {
 fn entry_outside_of_what_is_loaded_from_the_file_is_refused() {
     for entry in [0, ENTRY - 1, ENTRY + 64, u64::MAX] {
         let text = refusal(|h, _| h.e_entry = entry);
-        assert_eq!(
-            text,
-            format!("the entry point {entry:#x} is in no loaded segment")
-        );
+        assert_eq!(text, format!("the entry point {entry:#x} is in no loaded segment"));
     }
 }
 
@@ -134,9 +116,6 @@ fn file_cut_off_anywhere_in_what_is_needed_is_truncated() {
     let file = elf(&[0x90; 64]);
     for length in 4..file.len() {
         let error = parse(&file[..length]).unwrap_err();
-        assert!(
-            matches!(error, ElfError::Truncated { .. }),
-            "{length}: {error}"
-        );
+        assert!(matches!(error, ElfError::Truncated { .. }), "{length}: {error}");
     }
 }

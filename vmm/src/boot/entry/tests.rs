@@ -29,14 +29,7 @@ fn page_tables_map_memory_to_itself_as_far_as_told() {
     for gib in [4u64, 5, 16] {
         let tables = page_tables(gib);
         assert!(layout::PML4_ADDR.0 + tables.len() as u64 <= layout::CMDLINE_ADDR.0);
-        for address in [
-            0,
-            0x7000,
-            0x20_0000,
-            0xd000_0000,
-            0xfee0_0020,
-            (gib << 30) - 1,
-        ] {
+        for address in [0, 0x7000, 0x20_0000, 0xd000_0000, 0xfee0_0020, (gib << 30) - 1] {
             assert_eq!(walk(&tables, address), Some(address));
         }
         assert_eq!(walk(&tables, gib << 30), None);
@@ -68,28 +61,18 @@ fn descriptors_are_the_ones_of_the_segment_registers() {
 
 #[test]
 fn first_vcpu_enters_long_mode_with_the_zero_page_in_rsi() {
-    let before = kvm_sregs {
-        apic_base: 0xfee0_0900,
-        ..kvm_sregs::default()
-    };
+    let before = kvm_sregs { apic_base: 0xfee0_0900, ..kvm_sregs::default() };
     let EntryState { regs, sregs, fpu } = initial_registers(&INFO, before);
     assert_eq!(regs.rip, 0x123_4000);
     assert_eq!(regs.rsi, layout::ZERO_PAGE_ADDR.0);
     assert_eq!(regs.rsp, layout::BOOT_STACK_TOP.0);
     assert_eq!(regs.rflags, 2, "interrupts off");
-    assert_eq!(
-        sregs.cr0 & 0x8000_0001,
-        0x8000_0001,
-        "paging and protection on"
-    );
+    assert_eq!(sregs.cr0 & 0x8000_0001, 0x8000_0001, "paging and protection on");
     assert_eq!(sregs.cr4, 0x20, "PAE");
     assert_eq!(sregs.efer, 0x500, "long mode enabled and active");
     assert_eq!(sregs.cr3, layout::PML4_ADDR.0);
     assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 1, 0));
-    assert_eq!(
-        (sregs.ss.selector, sregs.ds.selector, sregs.es.selector),
-        (0x18, 0x18, 0x18)
-    );
+    assert_eq!((sregs.ss.selector, sregs.ds.selector, sregs.es.selector), (0x18, 0x18, 0x18));
     assert_eq!(sregs.idt.limit, 0);
     assert_eq!(sregs.apic_base, 0xfee0_0900, "kept");
     assert_eq!((fpu.fcw, fpu.mxcsr), (0x37f, 0x1f80));

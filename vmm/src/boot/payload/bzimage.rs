@@ -46,9 +46,8 @@ impl SetupHeader {
             return Ok(None);
         }
         // The header is as long as it says; newer fields than it has are not garbage but 0.
-        let said = start
-            .get(HEADER_LENGTH_BYTE)
-            .map_or(SETUP_HEADER_END, |&n| 0x202 + usize::from(n));
+        let said =
+            start.get(HEADER_LENGTH_BYTE).map_or(SETUP_HEADER_END, |&n| 0x202 + usize::from(n));
         let end = said.min(SETUP_HEADER_END);
         let Some(bytes) = start.get(SETUP_HEADER_START..end) else {
             let (what, end) = ("the setup header of the bzImage", end as u64);
@@ -57,9 +56,7 @@ impl SetupHeader {
         let mut header = setup_header::default();
         header.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
         if header.version < OLDEST_VERSION {
-            return Err(KernelError::OldProtocol {
-                version: header.version,
-            });
+            return Err(KernelError::OldProtocol { version: header.version });
         }
         Ok(Some(Self(header)))
     }
@@ -84,22 +81,13 @@ impl SetupHeader {
             return Err(KernelError::Truncated { what, end, length });
         }
         if payload_length > limit {
-            return Err(KernelError::PayloadTooLarge {
-                length: payload_length,
-                limit,
-            });
+            return Err(KernelError::PayloadTooLarge { length: payload_length, limit });
         }
         Ok(read_range(file, start, payload_length)?)
     }
 
     /// The header as the zero page gets it: what the file says, without what a boot loader sets.
     pub(super) fn for_guest(&self) -> setup_header {
-        setup_header {
-            ramdisk_image: 0,
-            ramdisk_size: 0,
-            cmd_line_ptr: 0,
-            setup_data: 0,
-            ..self.0
-        }
+        setup_header { ramdisk_image: 0, ramdisk_size: 0, cmd_line_ptr: 0, setup_data: 0, ..self.0 }
     }
 }

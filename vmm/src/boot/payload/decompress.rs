@@ -59,9 +59,7 @@ impl Compression {
             (b"BZh", Compression::Bzip2),
             (&lzop::MAGIC, Compression::Lzo),
         ];
-        MAGIC
-            .into_iter()
-            .find_map(|(magic, kind)| start.starts_with(magic).then_some(kind))
+        MAGIC.into_iter().find_map(|(magic, kind)| start.starts_with(magic).then_some(kind))
     }
 }
 
@@ -133,8 +131,7 @@ pub(super) fn decompress(
     let expected = u32::from_le_bytes(*size) as usize;
     let mut out = Vec::new();
     // One byte more, by which a stream that goes on is noticed without the buffer growing.
-    out.try_reserve_exact(expected + 1)
-        .map_err(|_| DecodeError::NoMemory(expected))?;
+    out.try_reserve_exact(expected + 1).map_err(|_| DecodeError::NoMemory(expected))?;
     prefer_huge_pages(out.spare_capacity_mut());
 
     match compression {
@@ -156,10 +153,7 @@ pub(super) fn decompress(
     if out.len() == expected {
         Ok(out)
     } else {
-        Err(DecodeError::WrongSize {
-            expected,
-            got: out.len(),
-        })
+        Err(DecodeError::WrongSize { expected, got: out.len() })
     }
 }
 
@@ -180,10 +174,7 @@ fn prefer_huge_pages(buffer: &mut [MaybeUninit<u8>]) {
 /// Reads a decoder to its end, or one byte past `expected`.
 fn read_all(decoder: impl Read, expected: usize, out: &mut Vec<u8>) -> Result<(), DecodeError> {
     let mut bounded = decoder.take(expected as u64 + 1);
-    bounded
-        .read_to_end(out)
-        .map(drop)
-        .map_err(DecodeError::Corrupt)
+    bounded.read_to_end(out).map(drop).map_err(DecodeError::Corrupt)
 }
 
 /// A decoder of liblzma that ends with its stream.
@@ -198,8 +189,5 @@ fn xz_decoder<R: BufRead>(
 /// Decompresses in one call, straight into `out`: no window is allocated and copied from.
 fn zstd_all(data: &[u8], out: &mut Vec<u8>) -> Result<(), DecodeError> {
     let mut decoder = zstd::bulk::Decompressor::new().map_err(DecodeError::Corrupt)?;
-    decoder
-        .decompress_to_buffer(data, out)
-        .map(drop)
-        .map_err(DecodeError::Corrupt)
+    decoder.decompress_to_buffer(data, out).map(drop).map_err(DecodeError::Corrupt)
 }

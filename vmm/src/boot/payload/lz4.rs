@@ -29,23 +29,15 @@ pub(super) fn decompress(
             continue;
         }
         let length = u32::from_le_bytes(*length) as usize;
-        let block = after
-            .get(..length)
-            .ok_or(DecodeError::Malformed("an lz4 block is cut off"))?;
+        let block = after.get(..length).ok_or(DecodeError::Malformed("an lz4 block is cut off"))?;
         rest = &after[length..];
 
         let start = out.len();
-        let room = BLOCK
-            .min(expected - start)
-            .min(length.saturating_mul(MAX_RATIO));
+        let room = BLOCK.min(expected - start).min(length.saturating_mul(MAX_RATIO));
         out.resize(start + room, 0);
         let written = lz4_flex::block::decompress_into(block, &mut out[start..])
             .map_err(|error| DecodeError::Corrupt(std::io::Error::other(error)))?;
         out.truncate(start + written);
     }
-    if rest.is_empty() {
-        Ok(())
-    } else {
-        Err(DecodeError::Malformed("an lz4 block is cut off"))
-    }
+    if rest.is_empty() { Ok(()) } else { Err(DecodeError::Malformed("an lz4 block is cut off")) }
 }

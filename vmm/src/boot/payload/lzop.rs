@@ -57,10 +57,7 @@ pub(super) fn decompress(
         }
         let start = out.len();
         if plain > expected - start {
-            return Err(DecodeError::WrongSize {
-                expected,
-                got: start + plain,
-            });
+            return Err(DecodeError::WrongSize { expected, got: start + plain });
         }
         let adler32 = input.checksum(flags & flag::ADLER32_PLAIN != 0)?;
         let crc32 = input.checksum(flags & flag::CRC32_PLAIN != 0)?;
@@ -97,9 +94,7 @@ fn header(input: &mut Input<'_>) -> Result<u32, DecodeError> {
     }
     let flags = input.u32()?;
     if flags & flag::FILTER != 0 {
-        return Err(DecodeError::Malformed(
-            "it uses an lzop filter, which no kernel does",
-        ));
+        return Err(DecodeError::Malformed("it uses an lzop filter, which no kernel does"));
     }
     let _mode = input.u32()?;
     let _modification_time_low = input.u32()?;
@@ -127,9 +122,7 @@ fn verify(plain: &[u8], adler: Option<u32>, crc: Option<u32>) -> Result<(), Deco
     if crc_matches && adler.is_none_or(|wanted| adler32(plain) == wanted) {
         Ok(())
     } else {
-        Err(DecodeError::Malformed(
-            "the checksum of an lzo block does not match",
-        ))
+        Err(DecodeError::Malformed("the checksum of an lzo block does not match"))
     }
 }
 

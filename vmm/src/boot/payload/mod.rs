@@ -66,11 +66,7 @@ impl Kernel {
 
         if start.starts_with(&ELF_MAGIC) {
             let elf = parse_elf(&mut file, length).map_err(|reason| elf_error(reason, false))?;
-            return Ok(Self {
-                source: Source::File(file),
-                elf,
-                setup: None,
-            });
+            return Ok(Self { source: Source::File(file), elf, setup: None });
         }
         let Some(setup) = SetupHeader::parse(&start, length)? else {
             return Err(KernelError::NotAKernel {
@@ -82,11 +78,7 @@ impl Kernel {
         let image = unpack(payload, limit)?;
         let elf = parse_elf(&mut Cursor::new(&image), image.len() as u64)
             .map_err(|reason| elf_error(reason, true))?;
-        Ok(Self {
-            source: Source::Payload(image),
-            elf,
-            setup: Some(setup),
-        })
+        Ok(Self { source: Source::Payload(image), elf, setup: Some(setup) })
     }
 
     /// Where the ELF file wants to be, and its entry point.
@@ -141,20 +133,13 @@ fn unpack(payload: Vec<u8>, limit: u64) -> Result<Vec<u8>, KernelError> {
     }
     let compression = Compression::detect(&payload)
         .ok_or_else(|| KernelError::UnknownPayload(FirstBytes::of(&payload)))?;
-    let image = decompress::decompress(compression, &payload, limit).map_err(|reason| {
-        KernelError::Payload {
-            compression,
-            reason,
-        }
-    })?;
+    let image = decompress::decompress(compression, &payload, limit)
+        .map_err(|reason| KernelError::Payload { compression, reason })?;
     if image.starts_with(&ELF_MAGIC) {
         Ok(image)
     } else {
         let reason = DecodeError::NotElf(FirstBytes::of(&image));
-        Err(KernelError::Payload {
-            compression,
-            reason,
-        })
+        Err(KernelError::Payload { compression, reason })
     }
 }
 
@@ -177,21 +162,12 @@ fn elf_error(reason: ElfError, in_payload: bool) -> KernelError {
 
 /// Reads exactly `length` bytes at `offset` into a buffer that grows as they arrive.
 fn read_range(file: &mut File, offset: u64, length: u64) -> Result<Vec<u8>, FileError> {
-    file.seek(SeekFrom::Start(offset))
-        .map_err(FileError::Read)?;
+    file.seek(SeekFrom::Start(offset)).map_err(FileError::Read)?;
     let mut bytes = Vec::new();
     let wanted = usize::try_from(length).map_err(|_| FileError::Shrank)?;
-    bytes
-        .try_reserve_exact(wanted)
-        .map_err(|error| FileError::Read(error.into()))?;
-    file.take(length)
-        .read_to_end(&mut bytes)
-        .map_err(FileError::Read)?;
-    if bytes.len() == wanted {
-        Ok(bytes)
-    } else {
-        Err(FileError::Shrank)
-    }
+    bytes.try_reserve_exact(wanted).map_err(|error| FileError::Read(error.into()))?;
+    file.take(length).read_to_end(&mut bytes).map_err(FileError::Read)?;
+    if bytes.len() == wanted { Ok(bytes) } else { Err(FileError::Shrank) }
 }
 
 #[cfg(test)]

@@ -61,10 +61,7 @@ fn lz4_block_header_that_is_cut_off_is_corrupt() {
     let payload = payload(Compression::Lz4, &elf);
     let (data, size) = payload.split_at(payload.len() - 4);
     let text = refusal(&bzimage(&[data, b"\x01\0", size].concat()));
-    assert_eq!(
-        text,
-        "a bzImage whose lz4 payload is corrupt: an lz4 block is cut off"
-    );
+    assert_eq!(text, "a bzImage whose lz4 payload is corrupt: an lz4 block is cut off");
 }
 
 #[test]
@@ -83,9 +80,7 @@ fn lz4_frames_behind_one_another_are_one_payload() {
 fn incompressible_blocks_of_lzo_are_taken_as_they_are() {
     let mut state = 7u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         state.to_be_bytes()[0]
     })
     .take(300_000)
@@ -105,14 +100,8 @@ fn the_kernel_of_this_project_is_a_zstd_bzimage_at_16_mib() {
 #[test]
 fn files_that_are_no_kernels_are_named_by_their_first_bytes() {
     let text = refusal(b"QFI\xfb\0\0\0\x03 and so on");
-    assert_eq!(
-        text,
-        "not an ELF or bzImage kernel (first bytes 51 46 49 fb 00 00 00 03)"
-    );
-    assert_eq!(
-        refusal(b"x"),
-        "not an ELF or bzImage kernel (first bytes 78)"
-    );
+    assert_eq!(text, "not an ELF or bzImage kernel (first bytes 51 46 49 fb 00 00 00 03)");
+    assert_eq!(refusal(b"x"), "not an ELF or bzImage kernel (first bytes 78)");
     assert_eq!(refusal(b""), "the file is empty");
     // A boot sector, but not one of Linux.
     let mut sector = vec![0; 1024];
@@ -124,22 +113,14 @@ fn files_that_are_no_kernels_are_named_by_their_first_bytes() {
 #[test]
 fn kernel_compressed_as_a_whole_is_said_to_be() {
     let text = refusal(&payload(Compression::Gzip, &elf(&code(100))));
-    assert!(
-        text.ends_with(": the file as a whole is gzip data, decompress it first"),
-        "{text}"
-    );
+    assert!(text.ends_with(": the file as a whole is gzip data, decompress it first"), "{text}");
 }
 
 #[test]
 fn missing_files_and_directories_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let missing = Kernel::open(&directory.path().join("vmlinux"), LIMIT).unwrap_err();
-    assert!(
-        missing
-            .to_string()
-            .starts_with("cannot be opened: No such file"),
-        "{missing}"
-    );
+    assert!(missing.to_string().starts_with("cannot be opened: No such file"), "{missing}");
     let error = Kernel::open(directory.path(), LIMIT).unwrap_err();
     assert_eq!(error.to_string(), "not a regular file");
 }
@@ -151,10 +132,7 @@ fn pipe_is_refused_without_waiting_for_a_writer() {
     let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     // SAFETY: `name` is a NUL-terminated string.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    assert_eq!(
-        Kernel::open(&path, LIMIT).unwrap_err().to_string(),
-        "not a regular file"
-    );
+    assert_eq!(Kernel::open(&path, LIMIT).unwrap_err().to_string(), "not a regular file");
 }
 
 #[test]
@@ -164,10 +142,7 @@ fn cut_off_bzimage_is_truncated_or_corrupt_at_every_length() {
     let end = image.len() - 512;
     for length in 0x206..end {
         let error = open(&image[..length]).unwrap_err();
-        assert!(
-            matches!(error, KernelError::Truncated { .. }),
-            "{length}: {error}"
-        );
+        assert!(matches!(error, KernelError::Truncated { .. }), "{length}: {error}");
     }
     let text = refusal(&image[..end - 1]);
     let (has, wants) = (end - 1, end);
@@ -184,25 +159,16 @@ fn cut_off_bzimage_is_truncated_or_corrupt_at_every_length() {
 #[test]
 fn bzimage_of_an_old_protocol_is_refused_with_its_version() {
     let payload = payload(Compression::Gzip, &elf(&code(100)));
-    let old = setup_header {
-        version: 0x0207,
-        ..testing::setup(&payload)
-    };
+    let old = setup_header { version: 0x0207, ..testing::setup(&payload) };
     let text = refusal(&bzimage_of(old, &payload));
-    assert!(
-        text.starts_with("a bzImage of boot protocol 2.07"),
-        "{text}"
-    );
+    assert!(text.starts_with("a bzImage of boot protocol 2.07"), "{text}");
 }
 
 #[test]
 fn no_setup_sectors_are_four_of_them() {
     let elf = elf(&code(5000));
     let payload = payload(Compression::Lz4, &elf);
-    let setup = setup_header {
-        setup_sects: 0,
-        ..testing::setup(&payload)
-    };
+    let setup = setup_header { setup_sects: 0, ..testing::setup(&payload) };
     let mut image = bzimage_of(setup, &payload);
     // Protected-mode code starts one sector later than after the three that are there.
     image.splice(4 * 512..4 * 512, [0; 512]);
@@ -220,15 +186,9 @@ fn what_is_behind_the_end_of_a_setup_header_is_not_of_it() {
         init_size: 0x6564_6f63,
         ..testing::setup(&payload)
     };
-    let header = open(&bzimage_of(setup, &payload))
-        .unwrap()
-        .setup_header()
-        .unwrap();
+    let header = open(&bzimage_of(setup, &payload)).unwrap().setup_header().unwrap();
     assert_eq!(({ header.pref_address }, { header.init_size }), (0, 0));
-    assert_eq!(
-        ({ header.version }, { header.cmdline_size }),
-        (0x0209, 2047)
-    );
+    assert_eq!(({ header.version }, { header.cmdline_size }), (0x0209, 2047));
 }
 
 #[test]
@@ -236,49 +196,24 @@ fn payload_outside_the_file_or_the_guest_is_refused() {
     let payload = payload(Compression::Gzip, &elf(&code(100)));
     let setup = testing::setup(&payload);
     for absurd in [
-        setup_header {
-            payload_offset: u32::MAX,
-            ..setup
-        },
-        setup_header {
-            payload_length: u32::MAX,
-            ..setup
-        },
-        setup_header {
-            payload_length: u32::MAX,
-            payload_offset: u32::MAX,
-            ..setup
-        },
+        setup_header { payload_offset: u32::MAX, ..setup },
+        setup_header { payload_length: u32::MAX, ..setup },
+        setup_header { payload_length: u32::MAX, payload_offset: u32::MAX, ..setup },
     ] {
         assert!(refusal(&bzimage_of(absurd, &payload)).starts_with("truncated: "));
     }
     // A file that is long enough, all hole.
-    let kernel = file(&bzimage_of(
-        setup_header {
-            payload_length: 1 << 30,
-            ..setup
-        },
-        &payload,
-    ));
+    let kernel = file(&bzimage_of(setup_header { payload_length: 1 << 30, ..setup }, &payload));
     kernel.as_file().set_len(2 << 30).unwrap();
     let text = Kernel::open(kernel.path(), LIMIT).unwrap_err().to_string();
-    assert!(
-        text.contains("1073741824 bytes of payload, more than the 33554432"),
-        "{text}"
-    );
+    assert!(text.contains("1073741824 bytes of payload, more than the 33554432"), "{text}");
 }
 
 #[test]
 fn payload_of_an_unknown_kind_is_refused_with_its_first_bytes() {
     let text = refusal(&bzimage(b"\x04\x22\x4d\x18 an lz4 frame of the newer kind"));
-    assert!(
-        text.contains("payload is neither an ELF file nor compressed with"),
-        "{text}"
-    );
-    assert!(
-        text.ends_with("(first bytes 04 22 4d 18 20 61 6e 20)"),
-        "{text}"
-    );
+    assert!(text.contains("payload is neither an ELF file nor compressed with"), "{text}");
+    assert!(text.ends_with("(first bytes 04 22 4d 18 20 61 6e 20)"), "{text}");
     assert!(refusal(&bzimage(b"")).ends_with("(no bytes)"));
 }
 
@@ -302,10 +237,7 @@ fn cut_off_payload_is_corrupt_for_every_compression() {
             let short = [&data[..data.len() - cut], size].concat();
             let text = refusal(&bzimage(&short));
             let wanted = format!("a bzImage whose {compression} payload is corrupt");
-            assert!(
-                text.starts_with(&wanted),
-                "{compression} without {cut}: {text}"
-            );
+            assert!(text.starts_with(&wanted), "{compression} without {cut}: {text}");
         }
     }
 }
@@ -360,10 +292,7 @@ fn blocks_are_not_given_more_room_than_the_size_that_is_claimed() {
     let bomb = vec![0; 9 << 20];
     let expected = 64 << 10;
     for (compression, decode) in [
-        (
-            Compression::Lz4,
-            lz4::decompress as fn(&[u8], usize, &mut Vec<u8>) -> _,
-        ),
+        (Compression::Lz4, lz4::decompress as fn(&[u8], usize, &mut Vec<u8>) -> _),
         (Compression::Lzo, lzop::decompress),
     ] {
         let payload = payload(compression, &bomb);
@@ -380,10 +309,7 @@ fn lzma_dictionary_of_4_gib_is_refused_without_allocating_it() {
     // The magic says a dictionary size whose low bytes are 0.
     payload[1..3].copy_from_slice(&[0, 0]);
     let text = refusal(&bzimage(&payload));
-    assert!(
-        text.starts_with("a bzImage whose lzma payload is corrupt"),
-        "{text}"
-    );
+    assert!(text.starts_with("a bzImage whose lzma payload is corrupt"), "{text}");
 }
 
 #[test]
@@ -393,10 +319,7 @@ fn damaged_block_of_lzo_is_found_by_its_checksum() {
     let at = payload.len() - 100;
     payload[at] ^= 1;
     let text = refusal(&bzimage(&payload));
-    assert!(
-        text.starts_with("a bzImage whose lzo payload is corrupt"),
-        "{text}"
-    );
+    assert!(text.starts_with("a bzImage whose lzo payload is corrupt"), "{text}");
 }
 
 #[test]
@@ -404,10 +327,7 @@ fn adler_32_is_that_of_rfc_1950() {
     assert_eq!(lzop::adler32(b""), 1);
     assert_eq!(lzop::adler32(b"Wikipedia"), 0x11e6_0398);
     // Long enough to need the remainder in between.
-    assert_eq!(
-        lzop::adler32(&[0xff; 100_000]),
-        slow_adler32(&[0xff; 100_000])
-    );
+    assert_eq!(lzop::adler32(&[0xff; 100_000]), slow_adler32(&[0xff; 100_000]));
 }
 
 fn slow_adler32(data: &[u8]) -> u32 {

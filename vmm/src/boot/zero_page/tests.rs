@@ -45,21 +45,15 @@ fn ram_past_the_hole_is_in_the_map_and_the_hole_is_not() {
         assert!(pair[0].1 <= pair[1].0, "no overlap");
     }
     for address in [layout::MMIO_START.0, u64::from(layout::IOAPIC_ADDR)] {
-        assert!(
-            map.iter()
-                .all(|(start, end, _)| !(start..end).contains(&&address))
-        );
+        assert!(map.iter().all(|(start, end, _)| !(start..end).contains(&&address)));
     }
 }
 
 #[test]
 fn all_ram_but_the_bios_area_is_in_the_map() {
     for ram in [32 * MIB, 3 * GIB - 4096, 3 * GIB, 3 * GIB + 4096, 40 * GIB] {
-        let listed: u64 = map(ram)
-            .iter()
-            .filter(|entry| entry.2 == E820_RAM)
-            .map(|(s, e, _)| e - s)
-            .sum();
+        let listed: u64 =
+            map(ram).iter().filter(|entry| entry.2 == E820_RAM).map(|(s, e, _)| e - s).sum();
         assert_eq!(listed, ram - (0x10_0000 - 0x9_fc00), "of {ram}");
     }
 }
@@ -77,11 +71,7 @@ fn elf_kernel_gets_a_header_that_linux_accepts() {
     assert_eq!(bytes[0x211] & 1, 1, "loaded high");
     assert_eq!(u32_at(0x218), 0x3f0_0000, "ramdisk_image");
     assert_eq!(u32_at(0x21c), 0x1234, "ramdisk_size");
-    assert_eq!(
-        u64::from(u32_at(0x228)),
-        layout::CMDLINE_ADDR.0,
-        "cmd_line_ptr"
-    );
+    assert_eq!(u64::from(u32_at(0x228)), layout::CMDLINE_ADDR.0, "cmd_line_ptr");
 }
 
 #[test]

@@ -1,0 +1,164 @@
+//! The options and subcommands themselves.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser};
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot a kernel with a disk, the console on this terminal:
+    qemu-img create -f qcow2 disk.qcow2 1G
+    tardigrade --kernel bzImage --append 'console=ttyS0' -m 256M --smp 2 \\
+      --blockdev driver=qcow2,node-name=disk0,file.driver=file,file.filename=disk.qcow2 \\
+      --device virtio-blk-device,drive=disk0 --qmp unix:/tmp/vm.qmp,server=on,wait=off
+
+  From another terminal, freeze it, list what is frozen, and go back:
+    tardigrade snapshot save   --qmp /tmp/vm.qmp before-upgrade
+    tardigrade snapshot list   --qmp /tmp/vm.qmp
+    tardigrade snapshot load   --qmp /tmp/vm.qmp before-upgrade
+
+  Revive a checkpoint in a new process: the command line it was saved with, and --loadvm TAG.";
+
+/// A lightweight KVM hypervisor whose guests can be frozen, copied and revived at any moment.
+///
+/// Without a subcommand it runs a machine. Options have QEMU's names and values.
+#[derive(Debug, Parser)]
+#[command(name = "tardigrade", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    /// What to do with a machine that runs already.
+    pub subcommand: Option<Subcommand>,
+    #[command(flatten)]
+    /// The machine to run.
+    pub machine: MachineArgs,
+}
+
+/// The machine to run.
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    /// Machine type
+    #[arg(long, value_name = "TYPE", default_value = "microvm")]
+    pub machine: String,
+    /// Accelerator; there is only kvm
+    #[arg(long, value_name = "NAME")]
+    pub accel: Option<String>,
+    /// CPU model: host, what the host's KVM supports
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    pub cpu: String,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub smp: String,
+    /// Guest RAM; a plain number is MiB, suffixes are K, M, G, T
+    #[arg(short = 'm', long = "m", value_name = "SIZE", default_value = "128M")]
+    pub memory: String,
+    /// Kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial ramdisk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// Block node: driver=qcow2|raw,node-name=N,file.driver=file,file.filename=F[,read-only=on]
+    /// [,file.cache.direct=on], or JSON
+    #[arg(long, value_name = "OPTIONS")]
+    pub blockdev: Vec<String>,
+    /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N], virtio-rng-device, or JSON
+    #[arg(long, value_name = "OPTIONS")]
+    pub device: Vec<String>,
+    /// QMP server: unix:PATH,server=on,wait=off
+    #[arg(long, value_name = "ADDRESS")]
+    pub qmp: Vec<String>,
+    /// Serial port: stdio, null, file:F or unix:PATH,server=on,wait=off
+    #[arg(long, value_name = "TARGET", default_value = "stdio")]
+    pub serial: String,
+    /// Do not start the vCPUs: wait for QMP's cont
+    #[arg(short = 'S')]
+    pub start_paused: bool,
+    /// Revive this checkpoint instead of booting
+    #[arg(long, value_name = "TAG")]
+    pub loadvm: Option<String>,
+    /// End when the guest resets
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Name of the machine, for query-name
+    #[arg(long, value_name = "TEXT")]
+    pub name: Option<String>,
+    /// UUID of the machine, for query-uuid
+    #[arg(long, value_name = "UUID")]
+    pub uuid: Option<String>,
+    /// Write the process id here
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+}
+
+/// What to do with a machine that runs already, over its QMP socket.
+#[derive(Debug, clap::Subcommand)]
+pub enum Subcommand {
+    /// Save, load, delete or list checkpoints of a running machine
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Tell what a running machine is doing
+    Status(QmpTarget),
+    /// Connect this terminal to a machine's serial socket; leave with Ctrl-]
+    Console {
+        /// The path given to --serial unix:PATH
+        socket: PathBuf,
+    },
+}
+
+/// The machine's QMP socket.
+#[derive(Debug, Args)]
+pub struct QmpTarget {
+    /// The path given to --qmp unix:PATH
+    #[arg(long, value_name = "PATH")]
+    pub qmp: PathBuf,
+}
+
+/// Checkpoints of a running machine.
+#[derive(Debug, clap::Subcommand)]
+pub enum SnapshotCommand {
+    /// Freeze the whole machine under a name; the guest goes on afterwards
+    Save(SnapshotArgs),
+    /// Take the machine back to a checkpoint
+    Load(SnapshotArgs),
+    /// Delete a checkpoint; its space can be used again
+    Delete(SnapshotArgs),
+    /// List the checkpoints on all disks
+    List(QmpTarget),
+}
+
+/// Which checkpoint, and where.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    #[command(flatten)]
+    /// The machine.
+    pub target: QmpTarget,
+    /// Name of the checkpoint
+    pub tag: String,
+    /// Disk (node name) that keeps RAM and devices [default: the first writable disk]
+    #[arg(long, value_name = "NODE")]
+    pub vmstate: Option<String>,
+    /// Disks (node names) to include [default: all writable disks]
+    #[arg(long, value_name = "NODE", value_delimiter = ',')]
+    pub devices: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_kernel_command_line_may_start_with_a_dash() {
+        let cli = Cli::parse_from(["tardigrade", "--kernel", "k", "--append", "-x y"]);
+        assert_eq!(cli.machine.append, "-x y");
+    }
+}

@@ -1,0 +1,236 @@
+//! Values of single options.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::{Error, keyval};
+use crate::console::ConsoleSpec;
+use crate::machine::spec::{DeviceKind, DeviceSpec};
+
+/// The one machine type.
+pub const MACHINE_TYPE: &str = "microvm";
+/// Most vCPUs a machine can have: APIC ids are bytes, 255 is broadcast and the IOAPIC takes one.
+pub const MAX_VCPUS: u8 = 254;
+/// A virtio-blk serial has 20 bytes (virtio 1.2, 5.2.6).
+const MAX_SERIAL: usize = 20;
+/// Most request queues of a disk.
+const MAX_QUEUES: u16 = 16;
+
+/// Where a QMP server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QmpSpec {
+    /// The unix socket's path.
+    pub path: PathBuf,
+    /// Whether the machine is built only once a client is there.
+    pub wait: bool,
+}
+
+/// `--machine`: there is one type, without properties to set.
+pub fn check_machine(text: &str) -> Result<(), Error> {
+    match text {
+        MACHINE_TYPE | "type=microvm" => Ok(()),
+        _ => Err(Error::new("machine", text, "the machine type is microvm, without properties")),
+    }
+}
+
+/// `--accel`: the machine runs on KVM only.
+pub fn check_accel(text: Option<&str>) -> Result<(), Error> {
+    match text {
+        None | Some("kvm") => Ok(()),
+        Some(other) => Err(Error::new("accel", other, "the only accelerator is kvm")),
+    }
+}
+
+/// `--cpu`: what the host's KVM supports.
+pub fn check_cpu(text: &str) -> Result<(), Error> {
+    match text {
+        "host" => Ok(()),
+        _ => Err(Error::new("cpu", text, "the only model is host, without flags")),
+    }
+}
+
+/// `-m`: bytes of RAM. The machine checks the bounds.
+pub fn memory(text: &str) -> Result<u64, Error> {
+    let error = |reason: &str| Error::new("m", text, reason);
+    let number = text.strip_prefix("size=").unwrap_or(text);
+    let (digits, unit) = match number.char_indices().find(|(_, c)| !c.is_ascii_digit()) {
+        Some((at, _)) => number.split_at(at),
+        None => (number, "M"),
+    };
+    let shift = match unit.to_ascii_uppercase().as_str() {
+        "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(error("is not a size such as 256M or 4G")),
+    };
+    let count: u64 = digits.parse().map_err(|_| error("is not a size such as 256M or 4G"))?;
+    count.checked_mul(1 << shift).ok_or_else(|| error("is more than any machine has"))
+}
+
+/// `--smp`: `N` or `cpus=N`.
+pub fn smp(text: &str) -> Result<u8, Error> {
+    let number = text.strip_prefix("cpus=").unwrap_or(text);
+    match number.parse() {
+        Ok(count @ 1..=MAX_VCPUS) => Ok(count),
+        _ => Err(Error::new("smp", text, format!("is not a number from 1 to {MAX_VCPUS}"))),
+    }
+}
+
+/// `--uuid`; nil where none is given, as QEMU tells it.
+pub fn uuid(text: Option<&str>) -> Result<Uuid, Error> {
+    let Some(text) = text else { return Ok(Uuid::nil()) };
+    Uuid::parse_str(text).map_err(|error| Error::new("uuid", text, error))
+}
+
+/// `--qmp`
+pub fn qmp(text: &str) -> Result<QmpSpec, Error> {
+    let (path, wait) = unix_server("qmp", text)?;
+    Ok(QmpSpec { path, wait })
+}
+
+/// `--serial`
+pub fn serial(text: &str) -> Result<ConsoleSpec, Error> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(ConsoleSpec::Stdio),
+        None if matches!(text, "null" | "none") => Ok(ConsoleSpec::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(ConsoleSpec::File(path.into())),
+        Some(("unix", _)) => {
+            let (path, wait) = unix_server("serial", text)?;
+            Ok(ConsoleSpec::Unix { path, wait })
+        }
+        _ => {
+            let reason = "is not stdio, null, file:F or unix:PATH,server=on,wait=off";
+            Err(Error::new("serial", text, reason))
+        }
+    }
+}
+
+/// `unix:PATH,server=on[,wait=on|off]`; as in QEMU, `wait` is on where it is not given.
+fn unix_server(option: &'static str, text: &str) -> Result<(PathBuf, bool), Error> {
+    let error = |reason: String| Error::new(option, text, reason);
+    let address = text
+        .strip_prefix("unix:")
+        .ok_or_else(|| error("is not unix:PATH,server=on,wait=off".to_owned()))?;
+    let mut options = keyval::parse(address, Some("path")).map_err(|e| error(e.to_string()))?;
+    let path = take(&mut options, "path").filter(|path| !path.is_empty());
+    let path = path.ok_or_else(|| error("the path is missing".to_owned()))?;
+    let server = take(&mut options, "server");
+    let wait = take(&mut options, "wait");
+    if let Some(key) = options.keys().next() {
+        return Err(error(format!("'{key}' is not an option of a socket")));
+    }
+    if server.as_deref() != Some("on") {
+        return Err(error("server=on is needed: the socket is made here".to_owned()));
+    }
+    match wait.as_deref() {
+        Some("off") => Ok((path.into(), false)),
+        None | Some("on") => Ok((path.into(), true)),
+        Some(_) => Err(error("wait is on or off".to_owned())),
+    }
+}
+
+/// `--device`
+pub fn device(text: &str) -> Result<DeviceSpec, Error> {
+    let error = |reason: String| Error::new("device", text, reason);
+    let mut options = keyval::parse(text, Some("driver")).map_err(|e| error(e.to_string()))?;
+    let driver =
+        take(&mut options, "driver").ok_or_else(|| error("the driver is missing".to_owned()))?;
+    let id = take(&mut options, "id");
+    let kind = match driver.as_str() {
+        "virtio-blk-device" => block_device(&mut options).map_err(error)?,
+        "virtio-rng-device" => DeviceKind::Rng,
+        _ => {
+            return Err(error(format!(
+                "'{driver}' is not a device here; there are virtio-blk-device and virtio-rng-device"
+            )));
+        }
+    };
+    match options.keys().next() {
+        Some(key) => Err(error(format!("'{key}' is not an option of {driver}"))),
+        None => Ok(DeviceSpec { id, kind }),
+    }
+}
+
+fn block_device(options: &mut Map<String, Value>) -> Result<DeviceKind, String> {
+    let drive = take(options, "drive").ok_or("drive=NODE is missing")?;
+    let serial = take(options, "serial").unwrap_or_default();
+    if serial.len() > MAX_SERIAL {
+        return Err(format!("serial '{serial}' has more than {MAX_SERIAL} bytes"));
+    }
+    let queues = match take(options, "num-queues") {
+        None => 1,
+        Some(text) => match text.parse() {
+            Ok(count @ 1..=MAX_QUEUES) => count,
+            _ => return Err(format!("num-queues '{text}' is not a number from 1 to {MAX_QUEUES}")),
+        },
+    };
+    Ok(DeviceKind::Block { drive, serial, queues })
+}
+
+/// Takes an option out; numbers may come from JSON as numbers.
+fn take(options: &mut Map<String, Value>, key: &str) -> Option<String> {
+    match options.remove(key)? {
+        Value::String(text) => Some(text),
+        other => Some(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_qemus_units() {
+        assert_eq!(memory("256").unwrap(), 256 << 20);
+        assert_eq!(memory("256M").unwrap(), 256 << 20);
+        assert_eq!(memory("4g").unwrap(), 4 << 30);
+        assert_eq!(memory("size=1G").unwrap(), 1 << 30);
+        for bad in ["", "M", "1X", "-1", "99999999999999999999", "999999999T"] {
+            assert!(memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn smp_is_bounded() {
+        assert_eq!(smp("2").unwrap(), 2);
+        assert_eq!(smp("cpus=4").unwrap(), 4);
+        for bad in ["0", "255", "x", "-1"] {
+            assert!(smp(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sockets_need_server_on() {
+        let spec = qmp("unix:/a/b,server=on,wait=off").unwrap();
+        assert_eq!(spec, QmpSpec { path: "/a/b".into(), wait: false });
+        assert!(qmp("unix:/a,server=on").unwrap().wait);
+        for bad in ["/a", "tcp:1", "unix:,server=on", "unix:/a", "unix:/a,server=on,x=y"] {
+            assert!(qmp(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn serial_targets() {
+        assert_eq!(serial("stdio").unwrap(), ConsoleSpec::Stdio);
+        assert_eq!(serial("file:/a:b").unwrap(), ConsoleSpec::File("/a:b".into()));
+        assert!(serial("file:").is_err());
+        assert!(serial("tty").is_err());
+    }
+
+    #[test]
+    fn a_device_names_what_it_does_not_know() {
+        let spec = device("virtio-blk-device,drive=d,serial=s,num-queues=2,id=x").unwrap();
+        let kind = DeviceKind::Block { drive: "d".into(), serial: "s".into(), queues: 2 };
+        assert_eq!(spec, DeviceSpec { id: Some("x".into()), kind });
+        let json = device(r#"{"driver":"virtio-blk-device","drive":"d","num-queues":3}"#).unwrap();
+        assert!(matches!(json.kind, DeviceKind::Block { queues: 3, .. }));
+        let error = device("virtio-blk-device,drive=d,foo=1").unwrap_err().to_string();
+        assert!(error.contains("'foo' is not an option of virtio-blk-device"), "{error}");
+        assert!(device("virtio-net-device").unwrap_err().to_string().contains("virtio-net-device"));
+        assert!(device("virtio-blk-device").is_err());
+    }
+}

@@ -1,0 +1,136 @@
+//! Where the guest's serial port goes: the terminal, a file, a socket, or nowhere.
+//!
+//! The guest writes from a vCPU thread, so output must not wait for a reader for ever: a socket
+//! whose reader does not read holds the vCPU up for [`socket::PATIENCE`] at most, then the bytes
+//! are dropped. A terminal or a pipe that is stopped does stop the guest's output, as a stopped
+//! serial line with flow control would. Input is read by the main event loop.
+
+mod socket;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use crate::terminal::RawTerminal;
+pub use socket::SocketConsole;
+
+/// `--serial`: what the port is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConsoleSpec {
+    /// This program's standard input and output.
+    Stdio,
+    /// Output is thrown away, there is no input.
+    Null,
+    /// Output goes to a file, there is no input.
+    File(PathBuf),
+    /// A listening unix socket, one client at a time.
+    Unix {
+        /// Where the socket is made.
+        path: PathBuf,
+        /// Whether the machine starts only once a client is there.
+        wait: bool,
+    },
+}
+
+/// The host's end of the serial port.
+pub enum Console {
+    /// Standard input and output; the terminal is raw while this lives.
+    Stdio {
+        /// Standard input, read without a buffer of our own that epoll would not know of.
+        input: File,
+        /// Puts the terminal back when dropped.
+        terminal: Option<RawTerminal>,
+    },
+    /// Nowhere.
+    Null,
+    /// A file.
+    File(File),
+    /// A socket.
+    Socket(SocketConsole),
+}
+
+/// What the event loop must do after it read input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// So many bytes were read.
+    Bytes(usize),
+    /// Nothing to read now.
+    Nothing,
+    /// The other end is gone; watch it no longer.
+    End,
+}
+
+impl Console {
+    /// Opens the host's end.
+    ///
+    /// # Errors
+    /// The file cannot be made, or the socket's path is taken.
+    pub fn open(spec: &ConsoleSpec) -> io::Result<Self> {
+        match spec {
+            ConsoleSpec::Stdio => {
+                let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+                let terminal = RawTerminal::enter(&input, true)?;
+                Ok(Self::Stdio { input, terminal })
+            }
+            ConsoleSpec::Null => Ok(Self::Null),
+            ConsoleSpec::File(path) => Ok(Self::File(File::create(path)?)),
+            ConsoleSpec::Unix { path, wait } => {
+                let socket = SocketConsole::listen(path)?;
+                if *wait {
+                    socket.wait_for_client()?;
+                }
+                Ok(Self::Socket(socket))
+            }
+        }
+    }
+
+    /// Where the serial port writes to.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn output(&self) -> io::Result<Box<dyn Write + Send>> {
+        Ok(match self {
+            Self::Stdio { .. } => Box::new(io::stdout()),
+            Self::Null => Box::new(io::sink()),
+            Self::File(file) => Box::new(file.try_clone()?),
+            Self::Socket(socket) => Box::new(socket.output()),
+        })
+    }
+
+    /// Descriptors to watch for input or new clients.
+    pub fn watched(&self) -> Vec<RawFd> {
+        match self {
+            Self::Stdio { input, .. } => vec![input.as_raw_fd()],
+            Self::Null | Self::File(_) => Vec::new(),
+            Self::Socket(socket) => socket.watched(),
+        }
+    }
+
+    /// The path of the socket, where it is one.
+    pub fn socket_path(&self) -> Option<&Path> {
+        match self {
+            Self::Socket(socket) => Some(socket.path()),
+            _ => None,
+        }
+    }
+
+    /// Reads what is there after `fd` of [`Console::watched`] became readable.
+    pub fn read(&mut self, fd: RawFd, buf: &mut [u8]) -> Input {
+        let read = match self {
+            Self::Stdio { input, .. } => input.read(buf),
+            Self::Null | Self::File(_) => return Input::End,
+            Self::Socket(socket) => return socket.read(fd, buf),
+        };
+        match read {
+            Ok(0) => Input::End,
+            Ok(count) => Input::Bytes(count),
+            Err(error) if is_transient(&error) => Input::Nothing,
+            Err(_) => Input::End,
+        }
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}

@@ -1,0 +1,250 @@
+//! The main thread: it owns the machine and does one thing at a time.
+//!
+//! Everything that wants something of the machine comes here as an event: QMP commands, vCPUs that
+//! cannot go on, the guest's wish for a reset, console input, signals, snapshot jobs. Handlers do
+//! not block but for the time a pause takes; what takes longer runs on a job's thread (see
+//! [`work`]), which comes back with messages.
+
+mod block_info;
+mod commands;
+pub mod mailbox;
+mod run_state;
+mod snapshot_jobs;
+pub mod work;
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use block::Graph;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use qmp::schema::{Event, RunState, ShutdownCause};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use tracing::error;
+
+use crate::console::{Console, Input};
+use crate::machine::{self, Machine};
+use crate::vcpu::VcpuEvent;
+use mailbox::{Inbox, Mailbox, Message};
+use run_state::Hold;
+use snapshot_jobs::SnapshotJobs;
+
+/// Console input taken at a time, in bytes.
+const INPUT_CHUNK: usize = 256;
+
+/// What the main thread cannot do without.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// epoll failed.
+    #[error("the event loop failed: {0}")]
+    EventLoop(String),
+    /// Signals cannot be received.
+    #[error("cannot handle signals: {0}")]
+    Signals(std::io::Error),
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+}
+
+impl From<event_manager::Error> for Error {
+    fn from(error: event_manager::Error) -> Self {
+        Self::EventLoop(error.to_string())
+    }
+}
+
+/// What the main thread starts with.
+pub struct Parts {
+    /// A machine that is paused, booted or revived.
+    pub machine: Machine,
+    /// The block nodes.
+    pub graph: Arc<Graph>,
+    /// The host's end of the serial port.
+    pub console: Console,
+    /// Where other threads leave messages.
+    pub inbox: Inbox,
+    /// The other end of it.
+    pub mailbox: Mailbox,
+    /// The QMP server.
+    pub server: qmp::Server,
+    /// Commands of QMP clients.
+    pub requests: qmp::Requests,
+    /// A reset of the guest ends the machine.
+    pub no_reboot: bool,
+}
+
+/// The main thread's state.
+pub struct Controller {
+    machine: Machine,
+    graph: Arc<Graph>,
+    console: Console,
+    inbox: Inbox,
+    mailbox: Mailbox,
+    server: qmp::Server,
+    requests: qmp::Requests,
+    events: qmp::Events,
+    /// Readable after a signal that ends the machine.
+    signals: UnixStream,
+    jobs: SnapshotJobs,
+    state: RunState,
+    /// Set while a job keeps the guest stopped.
+    hold: Option<Hold>,
+    no_reboot: bool,
+    /// The machine is to end.
+    ending: bool,
+}
+
+impl Controller {
+    /// Takes over the machine, which is not started yet.
+    ///
+    /// # Errors
+    /// Signals cannot be received.
+    pub fn new(parts: Parts) -> Result<Self, Error> {
+        let events = parts.server.events();
+        Ok(Self {
+            machine: parts.machine,
+            graph: parts.graph,
+            console: parts.console,
+            inbox: parts.inbox,
+            mailbox: parts.mailbox,
+            jobs: SnapshotJobs::new(events.clone()),
+            server: parts.server,
+            requests: parts.requests,
+            events,
+            signals: end_signals().map_err(Error::Signals)?,
+            state: RunState::PreLaunch,
+            hold: None,
+            no_reboot: parts.no_reboot,
+            ending: false,
+        })
+    }
+
+    /// Runs the machine until it ends, then stops everything with the disks flushed. With `start`
+    /// the guest runs at once, without it it waits for `cont`.
+    ///
+    /// # Errors
+    /// The event loop fails, or a disk cannot be flushed at the end.
+    pub fn run(mut self, start: bool) -> Result<(), Error> {
+        if start {
+            self.machine.resume()?;
+            self.state = RunState::Running;
+        }
+        let mut manager = EventManager::new()?;
+        let id = manager.add_subscriber(self);
+        while !manager.subscriber_mut(id)?.ending {
+            manager.run()?;
+        }
+        manager.remove_subscriber(id)?.finish()
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        self.abandon_jobs();
+        self.server.shutdown();
+        // The console goes last: it puts the terminal back.
+        self.machine.shutdown()?;
+        Ok(())
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Qmp(request) => self.command(request),
+            Message::Work(message) => self.work_message(message),
+            Message::GuestPowerOff => self.shutdown(true, ShutdownCause::GuestShutdown),
+            Message::GuestReset | Message::Vcpu(VcpuEvent::TripleFault) => self.guest_reset(),
+            Message::Vcpu(VcpuEvent::Failed(text)) => self.fail(&text),
+        }
+    }
+
+    fn read_console(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        let room = self.machine.devices().console_room().min(INPUT_CHUNK);
+        if room == 0 {
+            // Level-triggered epoll would spin: watch again when the guest has read.
+            unwatch(ops, fd);
+            return;
+        }
+        let mut buf = [0; INPUT_CHUNK];
+        match self.console.read(fd, &mut buf[..room]) {
+            Input::Bytes(count) => self.machine.devices().console_input(&buf[..count]),
+            Input::Nothing => {}
+            Input::End => {
+                unwatch(ops, fd);
+                // A console that has another descriptor to watch now, or none.
+                self.watch_console(ops, Some(fd));
+            }
+        }
+    }
+
+    fn watch_console(&self, ops: &mut EventOps<'_>, ended: Option<RawFd>) {
+        let is_socket = self.console.socket_path().is_some();
+        for fd in self.console.watched() {
+            if is_socket || ended != Some(fd) {
+                watch(ops, fd);
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Controller {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.inbox.as_raw_fd());
+        watch(ops, self.requests.event().as_raw_fd());
+        watch(ops, self.signals.as_raw_fd());
+        watch(ops, self.machine.devices().console_wants_input().as_raw_fd());
+        self.watch_console(ops, None);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        if fd == self.inbox.as_raw_fd() {
+            self.inbox.acknowledge();
+            while let Some(message) = self.inbox.next() {
+                self.handle(message);
+            }
+        } else if fd == self.requests.event().as_raw_fd() {
+            for request in self.requests.take() {
+                self.handle(Message::Qmp(request));
+            }
+        } else if fd == self.signals.as_raw_fd() {
+            self.shutdown(false, ShutdownCause::HostSignal);
+        } else if fd == self.machine.devices().console_wants_input().as_raw_fd() {
+            self.machine.devices().acknowledge_console_wants_input();
+            self.watch_console(ops, None);
+        } else {
+            self.read_console(fd, ops);
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, fd: RawFd) {
+    match ops.add(Events::new_raw(fd, EventSet::IN)) {
+        // It is watched already.
+        Ok(()) | Err(event_manager::Error::FdAlreadyRegistered) => {}
+        // A regular file as standard input: it has no readiness, and a guest no use for it.
+        Err(error) => tracing::debug!("descriptor {fd} cannot be watched: {error}"),
+    }
+}
+
+fn unwatch(ops: &mut EventOps<'_>, fd: RawFd) {
+    if let Err(error) = ops.remove(Events::empty_raw(fd)) {
+        tracing::debug!("descriptor {fd} was not watched: {error}");
+    }
+}
+
+/// A stream that becomes readable when the process is told to end.
+fn end_signals() -> std::io::Result<UnixStream> {
+    let (receiver, sender) = UnixStream::pair()?;
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
+    }
+    Ok(receiver)
+}
+
+impl Controller {
+    fn emit(&self, event: Event) {
+        self.events.emit(&event);
+    }
+
+    fn fail(&mut self, text: &str) {
+        error!("the guest cannot go on: {text}");
+        self.stop_in(RunState::InternalError);
+    }
+}

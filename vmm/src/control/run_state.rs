@@ -1,0 +1,191 @@
+//! What the machine is doing, and the ways from one state to another.
+//!
+//! ```text
+//!                      cont                 Freeze
+//!   prelaunch ───────────────> running ───────────────> save-vm, restore-vm
+//!       ^                       │  ^                        │
+//!       │ system_reset     stop │  │ cont              Done │ success, or a failure that left
+//!       │                       v  │                        v the guest as it was
+//!       └──────────────────── paused                running, or what it was before
+//!                                                           │ failure with memory lost
+//!                                                           v
+//!                                                   restore-vm, until a load or a reset
+//! ```
+//!
+//! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
+//! when the job lets go. A vCPU that cannot go on leads to internal-error.
+
+use qmp::schema::{Event, RunState, ShutdownCause};
+use tracing::error;
+
+use super::Controller;
+use super::work::WorkError;
+use crate::machine::{self};
+
+/// A job that keeps the guest stopped.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// What the machine was doing.
+    before: RunState,
+    /// Whether the guest runs on afterwards.
+    resume: bool,
+    /// A reset was asked for meanwhile.
+    reset: Option<ShutdownCause>,
+}
+
+impl Controller {
+    /// `cont`
+    pub(super) fn cont(&mut self) -> Result<(), qmp::Error> {
+        if let Some(hold) = &mut self.hold {
+            hold.resume = true;
+            return Ok(());
+        }
+        match self.state {
+            RunState::Running => Ok(()),
+            RunState::PreLaunch | RunState::Paused => self.resume_guest(),
+            RunState::RestoreVm => Err(qmp::Error::generic(
+                "The guest's memory was lost in a failed load: load a checkpoint or reset the \
+                 machine first",
+            )),
+            state => Err(qmp::Error::generic(format!(
+                "The guest cannot go on from state '{state}': reset the machine first"
+            ))),
+        }
+    }
+
+    /// `stop`
+    pub(super) fn stop(&mut self) {
+        match &mut self.hold {
+            Some(hold) => {
+                hold.resume = false;
+                if hold.before == RunState::Running {
+                    hold.before = RunState::Paused;
+                }
+            }
+            None => self.stop_in(RunState::Paused),
+        }
+    }
+
+    /// Stops a running guest; one that does not run stays as it is.
+    pub(super) fn stop_in(&mut self, state: RunState) {
+        if self.state != RunState::Running {
+            return;
+        }
+        self.state = match self.machine.pause() {
+            Ok(()) => state,
+            Err(error) => {
+                error!("cannot pause the guest: {error}");
+                RunState::InternalError
+            }
+        };
+        self.emit(Event::Stop);
+    }
+
+    fn resume_guest(&mut self) -> Result<(), qmp::Error> {
+        if let Err(error) = self.machine.resume() {
+            error!("cannot resume the guest: {error}");
+            self.state = RunState::InternalError;
+            return Err(qmp::Error::generic(format!("Cannot resume the guest: {error}")));
+        }
+        self.state = RunState::Running;
+        self.emit(Event::Resume);
+        Ok(())
+    }
+
+    /// Stops the guest for a job. The state stays as it is where the guest did not run.
+    ///
+    /// # Errors
+    /// The guest cannot be stopped; the machine is in state internal-error then.
+    pub(super) fn hold_guest(&mut self, state: RunState) -> Result<(), WorkError> {
+        let before = self.state;
+        self.stop_in(state);
+        if before == RunState::Running && self.state != state {
+            return Err(WorkError::Failed("The guest cannot be stopped".to_owned()));
+        }
+        let resume = before == RunState::Running;
+        self.hold = Some(Hold { before, resume, reset: None });
+        Ok(())
+    }
+
+    /// The job is over: the guest goes on as before, if there is one left. `overwritten` tells that
+    /// the job has replaced the guest's memory, or begun to.
+    pub(super) fn release_guest(&mut self, success: bool, overwritten: bool) {
+        let Some(hold) = self.hold.take() else { return };
+        let lost = overwritten && !success;
+        self.state = match hold.before {
+            _ if lost => RunState::RestoreVm,
+            // A load makes a machine that could not go on whole again.
+            RunState::RestoreVm | RunState::InternalError if success && overwritten => {
+                RunState::Paused
+            }
+            RunState::Running => RunState::Paused,
+            before => before,
+        };
+        if let Some(cause) = hold.reset {
+            self.state = if hold.resume { RunState::Running } else { RunState::PreLaunch };
+            let guest = cause == ShutdownCause::GuestReset;
+            self.reset_paused(guest, cause, hold.resume);
+        } else if hold.resume && !lost {
+            // The state tells of a failure.
+            let _ = self.resume_guest();
+        }
+    }
+
+    /// `system_reset`
+    pub(super) fn system_reset(&mut self) -> Result<(), qmp::Error> {
+        if self.machine.spec().kernel.is_none() {
+            return Err(qmp::Error::generic(machine::Error::NoKernel.to_string()));
+        }
+        let cause = ShutdownCause::HostQmpSystemReset;
+        if let Some(hold) = &mut self.hold {
+            hold.reset = Some(cause);
+        } else {
+            self.reset(false, cause);
+        }
+        Ok(())
+    }
+
+    /// The guest asked for a reset, or crashed so that a real machine would reset.
+    pub(super) fn guest_reset(&mut self) {
+        // A vCPU can have asked just before it was stopped; then the reset waits.
+        if let Some(hold) = &mut self.hold {
+            hold.reset = Some(ShutdownCause::GuestReset);
+        } else if self.no_reboot || self.machine.spec().kernel.is_none() {
+            self.shutdown(true, ShutdownCause::GuestReset);
+        } else {
+            self.reset(true, ShutdownCause::GuestReset);
+        }
+    }
+
+    fn reset(&mut self, guest: bool, cause: ShutdownCause) {
+        let running = self.state == RunState::Running;
+        if running && let Err(error) = self.machine.pause() {
+            error!("cannot pause the guest: {error}");
+        }
+        self.reset_paused(guest, cause, running);
+    }
+
+    fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
+        let booted = self.machine.boot();
+        self.emit(Event::Reset { guest, reason });
+        self.state = RunState::PreLaunch;
+        let resumed = booted.and_then(|()| if run { self.machine.resume() } else { Ok(()) });
+        match resumed {
+            Ok(()) if run => self.state = RunState::Running,
+            Ok(()) => {}
+            Err(error) => {
+                error!("cannot reset the machine: {error}");
+                self.state = RunState::InternalError;
+                self.emit(Event::Stop);
+            }
+        }
+    }
+
+    /// The machine ends. The first reason counts.
+    pub(super) fn shutdown(&mut self, guest: bool, reason: ShutdownCause) {
+        if !self.ending {
+            self.ending = true;
+            self.emit(Event::Shutdown { guest, reason });
+        }
+    }
+}

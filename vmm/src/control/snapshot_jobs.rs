@@ -1,0 +1,219 @@
+//! Snapshot jobs: one works at a time, the next waits in state created.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use block::Progress;
+use qmp::jobs::{AutoFlags, Jobs, Outcome, StateError, Work};
+use qmp::schema::{JobInfo, JobStatus, JobType, RunState};
+use tracing::error;
+
+use super::Controller;
+use super::mailbox::Message;
+use super::work::{self, Freeze, Frozen, Task, WorkContext, WorkError, WorkMessage};
+use crate::machine::recorded;
+use crate::machine::state::MachineState;
+
+/// The jobs, and what they are to do.
+pub(super) struct SnapshotJobs {
+    list: Jobs,
+    waiting: VecDeque<Waiting>,
+    current: Option<Current>,
+}
+
+struct Waiting {
+    id: String,
+    task: Task,
+    handle: Handle,
+}
+
+struct Current {
+    id: String,
+    handle: Handle,
+    thread: JoinHandle<()>,
+}
+
+/// What the job list and the main thread know of a job's work.
+#[derive(Clone, Default)]
+struct Handle {
+    progress: Arc<Progress>,
+    /// Set when a cancel would leave the guest without its memory.
+    committed: Arc<AtomicBool>,
+    memory_lost: Arc<AtomicBool>,
+}
+
+impl Work for Handle {
+    fn progress(&self) -> (u64, u64) {
+        match self.progress.get() {
+            // A delete, or work that has not found out yet how much there is.
+            (current, 0) => (current, 1),
+            known => known,
+        }
+    }
+
+    fn cancel(&mut self) -> bool {
+        let possible = !self.committed.load(Ordering::Acquire);
+        if possible {
+            self.progress.cancel();
+        }
+        possible
+    }
+}
+
+impl SnapshotJobs {
+    pub(super) fn new(events: qmp::Events) -> Self {
+        Self {
+            list: Jobs::new(move |event| events.emit(event)),
+            waiting: VecDeque::new(),
+            current: None,
+        }
+    }
+
+    pub(super) fn query(&self) -> Vec<JobInfo> {
+        self.list.query()
+    }
+
+    pub(super) fn dismiss(&mut self, id: &str) -> Result<(), qmp::Error> {
+        self.list.dismiss(id)
+    }
+
+    /// The next job that has something to do, now running.
+    fn next(&mut self) -> Option<Waiting> {
+        while let Some(next) = self.waiting.pop_front() {
+            // One that was cancelled meanwhile is concluded.
+            let status = self.list.get(&next.id).map(|job| job.status);
+            if status == Some(JobStatus::Created) {
+                report(self.list.start(&next.id));
+                return Some(next);
+            }
+        }
+        None
+    }
+
+    fn finish(&mut self, id: &str, outcome: work::Outcome) {
+        let outcome = match outcome {
+            Ok(()) => Outcome::Success,
+            Err(WorkError::Cancelled) => Outcome::Cancelled,
+            Err(WorkError::Failed(text)) => Outcome::Failure(text),
+        };
+        report(self.list.finish(id, outcome));
+    }
+}
+
+/// The list refuses only what a bug can bring about.
+fn report(result: Result<(), StateError>) {
+    if let Err(error) = result {
+        error!("{error}");
+    }
+}
+
+impl Controller {
+    /// Adds a job, and starts it if no other works.
+    pub(super) fn create_job(&mut self, id: String, task: Task) -> Result<(), qmp::Error> {
+        let kind = match &task {
+            Task::Save(_) => JobType::SnapshotSave,
+            Task::Load(_) => JobType::SnapshotLoad,
+            Task::Delete { .. } => JobType::SnapshotDelete,
+        };
+        let handle = Handle::default();
+        self.jobs.list.create(&id, kind, AutoFlags::of(kind), Box::new(handle.clone()))?;
+        self.jobs.waiting.push_back(Waiting { id, task, handle });
+        self.start_next_job();
+        Ok(())
+    }
+
+    pub(super) fn cancel_job(&mut self, id: &str) -> Result<(), qmp::Error> {
+        self.jobs.list.cancel(id)
+    }
+
+    fn start_next_job(&mut self) {
+        while self.jobs.current.is_none() && !self.ending {
+            let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
+            let context = WorkContext {
+                graph: Arc::clone(&self.graph),
+                memory: self.machine.memory().clone(),
+                config: recorded::describe(&self.machine),
+                shape: self.machine.shape(),
+                progress: Arc::clone(&handle.progress),
+                memory_lost: Arc::clone(&handle.memory_lost),
+                mailbox: self.mailbox.clone(),
+            };
+            match work::start(task, context) {
+                Ok(thread) => self.jobs.current = Some(Current { id, handle, thread }),
+                Err(error) => {
+                    let text = format!("Cannot start the job's thread: {error}");
+                    self.jobs.finish(&id, Err(WorkError::Failed(text)));
+                }
+            }
+        }
+    }
+
+    /// What the working job wants.
+    pub(super) fn work_message(&mut self, message: WorkMessage) {
+        // Whoever asked waits for the answer, so it is there to receive it.
+        match message {
+            WorkMessage::Freeze { purpose, reply } => {
+                let _ = reply.send(self.freeze(&purpose));
+            }
+            WorkMessage::Restore { state, reply } => {
+                let restored = self.machine.restore(&state).map_err(WorkError::from);
+                let _ = reply.send(restored);
+            }
+            WorkMessage::Done(outcome) => self.job_done(outcome),
+        }
+    }
+
+    fn freeze(&mut self, purpose: &Freeze) -> Result<Frozen, WorkError> {
+        if self.ending {
+            return Err(WorkError::Cancelled);
+        }
+        match purpose {
+            Freeze::Save => self.freeze_to_save(),
+            Freeze::Load(state) => self.freeze_to_load(state),
+        }
+    }
+
+    fn freeze_to_save(&mut self) -> Result<Frozen, WorkError> {
+        if self.state == RunState::RestoreVm {
+            let text = "There is nothing to save: the guest's memory was lost in a failed load";
+            return Err(WorkError::Failed(text.to_owned()));
+        }
+        self.hold_guest(RunState::SaveVm)?;
+        Ok(Frozen { state: self.machine.capture()? })
+    }
+
+    fn freeze_to_load(&mut self, state: &MachineState) -> Result<Frozen, WorkError> {
+        self.machine.check_fits(state)?;
+        self.hold_guest(RunState::RestoreVm)?;
+        let frozen = Frozen { state: self.machine.capture()? };
+        if let Some(current) = &self.jobs.current {
+            // A cancel that came before this has been heard; the job looks once more.
+            current.handle.committed.store(true, Ordering::Release);
+        }
+        Ok(frozen)
+    }
+
+    fn job_done(&mut self, outcome: work::Outcome) {
+        let Some(current) = self.jobs.current.take() else { return };
+        if current.thread.join().is_err() {
+            error!("the thread of job '{}' has panicked", current.id);
+        }
+        let memory_lost = current.handle.memory_lost.load(Ordering::Acquire);
+        self.release_guest(outcome.is_ok(), memory_lost);
+        self.jobs.finish(&current.id, outcome);
+        self.start_next_job();
+    }
+
+    /// Cancels what can be cancelled and waits for the rest, so that no image is left half changed.
+    pub(super) fn abandon_jobs(&mut self) {
+        while self.jobs.list.close() > 0 {
+            match self.inbox.wait() {
+                Some(Message::Work(message)) => self.work_message(message),
+                Some(_) => {}
+                None => return,
+            }
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! The work of snapshot jobs, each on a thread of its own.
+//!
+//! Only the main thread touches the machine. A job's thread checks what it can while the guest
+//! runs, asks the main thread to stop the guest when it must, does the long reading or writing,
+//! and tells the main thread that it is over, which lets the guest go on:
+//!
+//! ```text
+//!   job thread                         main thread
+//!   checks
+//!   Freeze ──────────────────────────> pauses the machine, captures its state
+//!     <───────────────────────────────
+//!   writes / reads RAM and disks       answers QMP
+//!   (load) Restore ──────────────────> puts vCPU and device state in place
+//!     <───────────────────────────────
+//!   Done ────────────────────────────> lets the guest run on, concludes the job
+//! ```
+//!
+//! A job that ends before `Freeze` has not touched the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use block::{Graph, Node, Progress};
+use devices::GuestMemory;
+use snapshot::{Checkpoint, MachineConfig, SaveRequest, Stamp};
+use tracing::{info, warn};
+
+use super::mailbox::{Mailbox, Message};
+use crate::machine::state::{MachineState, Shape};
+
+/// Threads that move RAM. More do not help one disk.
+const IO_THREADS: usize = 4;
+
+/// What a job is to do.
+#[derive(Debug, Clone)]
+pub enum Task {
+    /// snapshot-save
+    Save(Target),
+    /// snapshot-load
+    Load(Target),
+    /// snapshot-delete
+    Delete {
+        /// The checkpoint.
+        tag: String,
+        /// Names of the nodes.
+        devices: Vec<String>,
+    },
+}
+
+/// A checkpoint and where it is.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Its tag.
+    pub tag: String,
+    /// Name of the node with the VM state.
+    pub vmstate: String,
+    /// Names of all nodes.
+    pub devices: Vec<String>,
+}
+
+/// How a job ended.
+pub type Outcome = Result<(), WorkError>;
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkError {
+    /// It was cancelled.
+    Cancelled,
+    /// Something failed; the text is for the user.
+    Failed(String),
+}
+
+impl<E: std::error::Error> From<E> for WorkError {
+    fn from(error: E) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// A stopped machine.
+pub struct Frozen {
+    /// Its state without RAM and disks.
+    pub state: MachineState,
+}
+
+/// Why the guest is to be stopped.
+pub enum Freeze {
+    /// To save it.
+    Save,
+    /// To replace it by this state, which is checked before the guest is stopped.
+    Load(Box<MachineState>),
+}
+
+/// What a job's thread asks of the main thread.
+pub enum WorkMessage {
+    /// Stop the guest.
+    Freeze {
+        /// Why.
+        purpose: Freeze,
+        /// Gets the state the guest was stopped in.
+        reply: Sender<Result<Frozen, WorkError>>,
+    },
+    /// Put this state on the stopped machine.
+    Restore {
+        /// The state.
+        state: Box<MachineState>,
+        /// Tells whether it worked.
+        reply: Sender<Result<(), WorkError>>,
+    },
+    /// The job is over.
+    Done(Outcome),
+}
+
+/// What a job's thread works with.
+pub struct WorkContext {
+    /// The disks.
+    pub graph: Arc<Graph>,
+    /// The guest's RAM.
+    pub memory: GuestMemory,
+    /// What the machine is.
+    pub config: MachineConfig,
+    /// What parts it has.
+    pub shape: Shape,
+    /// Counts bytes, and tells of a cancel.
+    pub progress: Arc<Progress>,
+    /// Set when guest memory is overwritten: from then on a failure leaves nothing to run.
+    pub memory_lost: Arc<AtomicBool>,
+    /// The way to the main thread.
+    pub mailbox: Mailbox,
+}
+
+/// Starts the thread of a job. Its last message is [`WorkMessage::Done`].
+///
+/// # Errors
+/// The host has no thread to give.
+pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("snapshot-job".to_owned()).spawn(move || {
+        let outcome = run(task, &context);
+        context.mailbox.send(Message::Work(WorkMessage::Done(outcome)));
+    })
+}
+
+fn run(task: Task, context: &WorkContext) -> Outcome {
+    match task {
+        Task::Save(target) => save(target, context),
+        Task::Load(target) => load(&target, context),
+        Task::Delete { tag, devices } => {
+            let nodes = context.resolve(&devices)?;
+            let report = snapshot::delete(&nodes, &tag)?;
+            info!("deleted '{tag}' from {:?}", report.deleted);
+            Ok(())
+        }
+    }
+}
+
+fn save(target: Target, context: &WorkContext) -> Outcome {
+    let Target { tag, vmstate, devices } = target;
+    let nodes = context.resolve(&devices)?;
+    snapshot::preflight_save(&nodes, &vmstate, &tag)?;
+    let Frozen { state } = context.freeze(Freeze::Save)?;
+    let stamp = stamp(tag, state.clock.kvmclock_ns);
+    let request = SaveRequest {
+        nodes: &nodes,
+        vmstate: &vmstate,
+        stamp,
+        config: &context.config,
+        sections: state.to_sections()?,
+        ram: &context.memory,
+        progress: &context.progress,
+        threads: IO_THREADS,
+    };
+    match snapshot::save(request) {
+        Ok(report) => {
+            info!("saved {report:?}");
+            Ok(())
+        }
+        Err(snapshot::SaveError::Cancelled) => Err(WorkError::Cancelled),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn load(target: &Target, context: &WorkContext) -> Outcome {
+    let nodes = context.resolve(&target.devices)?;
+    let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
+    context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
+    // From here on a cancel is refused; this is the last one to be heard.
+    if context.progress.check().is_err() {
+        return Err(WorkError::Cancelled);
+    }
+    context.memory_lost.store(true, Ordering::Release);
+    revival.read(&context.memory, false, &context.progress)?;
+    context.restore(revival.state)
+}
+
+impl WorkContext {
+    fn resolve(&self, names: &[String]) -> Result<Vec<Arc<Node>>, WorkError> {
+        Ok(snapshot::resolve(names, |name| self.graph.get(name))?)
+    }
+
+    fn freeze(&self, purpose: Freeze) -> Result<Frozen, WorkError> {
+        self.ask(|reply| WorkMessage::Freeze { purpose, reply })
+    }
+
+    fn restore(&self, state: MachineState) -> Outcome {
+        let state = Box::new(state);
+        self.ask(|reply| WorkMessage::Restore { state, reply })
+    }
+
+    fn ask<T>(
+        &self,
+        message: impl FnOnce(Sender<Result<T, WorkError>>) -> WorkMessage,
+    ) -> Result<T, WorkError> {
+        let (reply, answer) = channel();
+        self.mailbox.send(Message::Work(message(reply)));
+        // No answer: the main thread has ended, and with it the machine.
+        answer.recv().unwrap_or(Err(WorkError::Cancelled))
+    }
+}
+
+/// A checkpoint on its way into a machine: checked and decoded, nothing touched yet.
+pub struct Revival {
+    checkpoint: Checkpoint,
+    /// What the vCPUs and devices are to be.
+    pub state: MachineState,
+}
+
+impl Revival {
+    /// Finds the checkpoint and checks all that can be checked without touching the guest.
+    ///
+    /// # Errors
+    /// It is not there, not whole, or of another machine.
+    pub fn open(
+        nodes: &[Arc<Node>],
+        target: &Target,
+        config: &MachineConfig,
+        memory: &GuestMemory,
+        shape: Shape,
+    ) -> Result<Self, WorkError> {
+        let checkpoint = Checkpoint::open(nodes, &target.vmstate, &target.tag)?;
+        for difference in checkpoint.check_machine(config, memory)? {
+            warn!("loading '{}': {difference}", target.tag);
+        }
+        let state = MachineState::from_sections(checkpoint.sections(), shape)?;
+        Ok(Self { checkpoint, state })
+    }
+
+    /// Reads RAM and takes the disks back. The guest must be stopped, and its memory is lost if
+    /// this fails; the disks are as before then. `fresh` memory was never used.
+    pub fn read(&self, memory: &GuestMemory, fresh: bool, progress: &Progress) -> Outcome {
+        let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
+        info!("loaded {report:?}");
+        self.checkpoint.revert_disks()?;
+        Ok(())
+    }
+}
+
+/// Date and clock of a checkpoint: microseconds, as QEMU's.
+fn stamp(tag: String, vm_clock_nsec: u64) -> Stamp {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Stamp {
+        tag,
+        date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+        date_nsec: now.subsec_micros() * 1000,
+        vm_clock_nsec,
+    }
+}

@@ -1,0 +1,369 @@
+//! The machine's devices: where they are, and what is done with all of them at once.
+//!
+//! | device | where | interrupt |
+//! |---|---|---|
+//! | serial console (16550) | ports 0x3f8 to 0x3ff | 4 |
+//! | i8042, reset line only | ports 0x60 to 0x64 | - |
+//! | sleep control register, power-off only | port 0x600 | - |
+//! | virtio-mmio, by slot | 4 KiB each from `boot::layout::MMIO_START` | from 5 |
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::{Attachment, Graph, Node};
+use devices::legacy::{I8042, Serial};
+use devices::virtio::block::OptionsError;
+use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
+use devices::{EventFdLine, GuestMemory, InterruptLine};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Error;
+use super::spec::{DeviceKind, DeviceSpec};
+use super::state::DeviceStates;
+use crate::boot::{IOAPIC_PINS, layout};
+use crate::bus::{Bus, BusDevice, Space};
+use crate::kvm::IoctlContext;
+
+/// First port of the console.
+pub const SERIAL_PORT: u64 = 0x3f8;
+/// Interrupt of the console.
+pub const SERIAL_IRQ: u32 = 4;
+/// First port of the keyboard controller.
+pub const I8042_PORT: u64 = 0x60;
+/// ACPI's SLEEP_CONTROL register of hardware-reduced machines (ACPI 6.5, 4.8.3.7).
+const SLEEP_CONTROL_PORT: u64 = 0x600;
+/// SLP_EN, and SLP_TYP in bits 4:2 of that register.
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE: u8 = 0b111 << 2;
+/// The sleep type that means power-off here.
+const SLEEP_TYPE_S5: u8 = 5 << 2;
+/// Interrupt of the first virtio device; those below belong to the PC's own devices.
+const FIRST_VIRTIO_IRQ: u32 = 5;
+/// As many as there are IOAPIC pins left.
+pub const MAX_VIRTIO_DEVICES: usize = (IOAPIC_PINS as u32 - FIRST_VIRTIO_IRQ) as usize;
+/// Register that a driver writes to notify a queue (virtio 1.2, 4.2.2).
+const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Where the guest's wishes go.
+pub struct GuestSignals {
+    /// The reset line of the keyboard controller.
+    pub reset: Arc<dyn InterruptLine>,
+    /// The power-off register.
+    pub power_off: Arc<dyn InterruptLine>,
+}
+
+/// A virtio device in its place.
+pub struct VirtioSlot {
+    /// What the user asked for.
+    pub spec: DeviceSpec,
+    /// Guest physical address of its registers.
+    pub address: u64,
+    /// Its interrupt line.
+    pub irq: u32,
+    /// Keeps the node from being used by anyone else.
+    disk: Option<Attachment>,
+    transport: Arc<Mutex<MmioTransport>>,
+}
+
+impl VirtioSlot {
+    /// The node and the serial, where it is a disk.
+    pub fn disk(&self) -> Option<(&Arc<Node>, &str)> {
+        match (&self.spec.kind, &self.disk) {
+            (DeviceKind::Block { serial, .. }, Some(disk)) => Some((disk.node(), serial)),
+            _ => None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, MmioTransport> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All devices of a machine.
+pub struct DeviceSet {
+    serial: Arc<Mutex<SerialPort>>,
+    i8042: Arc<Mutex<ResetController>>,
+    virtio: Vec<VirtioSlot>,
+    wants_input: EventFd,
+}
+
+impl DeviceSet {
+    /// Makes the devices and connects them to the bus and to KVM.
+    ///
+    /// # Errors
+    /// A node is missing or used twice, there are too many devices, or the host refuses.
+    pub fn attach(
+        specs: &[DeviceSpec],
+        vm: &VmFd,
+        memory: &GuestMemory,
+        bus: &mut Bus,
+        graph: &Graph,
+        console: Box<dyn Write + Send>,
+        signals: GuestSignals,
+    ) -> Result<Self, Error> {
+        if specs.len() > MAX_VIRTIO_DEVICES {
+            return Err(Error::TooManyDevices(specs.len()));
+        }
+        let wants_input = event_fd("serial")?;
+        let line = irq_line(vm, "serial", SERIAL_IRQ)?;
+        let room = wants_input.try_clone().map_err(|source| fd_error("serial", source))?;
+        let serial = Arc::new(Mutex::new(SerialPort(Serial::new(line, console, Some(room)))));
+        bus.insert(Space::Port, SERIAL_PORT, 8, serial.clone())?;
+        let i8042 = Arc::new(Mutex::new(ResetController(I8042::new(signals.reset))));
+        bus.insert(Space::Port, I8042_PORT, 5, i8042.clone())?;
+        let sleep = Arc::new(Mutex::new(SleepControl(signals.power_off)));
+        bus.insert(Space::Port, SLEEP_CONTROL_PORT, 1, sleep)?;
+
+        let mut set = Self { serial, i8042, virtio: Vec::new(), wants_input };
+        for spec in specs {
+            set.attach_virtio(spec, vm, memory, bus, graph)?;
+        }
+        Ok(set)
+    }
+
+    fn attach_virtio(
+        &mut self,
+        spec: &DeviceSpec,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        bus: &mut Bus,
+        graph: &Graph,
+    ) -> Result<(), Error> {
+        let index = self.virtio.len();
+        let (address, irq) = (slot_address(index), slot_irq(index));
+        let name = spec.id.clone().unwrap_or_else(|| format!("virtio{index}"));
+        let disk = match &spec.kind {
+            DeviceKind::Block { drive, .. } => Some(attach_node(graph, drive, &name)?),
+            DeviceKind::Rng => None,
+        };
+        let device = make_device(&spec.kind, &name, disk.as_ref().map(Attachment::node))?;
+        let line = irq_line(vm, &name, irq)?;
+        let transport = MmioTransport::new(device, memory.clone(), line)?;
+        for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
+            let register = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
+            vm.register_ioevent(fd, &register, queue).ioctl("KVM_IOEVENTFD")?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        let port = Arc::new(Mutex::new(VirtioPort(Arc::clone(&transport))));
+        bus.insert(Space::Mmio, address, layout::MMIO_DEVICE_SIZE, port)?;
+        self.virtio.push(VirtioSlot { spec: spec.clone(), address, irq, disk, transport });
+        Ok(())
+    }
+
+    /// The kernel command line with what tells Linux of the virtio devices.
+    pub fn extend_cmdline(&self, cmdline: &str) -> String {
+        let size = layout::MMIO_DEVICE_SIZE >> 10;
+        let devices = self
+            .virtio
+            .iter()
+            .map(|slot| format!("virtio_mmio.device={size}K@{:#x}:{}", slot.address, slot.irq));
+        let words = std::iter::once(cmdline.to_owned()).filter(|text| !text.is_empty());
+        words.chain(devices).collect::<Vec<_>>().join(" ")
+    }
+
+    /// The virtio devices by slot.
+    pub fn virtio(&self) -> impl Iterator<Item = &VirtioSlot> {
+        self.virtio.iter()
+    }
+
+    /// How many virtio devices there are.
+    pub fn virtio_count(&self) -> usize {
+        self.virtio.len()
+    }
+
+    /// Bytes of input the console takes now.
+    pub fn console_room(&self) -> usize {
+        self.serial().0.input_room()
+    }
+
+    /// Gives the console input, at most [`DeviceSet::console_room`] bytes.
+    pub fn console_input(&self, bytes: &[u8]) {
+        self.serial().0.enqueue_input(bytes);
+    }
+
+    /// Readable when the console has room again after it had none.
+    pub fn console_wants_input(&self) -> &EventFd {
+        &self.wants_input
+    }
+
+    /// Takes that signal back.
+    pub fn acknowledge_console_wants_input(&self) {
+        // Empty if it was woken for nothing.
+        let _ = self.wants_input.read();
+    }
+
+    fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn i8042(&self) -> MutexGuard<'_, ResetController> {
+        self.i8042.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drains every device; the vCPUs must be stopped.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.each(|transport| transport.pause())
+    }
+
+    /// Lets every device go on.
+    pub fn resume(&self) -> Result<(), Error> {
+        self.each(|transport| transport.resume())
+    }
+
+    /// The state of the paused devices.
+    pub fn capture(&self) -> Result<DeviceStates, Error> {
+        let mut virtio = Vec::with_capacity(self.virtio.len());
+        self.each(|transport| transport.state().map(|state| virtio.push(state)))?;
+        Ok(DeviceStates { serial: self.serial().0.state(), i8042: self.i8042().0.state(), virtio })
+    }
+
+    /// Replaces the state of the paused devices.
+    pub fn restore(&self, states: &DeviceStates) -> Result<(), Error> {
+        self.serial().0.restore(&states.serial)?;
+        self.i8042().0.restore(&states.i8042);
+        let mut states = states.virtio.iter();
+        self.each(|transport| match states.next() {
+            Some(state) => transport.restore(state),
+            // The shape was compared before.
+            None => Ok(()),
+        })
+    }
+
+    /// Stops the devices' threads and makes the disks durable. All are tried; the first error is
+    /// told.
+    pub fn shutdown(&self) -> Result<(), Error> {
+        let mut outcome: devices::virtio::Result<()> = Ok(());
+        for slot in &self.virtio {
+            outcome = outcome.and(slot.lock().shutdown());
+        }
+        Ok(outcome?)
+    }
+
+    fn each(
+        &self,
+        mut action: impl FnMut(&mut MmioTransport) -> devices::virtio::Result<()>,
+    ) -> Result<(), Error> {
+        for slot in &self.virtio {
+            action(&mut slot.lock())?;
+        }
+        Ok(())
+    }
+}
+
+/// The node named `drive`, for this device alone. A read-only node is a read-only disk.
+fn attach_node(graph: &Graph, drive: &str, device: &str) -> Result<Attachment, Error> {
+    let writable = graph.get(drive).is_some_and(|node| !node.read_only());
+    graph
+        .attach(drive, device, writable)
+        .map_err(|source| Error::Drive { drive: drive.to_owned(), source })
+}
+
+fn make_device(
+    kind: &DeviceKind,
+    name: &str,
+    node: Option<&Arc<Node>>,
+) -> Result<Box<dyn VirtioDevice>, OptionsError> {
+    match (kind, node) {
+        (DeviceKind::Block { serial, queues, .. }, Some(node)) => {
+            let options = BlockOptions { serial: serial.clone(), num_queues: *queues };
+            Ok(Box::new(BlockDevice::new(Arc::clone(node), options)?))
+        }
+        _ => Ok(Box::new(RngDevice::new(name))),
+    }
+}
+
+fn slot_address(index: usize) -> u64 {
+    layout::MMIO_START.0 + index as u64 * layout::MMIO_DEVICE_SIZE
+}
+
+fn slot_irq(index: usize) -> u32 {
+    // At most MAX_VIRTIO_DEVICES.
+    FIRST_VIRTIO_IRQ + u32::try_from(index).unwrap_or(0)
+}
+
+fn irq_line(vm: &VmFd, name: &str, irq: u32) -> Result<Arc<EventFdLine>, Error> {
+    let line = EventFdLine::new().map_err(|source| fd_error(name, source))?;
+    vm.register_irqfd(line.event_fd(), irq).ioctl("KVM_IRQFD")?;
+    Ok(Arc::new(line))
+}
+
+fn event_fd(name: &str) -> Result<EventFd, Error> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| fd_error(name, source))
+}
+
+fn fd_error(name: &str, source: std::io::Error) -> Error {
+    Error::EventFd { name: name.to_owned(), source }
+}
+
+/// The console on the bus: byte registers, so a string instruction's bytes all go to one register.
+struct SerialPort(Serial);
+
+impl BusDevice for SerialPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for byte in data {
+            *byte = self.0.read(register(offset));
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for byte in data {
+            self.0.write(register(offset), *byte);
+        }
+    }
+}
+
+struct ResetController(I8042);
+
+impl BusDevice for ResetController {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for byte in data {
+            *byte = self.0.read(register(offset));
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for byte in data {
+            if let Err(error) = self.0.write(register(offset), *byte) {
+                tracing::error!("the guest's reset cannot be signalled: {error}");
+            }
+        }
+    }
+}
+
+/// A register of a device with at most eight; the bus keeps offsets within the device.
+fn register(offset: u64) -> u8 {
+    u8::try_from(offset).unwrap_or(u8::MAX)
+}
+
+/// Entering S5 powers the machine off; nothing else can be entered.
+struct SleepControl(Arc<dyn InterruptLine>);
+
+impl BusDevice for SleepControl {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, _offset: u64, data: &[u8]) {
+        let enters =
+            |value: u8| value & (SLEEP_ENABLE | SLEEP_TYPE) == SLEEP_ENABLE | SLEEP_TYPE_S5;
+        if data.first().copied().is_some_and(enters)
+            && let Err(error) = self.0.trigger()
+        {
+            tracing::error!("the guest's power-off cannot be signalled: {error}");
+        }
+    }
+}
+
+/// A virtio device's registers.
+struct VirtioPort(Arc<Mutex<MmioTransport>>);
+
+impl BusDevice for VirtioPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+    }
+}

@@ -1,0 +1,257 @@
+//! The machine: vCPUs, memory, devices, and the whole of their state.
+//!
+//! The machine is owned by the main thread. vCPUs and disks have threads of their own that it
+//! commands over channels, so there is no lock around the machine.
+//!
+//! Pausing stops the vCPUs first, then drains the devices: a device gets no new requests from a
+//! stopped vCPU. Resuming goes the other way round. State is captured and restored only in between,
+//! when nothing moves.
+
+pub mod devices;
+pub mod error;
+pub mod recorded;
+pub mod spec;
+pub mod state;
+
+use std::sync::Arc;
+
+use ::devices::GuestMemory;
+use block::Graph;
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use crate::boot;
+use crate::bus::Bus;
+use crate::kvm::cpuid::{self, Topology};
+use crate::kvm::irqchip::{self, ClockState, IrqchipState};
+use crate::kvm::vcpu_state::{self, CaptureInfo};
+use crate::kvm::{self, IoctlContext, msrs};
+use crate::memory;
+use crate::vcpu::{EventSink, VcpuHandle};
+use devices::{DeviceSet, GuestSignals};
+pub use error::Error;
+use spec::MachineSpec;
+use state::{MachineState, Shape};
+
+/// A virtual machine.
+pub struct Machine {
+    // Fields are dropped in this order: vCPUs stop before devices, devices before the VM and its
+    // memory.
+    vcpus: Vec<VcpuHandle>,
+    devices: DeviceSet,
+    vm: VmFd,
+    memory: GuestMemory,
+    spec: MachineSpec,
+    cpuid: CpuId,
+    info: Arc<CaptureInfo>,
+    /// State of the machine before its first instruction, which is what a reset goes back to.
+    pristine: MachineState,
+    /// The guest's clock while paused; the host's clock does not count it then.
+    clock: ClockState,
+}
+
+impl Machine {
+    /// Builds a machine whose vCPUs are paused at reset, with nothing in memory.
+    ///
+    /// Its disks are nodes of `graph`; `events` gets what vCPUs have to tell.
+    ///
+    /// # Errors
+    /// KVM, memory, a device or a node that is not there.
+    pub fn new(
+        spec: MachineSpec,
+        graph: &Graph,
+        console: Box<dyn std::io::Write + Send>,
+        signals: GuestSignals,
+        events: EventSink,
+    ) -> Result<Self, Error> {
+        let kvm = kvm::open()?;
+        let vm = kvm.create_vm().ioctl("KVM_CREATE_VM")?;
+        vm.set_identity_map_address(boot::layout::KVM_IDENTITY_MAP_ADDR)
+            .ioctl("KVM_SET_IDENTITY_MAP_ADDR")?;
+        let tss = usize::try_from(boot::layout::KVM_TSS_ADDR).unwrap_or_default();
+        vm.set_tss_address(tss).ioctl("KVM_SET_TSS_ADDR")?;
+        irqchip::create(&vm)?;
+        let memory = memory::allocate(spec.ram_bytes)?;
+        memory::register(&vm, &memory)?;
+
+        let mut bus = Bus::default();
+        let devices =
+            DeviceSet::attach(&spec.devices, &vm, &memory, &mut bus, graph, console, signals)?;
+        let bus = Arc::new(bus);
+
+        let cpuid = cpuid::supported(&kvm)?;
+        let fds = (0..spec.vcpus)
+            .map(|index| new_vcpu(&vm, &cpuid, spec.vcpus, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let info = Arc::new(capture_info(&kvm, &vm, &fds)?);
+        let vcpus = (0..)
+            .zip(fds)
+            .map(|(index, fd)| {
+                VcpuHandle::spawn(index, fd, Arc::clone(&info), Arc::clone(&bus), events.clone())
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+
+        // Their state is captured only while paused; the machine starts with a resume.
+        devices.pause()?;
+        let clock = ClockState { kvmclock_ns: 0 };
+        let pristine = capture(&vm, &vcpus, &devices, clock)?;
+        Ok(Self { vcpus, devices, vm, memory, spec, cpuid, info, pristine, clock })
+    }
+
+    /// Puts kernel, initrd and command line in memory and vCPU 0 at the kernel's entry; everything
+    /// else is as at power-on. The machine must be paused.
+    ///
+    /// # Errors
+    /// There is no kernel, or it does not load; the machine must not be run then.
+    pub fn boot(&mut self) -> Result<(), Error> {
+        let kernel = self.spec.kernel.clone().ok_or(Error::NoKernel)?;
+        let cmdline = self.devices.extend_cmdline(&self.spec.cmdline);
+        let boot_spec = boot::BootSpec {
+            kernel: &kernel,
+            initrd: self.spec.initrd.as_deref(),
+            cmdline: &cmdline,
+            vcpus: self.spec.vcpus,
+        };
+        let prepared = boot::Boot::prepare(&boot_spec, self.spec.ram_bytes)?;
+        // What an earlier boot left must not be there: the loader writes no zeroes.
+        memory::discard(&self.memory)?;
+        let info = prepared.load(&self.memory)?;
+        let mut state = self.pristine.clone();
+        state.clock = self.clock;
+        if let Some(first) = state.vcpus.first_mut() {
+            let entry = boot::initial_registers(&info, *first.sregs_mut());
+            *first.regs_mut() = entry.regs;
+            *first.sregs_mut() = entry.sregs;
+        }
+        self.restore(&state)
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        self.devices.resume()?;
+        // As late as can be: from here on the guest's clock runs.
+        self.clock.restore(&self.vm)?;
+        for vcpu in &self.vcpus {
+            vcpu.notify_paused()?;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.resume()?;
+        }
+        Ok(())
+    }
+
+    /// Stops the guest: no instruction, no disk request, no interrupt is under way afterwards.
+    pub fn pause(&mut self) -> Result<(), Error> {
+        let pending = self.vcpus.iter().map(VcpuHandle::pause).collect::<Result<Vec<_>, _>>()?;
+        for pause in pending {
+            pause.wait()?;
+        }
+        self.clock = ClockState::capture(&self.vm)?;
+        self.devices.pause()?;
+        Ok(())
+    }
+
+    /// The state of the paused machine, without RAM and disks.
+    pub fn capture(&self) -> Result<MachineState, Error> {
+        capture(&self.vm, &self.vcpus, &self.devices, self.clock)
+    }
+
+    /// Whether a recorded state can be put on this machine. Touches nothing.
+    pub fn check_fits(&self, state: &MachineState) -> Result<(), Error> {
+        if state.shape() != self.shape() {
+            return Err(Error::OtherShape(state.shape(), self.shape()));
+        }
+        for (index, vcpu) in (0..).zip(&state.vcpus) {
+            vcpu.check_fits(&self.info).map_err(|source| Error::VcpuState { index, source })?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the state of the paused machine. RAM must hold that state's memory before the
+    /// machine is resumed.
+    pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
+        self.check_fits(state)?;
+        // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
+        state.irqchip.restore(&self.vm)?;
+        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
+            vcpu.restore(state.clone())?;
+        }
+        self.devices.restore(&state.devices)?;
+        self.clock = state.clock;
+        Ok(())
+    }
+
+    /// How many parts the machine has.
+    pub fn shape(&self) -> Shape {
+        Shape { vcpus: self.vcpus.len(), virtio: self.devices.virtio_count() }
+    }
+
+    /// What the machine is made of.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The guest's devices.
+    pub fn devices(&self) -> &DeviceSet {
+        &self.devices
+    }
+
+    /// What guests are told of the CPU, before topology.
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
+    /// The vCPUs, by index.
+    pub fn vcpus(&self) -> &[VcpuHandle] {
+        &self.vcpus
+    }
+
+    /// Nanoseconds the guest has been running; valid while paused.
+    pub fn clock(&self) -> ClockState {
+        self.clock
+    }
+
+    /// Stops everything and makes the disks durable.
+    ///
+    /// # Errors
+    /// A disk could not be flushed; the rest is stopped all the same.
+    pub fn shutdown(mut self) -> Result<(), Error> {
+        self.vcpus.clear();
+        self.devices.shutdown()
+    }
+}
+
+fn new_vcpu(vm: &VmFd, supported: &CpuId, vcpus: u8, index: u8) -> Result<VcpuFd, Error> {
+    let vcpu = vm.create_vcpu(u64::from(index)).ioctl("KVM_CREATE_VCPU")?;
+    let cpuid = cpuid::for_vcpu(supported, Topology { vcpus }, index)?;
+    vcpu.set_cpuid2(&cpuid).ioctl("KVM_SET_CPUID2")?;
+    msrs::set_boot_values(&vcpu)?;
+    Ok(vcpu)
+}
+
+fn capture_info(kvm: &Kvm, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<CaptureInfo, Error> {
+    let msr_indices = match vcpus.first() {
+        Some(vcpu) => msrs::readable(kvm, vcpu)?,
+        None => Vec::new(),
+    };
+    Ok(CaptureInfo { msr_indices, xsave_size: vcpu_state::xsave_size(vm) })
+}
+
+fn capture(
+    vm: &VmFd,
+    vcpus: &[VcpuHandle],
+    devices: &DeviceSet,
+    clock: ClockState,
+) -> Result<MachineState, Error> {
+    Ok(MachineState {
+        vcpus: vcpus.iter().map(VcpuHandle::capture).collect::<Result<_, _>>()?,
+        irqchip: IrqchipState::capture(vm)?,
+        clock,
+        devices: devices.capture()?,
+    })
+}

@@ -1,0 +1,98 @@
+//! Guest RAM: allocated on the host, known to KVM.
+
+use devices::GuestMemory;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use crate::boot::layout::{self, LayoutError};
+use crate::kvm;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The size is not possible.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The host has not got it.
+    #[error("cannot reserve {size} bytes of guest RAM: {source}")]
+    Map {
+        /// Bytes of the region.
+        size: usize,
+        /// What the host said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not fit together.
+    #[error("guest RAM regions: {0}")]
+    Regions(#[from] vm_memory::GuestRegionCollectionError),
+    /// The host does not take it back.
+    #[error("cannot clear guest RAM: {0}")]
+    Discard(std::io::Error),
+    /// KVM does not take it.
+    #[error("guest RAM: {0}")]
+    Kvm(#[from] kvm::Error),
+}
+
+/// Maps `size` bytes of guest RAM: private and anonymous, given by the host as the guest touches it,
+/// in huge pages where the host has them, and not part of a core dump or of a child process.
+pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
+    let mut regions = Vec::new();
+    for (start, size) in layout::ram_regions(size)? {
+        let mapping = MmapRegion::build(
+            None,
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+        .map_err(|source| Error::Map { size, source })?;
+        advise(&mapping);
+        let region = GuestRegionMmap::new(mapping, start)
+            .ok_or(Error::Map { size, source: vm_memory::mmap::MmapRegionError::InvalidPointer })?;
+        regions.push(region);
+    }
+    Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Asks for huge pages, and for no copy in dumps and children. These are wishes: a host that has
+/// none of it runs the guest all the same.
+fn advise(mapping: &MmapRegion) {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+        // SAFETY: the range is the mapping just made; none of these advices changes its contents.
+        let answer = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+        if answer != 0 {
+            tracing::debug!("madvise {advice}: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+/// Tells KVM of all RAM, one memory slot a region.
+pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is a live mapping of that size. The machine keeps the memory until
+        // the VM is gone, and never maps a slot twice.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
+    }
+    Ok(())
+}
+
+/// Makes all RAM read as zeroes by giving it back to the host. The vCPUs must be paused.
+pub fn discard(memory: &GuestMemory) -> Result<(), Error> {
+    for region in memory.iter() {
+        // SAFETY: the range is a live private anonymous mapping, to which no Rust reference exists;
+        // the guest, which alone relies on its contents, is paused and about to be reset.
+        let answer =
+            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTNEED) };
+        if answer != 0 {
+            return Err(Error::Discard(std::io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}

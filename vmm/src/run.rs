@@ -1,0 +1,185 @@
+//! From the command line to a machine that has ended.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::{Graph, Node, Progress};
+use devices::InterruptLine;
+use serde_json::Value;
+
+use crate::cli::{self, MachineArgs, Options};
+use crate::console::Console;
+use crate::control::mailbox::{Mailbox, Message, mailbox};
+use crate::control::work::{Revival, Target, WorkError};
+use crate::control::{self, Controller, Parts};
+use crate::machine::devices::GuestSignals;
+use crate::machine::{self, Machine, recorded};
+use crate::vcpu::EventSink;
+use crate::version;
+
+/// Why a machine did not run, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An option cannot be used.
+    #[error(transparent)]
+    Option(#[from] cli::Error),
+    /// The machine cannot be built or booted.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The main thread failed.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A checkpoint cannot be revived.
+    #[error("--loadvm {tag}: {reason}")]
+    Revive {
+        /// Its tag.
+        tag: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The host is out of something.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+/// Runs the machine that `args` ask for, until it ends.
+///
+/// # Errors
+/// It cannot be started, or a disk cannot be flushed at its end.
+pub fn run(args: &MachineArgs) -> Result<(), Error> {
+    let options = Options::from_args(args)?;
+    let _pidfile = options.pidfile.as_deref().map(PidFile::create).transpose()?;
+    let graph = open_nodes(&options)?;
+    let host = |what| move |source| Error::Host { what, source };
+    let (mailbox, inbox) = mailbox().map_err(host("cannot make event descriptors"))?;
+    let console = Console::open(&options.serial)
+        .map_err(|error| cli::Error::new("serial", &args.serial, error))?;
+    let output = console.output().map_err(host("cannot use the serial port's target"))?;
+    let mut machine = Machine::new(
+        options.machine.clone(),
+        &graph,
+        output,
+        guest_signals(&mailbox),
+        vcpu_events(&mailbox),
+    )?;
+    match &options.loadvm {
+        Some(tag) => revive(&mut machine, tag)?,
+        None => machine.boot()?,
+    }
+    let (server, requests) = qmp::Server::start(qmp::Options::new(version::qmp_version()))
+        .map_err(host("cannot start the QMP server"))?;
+    for (spec, text) in options.qmp.iter().zip(&args.qmp) {
+        let listening =
+            if spec.wait { server.listen_and_wait(&spec.path) } else { server.listen(&spec.path) };
+        listening.map_err(|error| cli::Error::new("qmp", text, error))?;
+    }
+    let controller = Controller::new(Parts {
+        machine,
+        graph,
+        console,
+        inbox,
+        mailbox,
+        server,
+        requests,
+        no_reboot: options.no_reboot,
+    })?;
+    Ok(controller.run(!options.start_paused)?)
+}
+
+fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {
+    let graph = Graph::new();
+    for (text, blockdev) in &options.blockdevs {
+        graph
+            .add(&Value::Object(blockdev.clone()))
+            .map_err(|error| cli::Error::new("blockdev", text, error))?;
+    }
+    Ok(Arc::new(graph))
+}
+
+/// Puts the checkpoint `tag` on a machine that has not run. It must be on every writable disk of
+/// the machine; the VM state is on the one of them that has it.
+fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
+    let fail = |reason: String| Error::Revive { tag: tag.to_owned(), reason };
+    let nodes: Vec<Arc<Node>> = machine
+        .devices()
+        .virtio()
+        .filter_map(|slot| slot.disk().map(|(node, _)| Arc::clone(node)))
+        .filter(|node| !node.format().read_only())
+        .collect();
+    if nodes.is_empty() {
+        return Err(fail(
+            "the machine has no writable disk that could hold a checkpoint".to_owned(),
+        ));
+    }
+    let has_state = |node: &&Arc<Node>| {
+        let mut snapshots = node.format().snapshots().into_iter();
+        snapshots.any(|snapshot| snapshot.tag == tag && snapshot.vm_state_size > 0)
+    };
+    let vmstate = nodes.iter().find(has_state).or(nodes.first()).map(|node| node.name().to_owned());
+    let target = Target {
+        tag: tag.to_owned(),
+        vmstate: vmstate.unwrap_or_default(),
+        devices: nodes.iter().map(|node| node.name().to_owned()).collect(),
+    };
+    let config = recorded::describe(machine);
+    let memory = machine.memory().clone();
+    let text = |error| match error {
+        WorkError::Failed(text) => fail(text),
+        WorkError::Cancelled => fail("it was cancelled".to_owned()),
+    };
+    let revival =
+        Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
+    revival.read(&memory, true, &Progress::default()).map_err(text)?;
+    Ok(machine.restore(&revival.state)?)
+}
+
+/// Sends a message each time the guest pulls the line.
+struct MessageLine {
+    mailbox: Mailbox,
+    message: fn() -> Message,
+}
+
+impl InterruptLine for MessageLine {
+    fn trigger(&self) -> std::io::Result<()> {
+        self.mailbox.send((self.message)());
+        Ok(())
+    }
+}
+
+fn guest_signals(mailbox: &Mailbox) -> GuestSignals {
+    let line = |message| {
+        let line: Arc<dyn InterruptLine> =
+            Arc::new(MessageLine { mailbox: mailbox.clone(), message });
+        line
+    };
+    GuestSignals { reset: line(|| Message::GuestReset), power_off: line(|| Message::GuestPowerOff) }
+}
+
+fn vcpu_events(mailbox: &Mailbox) -> EventSink {
+    let mailbox = mailbox.clone();
+    Arc::new(move |event| mailbox.send(Message::Vcpu(event)))
+}
+
+/// The file with the process id; removed at the end.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn create(path: &Path) -> Result<Self, Error> {
+        fs::write(path, format!("{}\n", std::process::id()))
+            .map_err(|error| cli::Error::new("pidfile", &path.display().to_string(), error))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Someone may have removed it already.
+        let _ = fs::remove_file(&self.0);
+    }
+}
