@@ -122,21 +122,15 @@ impl Checkpoint {
         let tag = kept_tag(tag).to_owned();
         let found = find(nodes, &tag)?;
         let vmstate = vmstate_index(nodes, vmstate)?;
-        let nodes = same_save(found, vmstate, &tag)?;
-        let Found { node, snapshot } = &nodes[vmstate];
+        let Found { node, snapshot } = &found[vmstate];
         if snapshot.vm_state_size == 0 {
             return Err(LoadError::DiskOnly);
         }
-        let (area, stored) = read_area(node, snapshot).map_err(|source| LoadError::State {
-            tag: tag.clone(),
-            node: node.name().to_owned(),
-            source,
-        })?;
-        let config = decode_config(&area.sections).map_err(|source| LoadError::State {
-            tag: tag.clone(),
-            node: node.name().to_owned(),
-            source,
-        })?;
+        let unusable =
+            |source| LoadError::State { tag: tag.clone(), node: node.name().to_owned(), source };
+        let (area, stored) = read_area(node, snapshot).map_err(unusable)?;
+        let config = decode_config(&area.sections).map_err(unusable)?;
+        let nodes = same_save(found, vmstate, &tag)?;
         let checkpoint = Self { nodes, vmstate, tag, area, config, stored };
         checkpoint.check_disks()?;
         Ok(checkpoint)

@@ -135,3 +135,45 @@ fn qemu_img_lists_the_checkpoint_and_reads_its_disk() {
     assert_eq!(bytes.len() as u64, DISK);
     assert_eq!(bytes[(5 << 20) + 512], 0x33);
 }
+
+#[test]
+fn checkpoints_and_qemu_imgs_snapshots_live_side_by_side() {
+    let mut images = Images::create("cluster_size=64k");
+    let memory = ram();
+    scribble(&memory, 9);
+    let before = contents(&memory);
+    for disk in 0..2 {
+        images.write(disk, 0x33);
+    }
+    images.save("ours", &memory).unwrap();
+    for disk in 0..2 {
+        images.write(disk, 0x44);
+    }
+    let snapshot = |images: &mut Images, option: &str, tag: &str| {
+        images.close();
+        for path in &images.paths {
+            qemu_img(&["snapshot", option, tag, text(path)]);
+        }
+        images.check();
+    };
+    snapshot(&mut images, "-c", "theirs");
+    let error = Checkpoint::open(&images.nodes, "d0", "theirs").err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        "This is a disk-only snapshot. Revert to it  offline using qemu-img"
+    );
+
+    scribble(&memory, 5);
+    images.load("ours", &memory);
+    assert!(contents(&memory) == before);
+    assert_eq!((images.read(0), images.read(1)), (0x33, 0x33));
+
+    snapshot(&mut images, "-a", "theirs");
+    assert_eq!((images.read(0), images.read(1)), (0x44, 0x44));
+    snapshot(&mut images, "-a", "ours");
+    assert_eq!((images.read(0), images.read(1)), (0x33, 0x33));
+    assert_eq!(delete(&images.nodes, "theirs").unwrap().deleted, ["d0", "d1"]);
+    images.load("ours", &memory);
+    snapshot(&mut images, "-d", "ours");
+    assert!(images.nodes.iter().all(|node| node.format().snapshots().is_empty()));
+}
