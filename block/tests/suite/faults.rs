@@ -96,7 +96,9 @@ fn fail_everywhere(options: &str) {
                 } else {
                     check(&file);
                 }
-                assert!(qemu_contents(dir.path(), &file, None) == now, "{name} {at}");
+                if !met || at % 8 == 0 {
+                    assert!(qemu_contents(dir.path(), &file, None) == now, "{name} {at}");
+                }
                 if !met {
                     assert!(result.is_ok(), "{name} {at}: {result:?}");
                     break;
@@ -171,7 +173,7 @@ fn a_full_host_fails_a_write_and_a_save_and_gives_everything_back() {
     let storage = Arc::new(MemoryStorage::new(image.clone()));
     let format = open(&storage);
     let mut before = common::read_all(&format);
-    for spare in [0, 65536, 3 * 65536, 5 * 65536, 7 * 65536] {
+    for spare in [0, 65536, 3 * 65536, 5 * 65536] {
         storage.set_capacity(Some(image.len() as u64 + spare));
         let error = save_new(&format).unwrap_err().to_string();
         assert!(error.contains("No space left"), "{error}");

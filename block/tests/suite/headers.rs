@@ -127,7 +127,12 @@ fn random_damage_gets_answers() {
             let at = area.start + random.below(area.end - area.start);
             bytes[at as usize] = random.next() as u8;
         }
-        let Ok(format) = open(bytes, false) else { continue };
+        let storage = Arc::new(MemoryStorage::new(bytes));
+        // Host offsets may be anything; a real file would be sparse.
+        storage.set_capacity(Some(64 << 20));
+        let dynamic: Arc<dyn Storage> = storage.clone();
+        let opened = Probe::new(dynamic).and_then(|probe| Qcow2::open(probe, None, false));
+        let Ok(format) = opened else { continue };
         let mut buf = vec![0; 65536];
         let _ = format.read(0, &[block::ReadBuf::new(&mut buf)]);
         let _ = format.write(1 << 20, &[WriteBuf::new(&buf)]);

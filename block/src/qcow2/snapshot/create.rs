@@ -283,6 +283,7 @@ impl SnapshotChange for Create<'_> {
         let _held = image.in_flight.exclusive(0..u64::MAX);
         let mut meta = image.meta();
         meta.check_writable()?;
+        self.tried = true;
         let mut vm = self.write_vm_tables(&mut meta)?;
         // The table covers the recorded size, also where it ends in parts that were never written.
         let covered = meta.geometry().l1_entries(self.vm_state_size);
