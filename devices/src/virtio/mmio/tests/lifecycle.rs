@@ -149,6 +149,22 @@ fn restore_replaces_a_running_device() {
 }
 
 #[test]
+fn restore_to_before_the_driver_came_stops_the_queues() {
+    let (mut driver, disk) = driver();
+    let fresh = saved(&mut driver);
+    driver.dev.resume().unwrap();
+    driver.start();
+    assert_eq!(blk(&mut driver, 0, 0, &[writable(PAYLOAD, 512)]), 0);
+    driver.dev.restore(&fresh).unwrap();
+    disk.take_log();
+    send_flush(&mut driver);
+    driver.dev.resume().unwrap();
+    // Positions of a queue still running would show in the state.
+    assert_eq!(saved(&mut driver), fresh);
+    assert!(disk.take_log().is_empty());
+}
+
+#[test]
 fn resume_raises_an_unacknowledged_interrupt_again() {
     let (mut first, _) = running();
     send_flush(&mut first);
