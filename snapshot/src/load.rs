@@ -13,7 +13,7 @@ use crate::format::ram::RamLayout;
 use crate::format::section::{Section, SectionReader};
 use crate::memory;
 use crate::nodes::{NodesError, check_capable, find_tag, kept_tag, quoted, vmstate_index};
-use crate::order::{ChangeError, NodeChange, all_or_none};
+use crate::order::{ChangeError, NodeChange, prepare_all, publish_all};
 pub use crate::revive::ReviveReport;
 use crate::revive::{Stored, revive, stored_parts};
 use crate::units::human;
@@ -106,6 +106,21 @@ pub struct Checkpoint {
     area: StateArea,
     config: CheckpointConfig,
     stored: Vec<Stored>,
+}
+
+/// Disks that are ready to go back to their checkpoint.
+#[must_use = "the disks go back with `revert`"]
+pub struct PreparedDisks<'a> {
+    tag: &'a str,
+    changes: Vec<NodeChange<'a>>,
+}
+
+impl PreparedDisks<'_> {
+    /// Takes every disk back, or none.
+    pub fn revert(mut self) -> Result<(), LoadError> {
+        publish_all(&mut self.changes, None)
+            .map_err(|source| LoadError::Revert { tag: self.tag.to_owned(), source })
+    }
 }
 
 /// A node and its snapshot of the tag.
@@ -215,6 +230,13 @@ impl Checkpoint {
 
     /// Takes every disk back to the checkpoint, or none. The disks are quiesced meanwhile.
     pub fn revert_disks(&self) -> Result<(), LoadError> {
+        self.prepare_disks()?.revert()
+    }
+
+    /// Does all that can fail of taking the disks back, so that it is known before guest memory is
+    /// touched. The disks stay as they are, and must stay quiesced, until
+    /// [`PreparedDisks::revert`]; dropping it undoes the preparation.
+    pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, LoadError> {
         let mut changes = Vec::with_capacity(self.nodes.len());
         let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };
         for Found { node, snapshot } in &self.nodes {
@@ -226,7 +248,8 @@ impl Checkpoint {
                 }
             }
         }
-        all_or_none(&mut changes, None).map_err(failed)
+        prepare_all(&mut changes, None).map_err(failed)?;
+        Ok(PreparedDisks { tag: &self.tag, changes })
     }
 
     fn carrier(&self) -> &Found {

@@ -67,17 +67,52 @@ pub fn all_or_none(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {
-    match prepare_and_publish(changes, progress) {
-        Ok(()) => {
-            finish(changes);
-            Ok(())
-        }
-        Err((at, step, source)) => Err(ChangeError {
-            node: changes[at].node.to_owned(),
-            step,
-            source: Box::new(source),
-            not_undone: rollback(changes),
-        }),
+    prepare_all(changes, progress)?;
+    publish_all(changes, progress)
+}
+
+/// Does all that can fail of the changes, or undoes them. They are to be published or rolled back.
+pub fn prepare_all(
+    changes: &mut [NodeChange<'_>],
+    progress: Option<&Progress>,
+) -> Result<(), ChangeError> {
+    for at in 0..changes.len() {
+        let result = check(progress).and_then(|()| changes[at].change.prepare());
+        result.map_err(|error| undone(changes, at, Step::Prepare, error))?;
+    }
+    Ok(())
+}
+
+/// Publishes and finishes prepared changes, or undoes all of them.
+pub fn publish_all(
+    changes: &mut [NodeChange<'_>],
+    progress: Option<&Progress>,
+) -> Result<(), ChangeError> {
+    check(progress).map_err(|error| undone(changes, 0, Step::Publish, error))?;
+    for at in 0..changes.len() {
+        let result = changes[at].change.publish();
+        result.map_err(|error| undone(changes, at, Step::Publish, error))?;
+    }
+    finish(changes);
+    Ok(())
+}
+
+fn check(progress: Option<&Progress>) -> block::Result<()> {
+    progress.map_or(Ok(()), Progress::check)
+}
+
+/// Rolls everything back because of what happened on the node at `at`.
+fn undone(
+    changes: &mut [NodeChange<'_>],
+    at: usize,
+    step: Step,
+    source: block::Error,
+) -> ChangeError {
+    ChangeError {
+        node: changes[at].node.to_owned(),
+        step,
+        source: Box::new(source),
+        not_undone: rollback(changes),
     }
 }
 
@@ -92,24 +127,6 @@ pub fn rollback(changes: &mut [NodeChange<'_>]) -> Vec<(String, block::Error)> {
         }
     }
     failed
-}
-
-fn prepare_and_publish(
-    changes: &mut [NodeChange<'_>],
-    progress: Option<&Progress>,
-) -> Result<(), (usize, Step, block::Error)> {
-    let wanted = || progress.map_or(Ok(()), Progress::check);
-    for (at, NodeChange { change, .. }) in changes.iter_mut().enumerate() {
-        let result = wanted().and_then(|()| change.prepare());
-        result.map_err(|error| (at, Step::Prepare, error))?;
-    }
-    if let Err(error) = wanted() {
-        return Err((0, Step::Publish, error));
-    }
-    for (at, NodeChange { change, .. }) in changes.iter_mut().enumerate() {
-        change.publish().map_err(|error| (at, Step::Publish, error))?;
-    }
-    Ok(())
 }
 
 /// The change is visible on every node: what fails now leaks clusters and nothing else.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
@@ -66,7 +67,7 @@ pub fn run(args: &MachineArgs) -> Result<(), Error> {
         &graph,
         output,
         guest_signals(&mailbox),
-        vcpu_events(&mailbox),
+        &vcpu_events(&mailbox),
     )?;
     match &options.loadvm {
         Some(tag) => revive(&mut machine, tag)?,
@@ -135,7 +136,9 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
     };
     let revival =
         Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
-    revival.read(&memory, true, &Progress::default()).map_err(text)?;
+    revival
+        .read(&memory, true, &Progress::default(), &AtomicBool::new(false))
+        .map_err(text)?;
     Ok(machine.restore(&revival.state)?)
 }
 

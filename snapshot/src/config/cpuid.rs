@@ -2,7 +2,7 @@
 //!
 //! A guest probes its CPU once and relies on what it found for the rest of its life, so a feature
 //! that was there at the save must be there after the load. One that is there in addition does no
-//! harm: the vCPUs are given the saved leaves.
+//! harm.
 
 use serde::{Deserialize, Serialize};
 

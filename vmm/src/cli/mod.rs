@@ -23,7 +23,7 @@ pub struct Error {
 
 impl Error {
     /// An error that names the option and its value.
-    pub fn new(option: &'static str, value: &str, reason: impl ToString) -> Self {
+    pub fn new(option: &'static str, value: &str, reason: impl std::fmt::Display) -> Self {
         Self { option, value: value.to_owned(), reason: reason.to_string() }
     }
 }

@@ -156,10 +156,11 @@ fn print_progress(job: &Value) -> Result<(), Error> {
 }
 
 fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let unit = (bytes.max(1).ilog2() / 10).min(4) as usize;
-    let scaled = bytes as f64 / f64::from(1u32 << 10).powi(unit as i32);
-    if unit == 0 { format!("{bytes} B") } else { format!("{scaled:.1} {}", UNITS[unit]) }
+    let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    match units.into_iter().find(|(_, shift)| bytes >> shift > 0) {
+        Some((unit, shift)) => format!("{:.1} {unit}", bytes as f64 / (1_u64 << shift) as f64),
+        None => format!("{bytes} B"),
+    }
 }
 
 /// `YYYY-MM-DD HH:MM:SS` of seconds since the epoch.

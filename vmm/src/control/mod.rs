@@ -239,8 +239,8 @@ fn end_signals() -> std::io::Result<UnixStream> {
 }
 
 impl Controller {
-    fn emit(&self, event: Event) {
-        self.events.emit(&event);
+    fn emit(&self, event: &Event) {
+        self.events.emit(event);
     }
 
     fn fail(&mut self, text: &str) {

@@ -78,7 +78,7 @@ impl Controller {
                 RunState::InternalError
             }
         };
-        self.emit(Event::Stop);
+        self.emit(&Event::Stop);
     }
 
     fn resume_guest(&mut self) -> Result<(), qmp::Error> {
@@ -88,7 +88,7 @@ impl Controller {
             return Err(qmp::Error::generic(format!("Cannot resume the guest: {error}")));
         }
         self.state = RunState::Running;
-        self.emit(Event::Resume);
+        self.emit(&Event::Resume);
         Ok(())
     }
 
@@ -167,7 +167,7 @@ impl Controller {
 
     fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
         let booted = self.machine.boot();
-        self.emit(Event::Reset { guest, reason });
+        self.emit(&Event::Reset { guest, reason });
         self.state = RunState::PreLaunch;
         let resumed = booted.and_then(|()| if run { self.machine.resume() } else { Ok(()) });
         match resumed {
@@ -176,7 +176,7 @@ impl Controller {
             Err(error) => {
                 error!("cannot reset the machine: {error}");
                 self.state = RunState::InternalError;
-                self.emit(Event::Stop);
+                self.emit(&Event::Stop);
             }
         }
     }
@@ -185,7 +185,7 @@ impl Controller {
     pub(super) fn shutdown(&mut self, guest: bool, reason: ShutdownCause) {
         if !self.ending {
             self.ending = true;
-            self.emit(Event::Shutdown { guest, reason });
+            self.emit(&Event::Shutdown { guest, reason });
         }
     }
 }

@@ -189,8 +189,7 @@ fn load(target: &Target, context: &WorkContext) -> Outcome {
     if context.progress.check().is_err() {
         return Err(WorkError::Cancelled);
     }
-    context.memory_lost.store(true, Ordering::Release);
-    revival.read(&context.memory, false, &context.progress)?;
+    revival.read(&context.memory, false, &context.progress, &context.memory_lost)?;
     context.restore(revival.state)
 }
 
@@ -246,12 +245,21 @@ impl Revival {
         Ok(Self { checkpoint, state })
     }
 
-    /// Reads RAM and takes the disks back. The guest must be stopped, and its memory is lost if
-    /// this fails; the disks are as before then. `fresh` memory was never used.
-    pub fn read(&self, memory: &GuestMemory, fresh: bool, progress: &Progress) -> Outcome {
+    /// Reads RAM and takes the disks back. The guest must be stopped. `memory_lost` is set when its
+    /// memory begins to be replaced; a failure before that leaves the guest whole, one after it
+    /// the disks. `fresh` memory was never used.
+    pub fn read(
+        &self,
+        memory: &GuestMemory,
+        fresh: bool,
+        progress: &Progress,
+        memory_lost: &AtomicBool,
+    ) -> Outcome {
+        let disks = self.checkpoint.prepare_disks()?;
+        memory_lost.store(true, Ordering::Release);
         let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
         info!("loaded {report:?}");
-        self.checkpoint.revert_disks()?;
+        disks.revert()?;
         Ok(())
     }
 }

@@ -62,7 +62,7 @@ impl Machine {
         graph: &Graph,
         console: Box<dyn std::io::Write + Send>,
         signals: GuestSignals,
-        events: EventSink,
+        events: &EventSink,
     ) -> Result<Self, Error> {
         let kvm = kvm::open()?;
         let vm = kvm.create_vm().ioctl("KVM_CREATE_VM")?;
@@ -87,7 +87,7 @@ impl Machine {
         let vcpus = (0..)
             .zip(fds)
             .map(|(index, fd)| {
-                VcpuHandle::spawn(index, fd, Arc::clone(&info), Arc::clone(&bus), events.clone())
+                VcpuHandle::spawn(index, fd, Arc::clone(&info), Arc::clone(&bus), Arc::clone(events))
             })
             .collect::<Result<Vec<_>, _>>()?;
 

@@ -1,0 +1,44 @@
+# make demo    all set-up, then a guest that is frozen, changed and taken back
+# make test    all set-up, then every test
+# make check   format and lints
+# make bench   the benchmark, beside QEMU and the disk itself
+.PHONY: all demo test check lint bench guest clean
+
+all:
+	@scripts/setup.sh build
+	cargo build --release --locked
+
+demo:
+	@scripts/setup.sh demo
+	cargo build --release --locked --package vmm
+	target/release/tardigrade demo
+
+# The end-to-end tests run the binary that is built first. nextest runs tests in processes of their
+# own, side by side; without it cargo's own runner does the same in threads.
+test:
+	@scripts/setup.sh test
+	cargo build --workspace --locked
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		echo cargo nextest run --workspace --locked; \
+		cargo nextest run --workspace --locked; \
+	else \
+		echo cargo test --workspace --locked; \
+		cargo test --workspace --locked; \
+	fi
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+bench:
+	@scripts/setup.sh bench
+	cargo build --release --locked
+	cargo run --release --locked --package bench
+
+# The guest's kernel and initramfs are in the repository; this makes them anew.
+guest:
+	resources/guest/build-kernel.sh
+	resources/guest/build-initramfs.sh
+
+clean:
+	cargo clean
