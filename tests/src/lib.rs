@@ -7,6 +7,7 @@
 //! | [`disk`] | images, made and judged by `qemu-img` |
 //! | [`checkpoint`] | a booted guest in a checkpoint that all tests share |
 //! | [`pattern`] | the bytes that the agent writes |
+//! | [`process`] | waiting for a process and its files |
 //! | [`require`] | what a test needs of the host, and what happens without it |
 //!
 //! Helpers panic with what went wrong: they are the tests' hands.
@@ -16,6 +17,7 @@ pub mod agent;
 pub mod checkpoint;
 pub mod disk;
 pub mod pattern;
+pub mod process;
 pub mod require;
 pub mod vm;
 

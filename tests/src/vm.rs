@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qmp::client::{Client, ClientError};
 use serde_json::{Value, json};
@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::agent::Agent;
 use crate::disk::Disk;
+use crate::process::{Awaited, Watch, wait_for_end};
 use crate::repo;
 
 /// How long a machine may take to start, to finish a job, or to end.
@@ -60,14 +61,20 @@ impl VmSpec {
 
     /// Adds a disk as node `disk0`, `disk1`, ...
     #[must_use]
-    pub fn disk(mut self, disk: &Disk) -> Self {
+    pub fn disk(self, disk: &Disk) -> Self {
+        self.disk_with(disk, "", "")
+    }
+
+    /// The same with more options, each with a comma before it, of its node and of its device.
+    #[must_use]
+    pub fn disk_with(mut self, disk: &Disk, node_options: &str, device_options: &str) -> Self {
         let node = format!("disk{}", self.disks.len());
         let blockdev = format!(
-            "driver={},node-name={node},file.driver=file,file.filename={}",
+            "driver={},node-name={node},file.driver=file,file.filename={}{node_options}",
             disk.format,
             disk.file()
         );
-        let device = format!("virtio-blk-device,drive={node},serial={node}");
+        let device = format!("virtio-blk-device,drive={node},serial={node}{device_options}");
         self.disks.push(disk.clone());
         self.args(&["--blockdev", &blockdev, "--device", &device])
     }
@@ -82,6 +89,7 @@ impl VmSpec {
         let dir = tempfile::tempdir().unwrap();
         let (qmp, serial) = (dir.path().join("qmp"), dir.path().join("serial"));
         let log = std::fs::File::create(dir.path().join("stderr")).unwrap();
+        let mut sockets = Watch::new(dir.path());
         let child = Command::new(binary())
             .args(&self.args)
             .args(["--qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
@@ -92,7 +100,7 @@ impl VmSpec {
             .spawn()
             .unwrap();
         let mut vm = Vm { child, dir, qmp_path: qmp, serial_path: serial, next_job: 0 };
-        vm.wait_for_sockets();
+        vm.wait_for_sockets(&mut sockets);
         vm
     }
 
@@ -119,14 +127,14 @@ pub struct Vm {
 
 impl Vm {
     /// The QMP socket is the last thing that is made.
-    fn wait_for_sockets(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.qmp_path.exists() {
-            if let Some(status) = self.child.try_wait().unwrap() {
+    fn wait_for_sockets(&mut self, sockets: &mut Watch) {
+        match sockets.wait(&self.qmp_path, &self.child, PATIENCE) {
+            Awaited::File => {}
+            Awaited::End => {
+                let status = self.child.wait().unwrap();
                 panic!("tardigrade ended with {status}:\n{}", self.stderr());
             }
-            assert!(Instant::now() < deadline, "no QMP socket:\n{}", self.stderr());
-            std::thread::yield_now();
+            Awaited::Nothing => panic!("no QMP socket:\n{}", self.stderr()),
         }
     }
 
@@ -219,14 +227,9 @@ impl Vm {
 
     /// Waits for the end of the process.
     pub fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "tardigrade does not end:\n{}", self.stderr());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let ended = wait_for_end(&self.child, PATIENCE);
+        assert!(ended, "tardigrade does not end:\n{}", self.stderr());
+        self.child.wait().unwrap()
     }
 }
 
