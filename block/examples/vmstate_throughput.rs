@@ -29,8 +29,11 @@ fn main() {
     assert!(made.success());
     let len = mib << 20;
     let layout = Layout::from_size_align(len, 4096).unwrap();
-    // SAFETY: the layout has a size; the memory is never freed, and zeroed bytes are bytes.
-    let memory = unsafe { std::slice::from_raw_parts_mut(alloc_zeroed(layout), len) };
+    // SAFETY: the layout has a size.
+    let start = unsafe { alloc_zeroed(layout) };
+    assert!(!start.is_null());
+    // SAFETY: the memory is `len` bytes long, set, ours alone and never freed.
+    let memory = unsafe { std::slice::from_raw_parts_mut(start, len) };
     for (n, chunk) in memory.chunks_mut(64).enumerate() {
         chunk.fill(n.to_le_bytes()[0] | 1);
     }

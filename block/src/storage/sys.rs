@@ -94,18 +94,20 @@ fn flock(kind: libc::c_int, start: u64) -> io::Result<libc::flock> {
 pub(crate) fn ofd_lock_shared(fd: BorrowedFd<'_>, byte: u64, locked: bool) -> io::Result<()> {
     let kind = if locked { libc::F_RDLCK } else { libc::F_UNLCK };
     let lock = flock(kind, byte)?;
-    // SAFETY: the kernel reads `lock`, which outlives the call.
+    let lock = std::ptr::from_ref(&lock);
     retry(|| {
-        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, std::ptr::from_ref(&lock)) })
+        // SAFETY: the kernel reads the lock, which outlives the call.
+        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, lock) })
     })
 }
 
 /// Whether another open file description holds any OFD lock on the byte.
 pub(crate) fn ofd_lock_held(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> {
     let mut lock = flock(libc::F_WRLCK, byte)?;
-    // SAFETY: the kernel reads and writes `lock`, which outlives the call.
     retry(|| {
-        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, std::ptr::from_mut(&mut lock)) })
+        let lock = std::ptr::from_mut(&mut lock);
+        // SAFETY: the kernel reads and writes the lock, which outlives the call.
+        ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, lock) })
     })?;
     Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
 }

@@ -1,4 +1,10 @@
 //! Tests of the whole crate on real image files, with QEMU's tools as oracle where installed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "tests fail by panicking, and their numbers are small"
+)]
 
 mod common;
 mod concurrency;
