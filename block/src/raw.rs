@@ -1,19 +1,20 @@
 //! The raw format, and the protocol node below every image: bytes as they are in the file.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::Format;
 use crate::iobuf;
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
+const PROTOCOL: &str = "file";
+
 /// An image without a format.
 #[derive(Debug)]
 pub struct Raw {
     storage: Arc<dyn Storage>,
     driver: &'static str,
-    size: AtomicU64,
+    size: u64,
     read_only: bool,
     unmap: bool,
 }
@@ -22,13 +23,13 @@ impl Raw {
     /// Opens storage as a disk of its length, rounded up to whole 512-byte sectors as guests see.
     pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let size = storage.len()?.next_multiple_of(512);
-        Ok(Self { storage, driver: "raw", size: AtomicU64::new(size), read_only, unmap: true })
+        Ok(Self { storage, driver: "raw", size, read_only, unmap: true })
     }
 
     /// The protocol node of a file.
     pub fn protocol(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let mut raw = Self::open(storage, read_only)?;
-        raw.driver = "file";
+        raw.driver = PROTOCOL;
         Ok(raw)
     }
 
@@ -61,7 +62,11 @@ impl Format for Raw {
     }
 
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+        // Below a format the file grows.
+        if self.driver == PROTOCOL {
+            return self.storage.len().map_or(self.size, |len| len.next_multiple_of(512));
+        }
+        self.size
     }
 
     fn read_only(&self) -> bool {

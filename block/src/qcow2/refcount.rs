@@ -179,9 +179,7 @@ impl Refcounts {
     pub(crate) fn allocate(&mut self, want: u64, exact: bool) -> Result<Run> {
         let mut at = self.hint;
         loop {
-            while self.get(at)? != 0 {
-                at += 1;
-            }
+            at = self.next_free(at)?;
             let mut count = 1;
             while count < want && self.get(at + count)? == 0 {
                 count += 1;
@@ -209,6 +207,20 @@ impl Refcounts {
             }
             return Ok(run);
         }
+    }
+
+    /// The first cluster from `at` on that nobody refers to.
+    fn next_free(&mut self, mut at: u64) -> Result<u64> {
+        let order = self.geometry.refcount_order;
+        let entries = to_usize(self.geometry.block_entries());
+        while let Some((table, index)) = self.block(at)? {
+            let bytes = table.bytes();
+            match (index..entries).find(|i| get(bytes, *i, order) == 0) {
+                Some(free) => return Ok(at + to_u64(free - index)),
+                None => at += to_u64(entries - index),
+            }
+        }
+        Ok(at)
     }
 
     /// Makes sure that all clusters of a run have a block; says whether any was missing.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Storage;
 use super::sys::{self, Allocate};
@@ -51,6 +52,9 @@ pub struct FileStorage {
     direct: Option<File>,
     options: FileOptions,
     device: bool,
+    /// Set once a flush failed: the kernel drops the pages it could not write and a later flush
+    /// would tell of success, so none is believed any more.
+    flush_failed: AtomicBool,
 }
 
 impl FileStorage {
@@ -90,6 +94,7 @@ impl FileStorage {
             direct,
             options,
             device: kind.is_block_device(),
+            flush_failed: AtomicBool::new(false),
             name,
         })
     }
@@ -220,7 +225,14 @@ impl Storage for FileStorage {
         if self.options.no_flush || self.options.read_only {
             return Ok(());
         }
-        self.file.sync_data().map_err(|e| self.error("flush", 0, e))
+        if self.flush_failed.load(Ordering::Acquire) {
+            let reason = "an earlier flush failed, writes before it may be lost";
+            return Err(self.error("flush", 0, io::Error::other(reason)));
+        }
+        self.file.sync_data().map_err(|e| {
+            self.flush_failed.store(!self.options.direct, Ordering::Release);
+            self.error("flush", 0, e)
+        })
     }
 
     fn len(&self) -> Result<u64> {

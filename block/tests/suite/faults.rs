@@ -216,3 +216,25 @@ fn a_full_host_fails_a_write_and_a_save_and_gives_everything_back() {
     std::fs::write(&file, storage.bytes()).unwrap();
     check(&file);
 }
+
+/// A snapshot of a fully allocated image writes each table once, and flushes a few times.
+#[test]
+fn a_snapshot_of_a_full_image_costs_its_tables_not_its_clusters() {
+    if !have_qemu_img("cost") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "cluster_size=4k,preallocation=metadata");
+    let storage = Arc::new(MemoryStorage::new(std::fs::read(&image).unwrap()));
+    let format = open(&storage);
+    // 16384 clusters: 32 L2 tables, 8 or 9 refcount blocks.
+    for job in [save_new as Job, delete_old] {
+        let before = storage.changes();
+        job(&format).unwrap();
+        let changes = storage.changes() - before;
+        assert!(changes < 80, "{changes} writes and flushes");
+    }
+    drop(format);
+    std::fs::write(&image, storage.bytes()).unwrap();
+    check(&image);
+}

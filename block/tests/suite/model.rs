@@ -7,7 +7,8 @@ use crate::common::{
 };
 use block::Format;
 
-const SIZE: u64 = 4 << 20;
+/// Not a whole number of clusters.
+const SIZE: u64 = (4 << 20) + 5 * 512;
 
 /// What the disk should hold, now and at each snapshot.
 struct Model {
@@ -107,7 +108,9 @@ fn run(name: &str, options: &str, disk: Vec<u8>, create: impl Fn(&Path) -> std::
 }
 
 fn fresh(name: &str, options: &str) {
-    run(name, options, vec![0; SIZE as usize], |dir| create(dir, "a.qcow2", "4M", options));
+    run(name, options, vec![0; SIZE as usize], |dir| {
+        create(dir, "a.qcow2", &SIZE.to_string(), options)
+    });
 }
 
 macro_rules! fresh_images {
@@ -152,7 +155,7 @@ fn over_a_short_raw_backing_file() {
         run("raw backing", compat, padded(len), |dir| {
             let (raw, _) = base(dir, len);
             let options = format!("compat={compat},backing_file={},backing_fmt=raw", path(&raw));
-            create(dir, "a.qcow2", "4M", &options)
+            create(dir, "a.qcow2", &SIZE.to_string(), &options)
         });
     }
 }
@@ -163,7 +166,7 @@ fn over_a_qcow2_backing_file_by_relative_name() {
         let (raw, _) = base(dir, 3 << 20);
         let mid = dir.join("mid.qcow2");
         common::qemu_img(&["convert", "-O", "qcow2", &path(&raw), &path(&mid)]);
-        create(dir, "a.qcow2", "4M", "backing_file=mid.qcow2,backing_fmt=qcow2")
+        create(dir, "a.qcow2", &SIZE.to_string(), "backing_file=mid.qcow2,backing_fmt=qcow2")
     });
 }
 

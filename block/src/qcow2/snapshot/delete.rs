@@ -51,12 +51,11 @@ impl SnapshotChange for Delete<'_> {
         self.stage.expect(Stage::Begun)?;
         let mut meta = self.image.meta();
         meta.check_writable()?;
-        let rest = meta
-            .snapshots
-            .iter()
-            .filter(|entry| entry.info.id != self.entry.info.id)
-            .cloned()
-            .collect();
+        let mut rest = meta.snapshots.clone();
+        // Only the one: a broken image may have an id twice.
+        if let Some(at) = rest.iter().position(|entry| *entry == self.entry) {
+            rest.remove(at);
+        }
         self.switch = Some(TableSwitch::write(&mut meta, rest)?);
         meta.sync()?;
         self.stage = Stage::Prepared;
