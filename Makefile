@@ -11,7 +11,7 @@ all:
 demo:
 	@scripts/setup.sh demo
 	cargo build --release --locked --package vmm
-	target/release/tardigrade demo
+	target/release/tardigrade demo --shell
 
 # The end-to-end tests run the binary that is built first. nextest runs tests in processes of their
 # own, side by side; without it cargo's own runner does the same in threads.

@@ -136,9 +136,7 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
     };
     let revival =
         Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
-    revival
-        .read(&memory, true, &Progress::default(), &AtomicBool::new(false))
-        .map_err(text)?;
+    revival.read(&memory, true, &Progress::default(), &AtomicBool::new(false)).map_err(text)?;
     Ok(machine.restore(&revival.state)?)
 }
 

@@ -101,11 +101,24 @@ pub enum Subcommand {
     Snapshot(SnapshotCommand),
     /// Tell what a running machine is doing
     Status(QmpTarget),
+    /// See a guest frozen, changed and taken back
+    Demo(DemoArgs),
     /// Connect this terminal to a machine's serial socket; leave with Ctrl-]
     Console {
         /// The path given to --serial unix:PATH
         socket: PathBuf,
     },
+}
+
+/// The demo.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Directory with the guest's tiny.bzImage and initramfs.cpio
+    #[arg(long, value_name = "DIR", default_value = "resources/guest")]
+    pub guest: PathBuf,
+    /// End with a shell in the guest, on a terminal
+    #[arg(long)]
+    pub shell: bool,
 }
 
 /// The machine's QMP socket.

@@ -18,12 +18,17 @@ pub(super) fn attach(socket: &Path) -> Result<(), Error> {
     let fail = |source| Error::Console { path: socket.display().to_string(), source };
     let stream = UnixStream::connect(socket).map_err(fail)?;
     eprintln!("Connected to {}; leave with Ctrl-].", socket.display());
-    let keyboard = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(fail)?);
-    let terminal = RawTerminal::enter(&keyboard, false).map_err(fail)?;
+    attach_stream(stream).map_err(fail)
+}
+
+/// The same with a connection that is there already.
+pub(super) fn attach_stream(stream: UnixStream) -> io::Result<()> {
+    let keyboard = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let terminal = RawTerminal::enter(&keyboard, false)?;
     let result = relay(stream, keyboard);
     drop(terminal);
     eprintln!();
-    result.map_err(fail)
+    result
 }
 
 fn relay(mut from_guest: UnixStream, keyboard: File) -> io::Result<()> {

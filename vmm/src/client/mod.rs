@@ -1,10 +1,13 @@
 //! Subcommands: what people do with a machine that runs already, over its sockets.
 
 mod console;
+mod demo;
 mod snapshots;
 
 use qmp::client::{Client, ClientError};
 use serde_json::{Value, json};
+
+pub use demo::DemoError;
 
 use crate::cli::args::{QmpTarget, SnapshotCommand, Subcommand};
 
@@ -33,6 +36,9 @@ pub enum Error {
         /// What the host said.
         source: std::io::Error,
     },
+    /// The demo did not go through.
+    #[error(transparent)]
+    Demo(#[from] demo::DemoError),
     /// Nothing can be printed.
     #[error("cannot print: {0}")]
     Output(std::io::Error),
@@ -57,6 +63,7 @@ pub fn run(subcommand: &Subcommand) -> Result<(), Error> {
         Subcommand::Snapshot(SnapshotCommand::List(target)) => snapshots::list(target),
         Subcommand::Status(target) => status(target),
         Subcommand::Console { socket } => console::attach(socket),
+        Subcommand::Demo(args) => demo::run(args),
     }
 }
 

@@ -87,7 +87,13 @@ impl Machine {
         let vcpus = (0..)
             .zip(fds)
             .map(|(index, fd)| {
-                VcpuHandle::spawn(index, fd, Arc::clone(&info), Arc::clone(&bus), Arc::clone(events))
+                VcpuHandle::spawn(
+                    index,
+                    fd,
+                    Arc::clone(&info),
+                    Arc::clone(&bus),
+                    Arc::clone(events),
+                )
             })
             .collect::<Result<Vec<_>, _>>()?;
 
