@@ -199,6 +199,3 @@ fn check_name(name: &str) -> Result<()> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-mod tests;

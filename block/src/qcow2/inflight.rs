@@ -81,3 +81,52 @@ impl Drop for Held<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    /// Starts a request in a thread and gives what tells that it holds its range.
+    fn start<'s>(
+        scope: &'s thread::Scope<'s, '_>,
+        all: &'s InFlight,
+        range: Range<u64>,
+        exclusive: bool,
+    ) -> mpsc::Receiver<()> {
+        let before = all.queue().next;
+        let (held, receiver) = mpsc::channel();
+        scope.spawn(move || {
+            let _held = all.hold(range, exclusive);
+            let _ = held.send(());
+        });
+        while all.queue().next == before {
+            thread::yield_now();
+        }
+        receiver
+    }
+
+    #[test]
+    fn conflicting_requests_wait_in_order_and_others_pass() {
+        let all = InFlight::default();
+        let first = all.shared(0..10);
+        let also = all.shared(5..15);
+        thread::scope(|scope| {
+            let writer = start(scope, &all, 8..12, true);
+            // It came after the writer and must not overtake it.
+            let reader = start(scope, &all, 11..20, false);
+            let elsewhere = start(scope, &all, 20..30, true);
+            elsewhere.recv().unwrap();
+            assert_eq!(writer.try_recv(), Err(mpsc::TryRecvError::Empty));
+            drop(first);
+            assert_eq!(writer.try_recv(), Err(mpsc::TryRecvError::Empty));
+            assert_eq!(reader.try_recv(), Err(mpsc::TryRecvError::Empty));
+            drop(also);
+            writer.recv().unwrap();
+            reader.recv().unwrap();
+        });
+        assert!(all.queue().requests.is_empty());
+    }
+}

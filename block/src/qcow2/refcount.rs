@@ -373,3 +373,35 @@ impl Refcounts {
         Ok(end)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    proptest! {
+        #[test]
+        fn a_refcount_of_any_width_is_read_back_and_leaves_its_neighbours_alone(
+            order in 0u32..=6,
+            values in proptest::collection::vec(any::<u64>(), 64),
+            changes in proptest::collection::vec((0usize..64, any::<u64>()), 0..64),
+        ) {
+            let mut cache = TableCache::new(512, 0);
+            let storage = MemoryStorage::default();
+            let table = cache.load(&storage, 0).unwrap();
+            let most = Geometry { cluster_bits: 9, refcount_order: order, version: 3 }.max_refcount();
+            let mut model: Vec<u64> = values.iter().map(|v| v & most).collect();
+            for (index, value) in model.iter().enumerate() {
+                set(table, index, order, *value);
+            }
+            for (index, value) in changes {
+                set(table, index, order, value & most);
+                model[index] = value & most;
+            }
+            let read: Vec<u64> = (0..64).map(|index| get(table.bytes(), index, order)).collect();
+            prop_assert_eq!(read, model);
+        }
+    }
+}
