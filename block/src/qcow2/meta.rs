@@ -57,6 +57,9 @@ impl Meta {
     /// Reads the tables of an image.
     pub(crate) fn open(storage: Arc<dyn Storage>, header: Header, writable: bool) -> Result<Self> {
         let refcounts = Refcounts::open(&storage, &header)?;
+        if writable {
+            refcounts.check_blocks()?;
+        }
         let l1 = read_l1(&*storage, header.l1_offset, header.l1_size)?;
         let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
         let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES);

@@ -6,7 +6,7 @@ use crate::{ReadBuf, Result};
 
 use super::Qcow2;
 use super::compressed::decompress;
-use super::layout::{Geometry, Mapping};
+use super::layout::{Geometry, Mapping, OFFSET_MASK};
 use super::meta::Meta;
 
 /// A part of a request whose bytes come from one place.
@@ -64,8 +64,14 @@ pub(super) fn map(
     while at < end {
         let entry = l1(meta, geometry.l1_index(at));
         let in_cluster = geometry.in_cluster(at);
-        let n = (geometry.cluster_size() - in_cluster).min(end - at);
-        let source = Source::of(meta.mapping_below(entry, at)?, in_cluster);
+        let (n, source) = if entry & OFFSET_MASK == 0 {
+            // No table: one step for all that it would map.
+            (geometry.l2_coverage() - at % geometry.l2_coverage(), Source::Backing)
+        } else {
+            let source = Source::of(meta.mapping_below(entry, at)?, in_cluster);
+            (geometry.cluster_size() - in_cluster, source)
+        };
+        let n = n.min(end - at);
         match extents.last_mut() {
             Some(last) if last.source.continues(last.len, source) => last.len += n,
             _ => extents.push(Extent { guest: at, len: n, source }),

@@ -88,6 +88,20 @@ impl Refcounts {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason }
     }
 
+    /// Refuses a table that has a block twice: the search for free clusters would take as long as
+    /// such a table claims, and what is counted there could not be right.
+    pub(crate) fn check_blocks(&self) -> Result<()> {
+        let mut blocks: Vec<u64> = self.table.iter().copied().filter(|e| *e != 0).collect();
+        blocks.sort_unstable();
+        match blocks.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(self.corrupt(format!(
+                "two refcount table entries refer to the block at {:#x}",
+                pair[0]
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// The block of a cluster and the index in it; `None` if there is no block.
     fn block(&mut self, cluster: u64) -> Result<Option<(&mut Table, usize)>> {
         let entries = self.geometry.block_entries();

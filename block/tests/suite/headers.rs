@@ -82,6 +82,38 @@ fn absurd_header_fields_are_named() {
 }
 
 #[test]
+fn a_refcount_block_that_is_there_twice_is_refused_for_writing() {
+    if !have_qemu_img("refcount blocks") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
+    let entry: [u8; 8] = image[table..table + 8].try_into().unwrap();
+    let bad = patched(&image, table + 80, &entry);
+    let error = open(bad.clone(), false).err().unwrap().to_string();
+    assert!(error.contains("two refcount table entries"), "{error}");
+    open(bad, true).unwrap();
+}
+
+#[test]
+fn a_vm_state_size_beyond_all_bounds_gets_an_error_when_it_is_read() {
+    if !have_qemu_img("vm state size") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let table = u64::from_be_bytes(image[64..72].try_into().unwrap()) as usize;
+    let format = open(patched(&image, table + 40, &[0xff; 8]), false).unwrap();
+    assert_eq!(format.snapshots()[0].vm_state_size, u64::MAX);
+    let state = format.open_vmstate("1").unwrap();
+    for (offset, len) in [(0, 1), (0, u64::MAX), (u64::MAX, u64::MAX), (1 << 60, 1 << 30)] {
+        let result = state.extents(offset, len);
+        assert!(matches!(result, Err(Error::OutOfRange { .. })), "{offset} {len}: {result:?}");
+    }
+}
+
+#[test]
 fn corrupt_and_dirty_images_can_still_be_read() {
     if !have_qemu_img("marked images") {
         return;

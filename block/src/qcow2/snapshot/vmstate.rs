@@ -52,8 +52,8 @@ impl<'a> VmState<'a> {
     fn check(&self, offset: u64, len: u64) -> Result<()> {
         let geometry = self.image.geometry;
         let end = u64::try_from(self.l1.len()).unwrap_or(0).saturating_mul(geometry.l2_coverage());
-        let size =
-            self.size.next_multiple_of(geometry.cluster_size()).min(end - self.base.min(end));
+        let mapped = end.saturating_sub(self.base);
+        let size = self.size.min(mapped).next_multiple_of(geometry.cluster_size());
         match offset.checked_add(len) {
             Some(end) if end <= size => Ok(()),
             _ => Err(Error::OutOfRange { offset, len, size }),
