@@ -30,6 +30,9 @@ const L2_CACHE_BYTES: u64 = 32 << 20;
 /// Clusters waiting to be given back before a sync is due.
 const MAX_PENDING_RUNS: usize = 4096;
 
+/// Host space that is given back at once.
+const PUNCH_BYTES: u64 = 8 << 20;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Meta {
@@ -315,12 +318,22 @@ impl Meta {
         }
         // No order is needed: on disk these clusters just look used until then.
         self.refcounts.write_back()?;
-        self.punch_freed()
+        self.punch_some().map(|_| ())
     }
 
-    /// Gives the host's space of free clusters back, unless they are in use again.
-    fn punch_freed(&mut self) -> Result<()> {
-        for run in std::mem::take(&mut self.freed) {
+    /// Gives some of the host's space of free clusters back, unless they are in use again; says
+    /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
+    pub(crate) fn punch_some(&mut self) -> Result<bool> {
+        let geometry = self.geometry();
+        let mut left = geometry.clusters(PUNCH_BYTES).max(1);
+        while left > 0
+            && let Some(mut run) = self.freed.pop()
+        {
+            if run.count > left {
+                self.freed.push(Run { first: run.first, count: run.count - left });
+                run = Run { first: run.end() - left, count: left };
+            }
+            left -= run.count;
             let mut free = Vec::new();
             for cluster in run.first..run.end() {
                 if self.refcounts.get(cluster)? == 0 {
@@ -328,14 +341,13 @@ impl Meta {
                 }
             }
             for part in free {
-                let geometry = self.geometry();
                 let (at, len) = (geometry.offset_of(part.first), geometry.offset_of(part.count));
                 if let Err(e) = self.storage.discard(at, len) {
                     tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
                 }
             }
         }
-        Ok(())
+        Ok(!self.freed.is_empty())
     }
 
     /// Step 3 of the order.

@@ -178,6 +178,23 @@ impl Qcow2 {
         self.meta.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// After a change of snapshots: gives space back to the host, letting requests in between.
+    fn give_space_back(&self) {
+        loop {
+            let mut meta = self.meta();
+            match meta.punch_some() {
+                Ok(true) => {}
+                Ok(false) => return meta.truncate_tail(),
+                Err(e) => {
+                    tracing::warn!(image = self.storage.name(), "space is not given back: {e}");
+                    return;
+                }
+            }
+            drop(meta);
+            std::thread::yield_now();
+        }
+    }
+
     fn disk_size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }

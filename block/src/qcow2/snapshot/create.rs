@@ -24,8 +24,8 @@ use crate::{Error, Result, WriteBuf};
 use super::table::{Entry, TableSwitch};
 use super::{Stage, begin_change, tree, write_fresh, write_l1};
 
-/// File space is taken this far ahead of VM-state writes.
-const RESERVE: u64 = 256 << 20;
+/// File space is taken ahead of VM-state writes: as much as was written so far, within these bounds.
+const RESERVE: std::ops::RangeInclusive<u64> = 4 << 20..=256 << 20;
 /// Most bytes of VM state that one run of clusters is taken for.
 const MAX_RUN: u64 = 256 << 20;
 
@@ -93,16 +93,16 @@ impl<'a> Create<'a> {
             let mut area = self.area();
             if end > area.reserved {
                 let storage = &self.image.storage;
+                let written: u64 = area.runs.iter().map(|run| run.count).sum();
+                let more = geometry.offset_of(written).clamp(*RESERVE.start(), *RESERVE.end());
                 // Ahead, so that parallel writes find the space there; on a disk that is nearly
                 // full, just what is needed.
-                let ahead = storage.reserve(start, end - start + RESERVE);
-                match ahead {
-                    Ok(()) => area.reserved = end + RESERVE,
-                    Err(_) => {
-                        storage.reserve(start, end - start)?;
-                        area.reserved = end;
-                    }
-                }
+                area.reserved = if storage.reserve(start, end - start + more).is_ok() {
+                    end + more
+                } else {
+                    storage.reserve(start, end - start)?;
+                    end
+                };
             }
         }
         self.image.storage.write_bulk(start, bufs)
@@ -338,7 +338,7 @@ impl SnapshotChange for Create<'_> {
             return Ok(());
         }
         let image = self.image;
-        let _held = image.in_flight.exclusive(0..u64::MAX);
+        let held = image.in_flight.exclusive(0..u64::MAX);
         let mut meta = image.meta();
         if let Some(switch) = &mut self.switch
             && let Err(e) = switch.undo(&mut meta)
@@ -352,7 +352,8 @@ impl SnapshotChange for Create<'_> {
         self.stage = Stage::Ended;
         meta.changing = false;
         let synced = meta.sync();
-        meta.truncate_tail();
+        drop((meta, held));
+        image.give_space_back();
         freed.and(synced)
     }
 }

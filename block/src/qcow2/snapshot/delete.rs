@@ -84,7 +84,8 @@ impl SnapshotChange for Delete<'_> {
         };
         let copied = tree::set_copied(&mut meta);
         let synced = meta.sync();
-        meta.truncate_tail();
+        drop(meta);
+        self.image.give_space_back();
         freed.and(table).and(copied).and(synced)
     }
 

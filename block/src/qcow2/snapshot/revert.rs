@@ -153,7 +153,8 @@ impl SnapshotChange for Revert<'_> {
         };
         let copied = tree::set_copied(&mut meta);
         let synced = meta.sync();
-        meta.truncate_tail();
+        drop(meta);
+        self.image.give_space_back();
         freed.and(copied).and(synced)
     }
 
