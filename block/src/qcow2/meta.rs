@@ -31,7 +31,7 @@ const L2_CACHE_BYTES: u64 = 32 << 20;
 const MAX_PENDING_RUNS: usize = 4096;
 
 /// Host space that is given back at once.
-const PUNCH_BYTES: u64 = 8 << 20;
+const PUNCH_BYTES: u64 = 32 << 20;
 
 /// See the module.
 #[derive(Debug)]
