@@ -1,9 +1,12 @@
 //! From the command line to a machine that has ended.
 
 use std::fs;
+use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
 
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
@@ -62,17 +65,7 @@ pub fn run(args: &MachineArgs) -> Result<(), Error> {
     let console = Console::open(&options.serial)
         .map_err(|error| cli::Error::new("serial", &args.serial, error))?;
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
-    let mut machine = Machine::new(
-        options.machine.clone(),
-        &graph,
-        output,
-        guest_signals(&mailbox),
-        &vcpu_events(&mailbox),
-    )?;
-    match &options.loadvm {
-        Some(tag) => revive(&mut machine, tag)?,
-        None => machine.boot()?,
-    }
+    let machine = make_machine(&options, &graph, output, &mailbox)?;
     let (server, requests) = qmp::Server::start(qmp::Options::new(version::qmp_version()))
         .map_err(host("cannot start the QMP server"))?;
     for (spec, text) in options.qmp.iter().zip(&args.qmp) {
@@ -91,6 +84,37 @@ pub fn run(args: &MachineArgs) -> Result<(), Error> {
         no_reboot: options.no_reboot,
     })?;
     Ok(controller.run(!options.start_paused)?)
+}
+
+/// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.
+fn make_machine(
+    options: &Options,
+    graph: &Graph,
+    console: Box<dyn Write + Send>,
+    mailbox: &Mailbox,
+) -> Result<Machine, Error> {
+    let spec = &options.machine;
+    let (signals, events) = (guest_signals(mailbox), vcpu_events(mailbox));
+    let make = || Machine::new(spec.clone(), graph, console, signals, &events);
+    match &options.loadvm {
+        Some(tag) => {
+            let mut machine = make()?;
+            revive(&mut machine, tag)?;
+            Ok(machine)
+        }
+        None => thread::scope(|scope| {
+            let preparing = thread::Builder::new()
+                .name("kernel".to_owned())
+                .spawn_scoped(scope, || machine::prepare_boot(spec))
+                .map_err(|source| Error::Host { what: "cannot start a thread", source })?;
+            let machine = make();
+            // What is wrong with the kernel is said first: it is the likelier mistake.
+            let prepared = preparing.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            let mut machine = machine?;
+            machine.boot(prepared)?;
+            Ok(machine)
+        }),
+    }
 }
 
 fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {

@@ -166,7 +166,8 @@ impl Controller {
     }
 
     fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
-        let booted = self.machine.boot();
+        let booted = machine::prepare_boot(self.machine.spec())
+            .and_then(|prepared| self.machine.boot(prepared));
         self.emit(&Event::Reset { guest, reason });
         self.state = RunState::PreLaunch;
         let resumed = booted.and_then(|()| if run { self.machine.resume() } else { Ok(()) });

@@ -151,17 +151,6 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// The kernel command line with what tells Linux of the virtio devices.
-    pub fn extend_cmdline(&self, cmdline: &str) -> String {
-        let size = layout::MMIO_DEVICE_SIZE >> 10;
-        let devices = self
-            .virtio
-            .iter()
-            .map(|slot| format!("virtio_mmio.device={size}K@{:#x}:{}", slot.address, slot.irq));
-        let words = std::iter::once(cmdline.to_owned()).filter(|text| !text.is_empty());
-        words.chain(devices).collect::<Vec<_>>().join(" ")
-    }
-
     /// The virtio devices by slot.
     pub fn virtio(&self) -> impl Iterator<Item = &VirtioSlot> {
         self.virtio.iter()
@@ -249,6 +238,25 @@ impl DeviceSet {
         }
         Ok(())
     }
+}
+
+/// The kernel command line with what tells Linux of the virtio devices. What follows a lone `--`
+/// is for init, so they go before it.
+pub fn extend_cmdline(cmdline: &str, devices: usize) -> String {
+    let size = layout::MMIO_DEVICE_SIZE >> 10;
+    let parameter =
+        |slot| format!("virtio_mmio.device={size}K@{:#x}:{}", slot_address(slot), slot_irq(slot));
+    let parameters = (0..devices).map(parameter).collect::<Vec<_>>().join(" ");
+    let (kernel, init) = match cmdline.split_once(" -- ") {
+        Some((kernel, init)) => (kernel, Some(init)),
+        None => match cmdline.strip_prefix("-- ") {
+            Some(init) => ("", Some(init)),
+            None => (cmdline, None),
+        },
+    };
+    let init = init.map(|init| format!("-- {init}")).unwrap_or_default();
+    let parts = [kernel, &parameters, &init];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// The node named `drive`, for this device alone. A read-only node is a read-only disk.
@@ -365,5 +373,19 @@ impl BusDevice for VirtioPort {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_before_what_is_for_init() {
+        let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        assert_eq!(extend_cmdline("", 2), devices);
+        assert_eq!(extend_cmdline("quiet -- shell", 2), format!("quiet {devices} -- shell"));
+        assert_eq!(extend_cmdline("-- shell", 2), format!("{devices} -- shell"));
+        assert_eq!(extend_cmdline("a=\"b  c\"", 0), "a=\"b  c\"");
     }
 }

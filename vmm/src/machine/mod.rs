@@ -20,7 +20,7 @@ use block::Graph;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use crate::boot;
+use crate::boot::{self, Boot, BootSpec};
 use crate::bus::Bus;
 use crate::kvm::cpuid::{self, Topology};
 use crate::kvm::irqchip::{self, ClockState, IrqchipState};
@@ -104,21 +104,12 @@ impl Machine {
         Ok(Self { vcpus, devices, vm, memory, spec, cpuid, info, pristine, clock })
     }
 
-    /// Puts kernel, initrd and command line in memory and vCPU 0 at the kernel's entry; everything
-    /// else is as at power-on. The machine must be paused.
+    /// Puts a prepared kernel in memory and vCPU 0 at its entry; everything else is as at power-on.
+    /// The machine must be paused.
     ///
     /// # Errors
-    /// There is no kernel, or it does not load; the machine must not be run then.
-    pub fn boot(&mut self) -> Result<(), Error> {
-        let kernel = self.spec.kernel.clone().ok_or(Error::NoKernel)?;
-        let cmdline = self.devices.extend_cmdline(&self.spec.cmdline);
-        let boot_spec = boot::BootSpec {
-            kernel: &kernel,
-            initrd: self.spec.initrd.as_deref(),
-            cmdline: &cmdline,
-            vcpus: self.spec.vcpus,
-        };
-        let prepared = boot::Boot::prepare(&boot_spec, self.spec.ram_bytes)?;
+    /// It does not load; the machine must not be run then.
+    pub fn boot(&mut self, prepared: Boot) -> Result<(), Error> {
         // What an earlier boot left must not be there: the loader writes no zeroes.
         memory::discard(&self.memory)?;
         let info = prepared.load(&self.memory)?;
@@ -230,6 +221,22 @@ impl Machine {
         self.vcpus.clear();
         self.devices.shutdown()
     }
+}
+
+/// Reads and decompresses the kernel of `spec` and checks that it fits. Needs no machine, so it can
+/// be done while one is made.
+///
+/// # Errors
+/// There is no kernel, or it cannot be booted.
+pub fn prepare_boot(spec: &MachineSpec) -> Result<Boot, Error> {
+    let kernel = spec.kernel.as_deref().ok_or(Error::NoKernel)?;
+    let boot_spec = BootSpec {
+        kernel,
+        initrd: spec.initrd.as_deref(),
+        cmdline: &devices::extend_cmdline(&spec.cmdline, spec.devices.len()),
+        vcpus: spec.vcpus,
+    };
+    Ok(Boot::prepare(&boot_spec, spec.ram_bytes)?)
 }
 
 fn new_vcpu(vm: &VmFd, supported: &CpuId, vcpus: u8, index: u8) -> Result<VcpuFd, Error> {
