@@ -50,7 +50,8 @@ impl Booted {
         self.spec(dir).args(&["--loadvm", TAG]).start()
     }
 
-    fn machine(self, disks: &[Disk]) -> VmSpec {
+    /// The machine that the checkpoint is of, with these disks.
+    pub fn machine(self, disks: &[Disk]) -> VmSpec {
         let linux = VmSpec::linux("64M", self.vcpus).args(&["--device", "virtio-rng-device"]);
         disks.iter().fold(linux, VmSpec::disk)
     }

@@ -4,7 +4,11 @@
 //! |---|---|
 //! | [`vm`] | a `tardigrade` process with its QMP and serial sockets |
 //! | [`agent`] | the guest's agent, asked over the serial port |
+//! | [`baremetal`] | a guest without a kernel, told over the serial port what to do |
 //! | [`disk`] | images, made and judged by `qemu-img` |
+//! | [`events`] | QMP events, told in short |
+//! | [`counter`] | a guest of a few instructions that counts, for jobs that are refused |
+//! | [`vmstate`] | finding and damaging the VM state in an image |
 //! | [`checkpoint`] | a booted guest in a checkpoint that all tests share |
 //! | [`pattern`] | the bytes that the agent writes |
 //! | [`process`] | waiting for a process and its files |
@@ -14,12 +18,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 pub mod agent;
+pub mod baremetal;
 pub mod checkpoint;
+pub mod counter;
 pub mod disk;
+pub mod events;
 pub mod pattern;
 pub mod process;
 pub mod require;
 pub mod vm;
+pub mod vmstate;
 
 use std::path::PathBuf;
 

@@ -1,5 +1,6 @@
 //! A `tardigrade` process.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -129,7 +130,13 @@ impl Vm {
     /// The QMP socket is the last thing that is made.
     fn wait_for_sockets(&mut self, sockets: &mut Watch) {
         match sockets.wait(&self.qmp_path, &self.child, PATIENCE) {
-            Awaited::File => {}
+            // The file is there a moment before the program listens on it.
+            Awaited::File => {
+                while UnixStream::connect(&self.qmp_path).is_err() {
+                    assert!(self.child.try_wait().unwrap().is_none(), "{}", self.stderr());
+                    std::thread::yield_now();
+                }
+            }
             Awaited::End => {
                 let status = self.child.wait().unwrap();
                 panic!("tardigrade ended with {status}:\n{}", self.stderr());
