@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Command, EventSink, ImmediateExit, VcpuEvent};
@@ -141,6 +144,10 @@ impl Runner {
             Ok(VcpuExit::MmioRead(address, data)) => self.bus.mmio_read(address, data),
             Ok(VcpuExit::Shutdown) => return Ran::Stopped(VcpuEvent::TripleFault),
             Ok(VcpuExit::Intr) => return Ran::Interrupted,
+            Ok(VcpuExit::InternalError) => {
+                let text = internal_error(&mut self.vcpu);
+                return Ran::Stopped(VcpuEvent::Failed(self.describe(&text)));
+            }
             Ok(exit) => {
                 let text = format!("{exit:?}");
                 return Ran::Stopped(VcpuEvent::Failed(self.describe(&text)));
@@ -166,4 +173,19 @@ impl Runner {
             _ => what.to_owned(),
         }
     }
+}
+
+/// What KVM_EXIT_INTERNAL_ERROR says (KVM API section 5).
+fn internal_error(vcpu: &mut VcpuFd) -> String {
+    let run = vcpu.get_kvm_run();
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which the kernel fills this member of
+    // the union; it is plain integers.
+    let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+    let what = match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => "an instruction that cannot be emulated",
+        KVM_INTERNAL_ERROR_SIMUL_EX => "an exception while another was handled",
+        KVM_INTERNAL_ERROR_DELIVERY_EV => "an event that could not be delivered",
+        _ => "see the kernel's log",
+    };
+    format!("KVM internal error {suberror} ({what})")
 }

@@ -1,0 +1,113 @@
+//! `tardigrade snapshot`, `status`, `demo`: what people run.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use tardigrade_tests::checkpoint::{Booted, TAG};
+use tardigrade_tests::vm::binary;
+use tardigrade_tests::{repo, require};
+
+fn run(args: &[&str]) -> Output {
+    Command::new(binary()).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "tardigrade {args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fail(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!(output.status.code(), Some(1), "tardigrade {args:?} did not fail");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_checkpoint_is_saved_listed_loaded_and_deleted_from_the_shell() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let booted = Booted { vcpus: 1, disks: 2 };
+    let vm = booted.start(dir.path());
+    let qmp = vm.qmp_path().display().to_string();
+    let snapshot = |verb: &str, tag: &str| succeed(&["snapshot", verb, "--qmp", &qmp, tag]);
+    let list = || succeed(&["snapshot", "list", "--qmp", &qmp]);
+
+    let mut agent = vm.agent();
+    agent.ask("pattern vda 0 64K 1");
+    assert!(snapshot("save", "mine").starts_with("'mine' saved in "));
+    let listed = list();
+    let row = listed.lines().find(|line| line.starts_with("mine ")).unwrap();
+    assert!(row.ends_with("disk0, disk1"), "{listed}");
+    assert!(listed.lines().any(|line| line.starts_with(TAG)), "{listed}");
+
+    agent.ask("pattern vda 0 64K 2");
+    assert!(snapshot("load", "mine").starts_with("'mine' loaded in "));
+    agent.ask("verify vda 0 64K 1");
+    assert!(snapshot("delete", "mine").starts_with("'mine' deleted in "));
+    assert!(!list().contains("mine"));
+
+    let error = fail(&["snapshot", "load", "--qmp", &qmp, "mine"]);
+    assert!(error.contains("Snapshot 'mine' does not exist in one or more devices"), "{error}");
+    vm.quit();
+    booted.disks(dir.path()).iter().for_each(tardigrade_tests::disk::Disk::check);
+}
+
+#[test]
+fn status_tells_state_disks_and_name() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let booted = Booted { vcpus: 1, disks: 2 };
+    let pidfile = dir.path().join("pid");
+    let uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+    let vm = booted
+        .spec(dir.path())
+        .args(&["--loadvm", TAG, "-S", "--name", "water bear", "--uuid", uuid])
+        .args(&["--pidfile", &pidfile.display().to_string()])
+        .start();
+    let status = succeed(&["status", "--qmp", &vm.qmp_path().display().to_string()]);
+    for wanted in ["water bear", "prelaunch", "disk0 writable", "disk1 writable"] {
+        assert!(status.contains(wanted), "'{wanted}' is missing:\n{status}");
+    }
+    let pid = std::fs::read_to_string(&pidfile).unwrap();
+    assert_eq!(pid.trim(), vm.pid().to_string());
+    let told = vm.qmp().execute("query-uuid", serde_json::json!({})).unwrap();
+    assert_eq!(told["UUID"], uuid);
+    vm.quit();
+    assert!(!pidfile.exists(), "the pid file is left behind");
+}
+
+#[test]
+fn a_subcommand_names_the_socket_that_nobody_listens_on() {
+    let error = fail(&["status", "--qmp", "/nonexistent/vm.qmp"]);
+    assert!(error.contains("/nonexistent/vm.qmp") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn the_demo_goes_through_and_leaves_nothing_behind() {
+    if !require::kvm() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let output = Command::new(binary())
+        .args(["demo", "--guest", &repo("resources/guest").display().to_string()])
+        .env("TMPDIR", temp.path())
+        .output()
+        .unwrap();
+    let (stdout, stderr) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    assert_eq!(stdout.matches("/mnt/notes: all is well").count(), 3, "{stdout}");
+    assert!(stdout.contains("No errors were found on the image."), "{stdout}");
+    assert!(is_empty(temp.path()), "the demo left files behind");
+}
+
+fn is_empty(dir: &Path) -> bool {
+    std::fs::read_dir(dir).unwrap().next().is_none()
+}
