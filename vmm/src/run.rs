@@ -10,7 +10,6 @@ use std::thread;
 
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
-use serde_json::Value;
 
 use crate::cli::{self, MachineArgs, Options};
 use crate::console::Console;
@@ -119,10 +118,8 @@ fn make_machine(
 
 fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {
     let graph = Graph::new();
-    for (text, blockdev) in &options.blockdevs {
-        graph
-            .add(&Value::Object(blockdev.clone()))
-            .map_err(|error| cli::Error::new("blockdev", text, error))?;
+    for blockdev in &options.blockdevs {
+        graph.add_text(blockdev).map_err(|error| cli::Error::new("blockdev", blockdev, error))?;
     }
     Ok(Arc::new(graph))
 }

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 mod info;
 mod open;
 mod options;
-mod text;
+pub mod text;
 
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 

@@ -7,6 +7,21 @@ use crate::{Error, Result};
 
 /// Reads the value of `--blockdev`. All values of `key=value` text are strings.
 pub(crate) fn parse(text: &str) -> Result<(Value, Source)> {
+    parse_as(text, "driver")
+}
+
+/// Reads an option's value, whose bare first part is the value of the key `implied`.
+///
+/// # Errors
+/// It is neither `key=value` text nor a JSON object.
+pub fn object(text: &str, implied: &str) -> Result<Map<String, Value>> {
+    match parse_as(text, implied)?.0 {
+        Value::Object(object) => Ok(object),
+        _ => Err(Error::Invalid("a JSON object is expected".to_owned())),
+    }
+}
+
+fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
     if text.trim_start().starts_with('{') {
         let value = serde_json::from_str(text)
             .map_err(|e| Error::Invalid(format!("JSON parse error, {e}")))?;
@@ -16,8 +31,7 @@ pub(crate) fn parse(text: &str) -> Result<(Value, Source)> {
     for (index, part) in split(text).iter().enumerate() {
         let (key, value) = match part.split_once('=') {
             Some(pair) => pair,
-            // The first one may be the driver alone.
-            None if index == 0 && !part.is_empty() => ("driver", part.as_str()),
+            None if index == 0 && !part.is_empty() => (implied, part.as_str()),
             None => {
                 return Err(Error::Invalid(format!("Expected '=' after parameter '{part}'")));
             }

@@ -1,12 +1,9 @@
 //! The command line: QEMU's names and values, so that one command line can drive both programs.
 
 pub mod args;
-pub mod keyval;
 pub mod values;
 
 pub use args::{Cli, MachineArgs, Subcommand};
-
-use serde_json::{Map, Value};
 
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
@@ -33,8 +30,8 @@ impl Error {
 pub struct Options {
     /// The machine.
     pub machine: MachineSpec,
-    /// `--blockdev` options in the shape of QAPI's `BlockdevOptions`, with the text they came from.
-    pub blockdevs: Vec<(String, Map<String, Value>)>,
+    /// `--blockdev`
+    pub blockdevs: Vec<String>,
     /// Where the QMP servers listen.
     pub qmp: Vec<QmpSpec>,
     /// What the serial port is connected to.
@@ -58,19 +55,11 @@ impl Options {
         values::check_machine(&args.machine)?;
         values::check_accel(args.accel.as_deref())?;
         values::check_cpu(&args.cpu)?;
-        let blockdevs = args
-            .blockdev
-            .iter()
-            .map(|text| match keyval::parse(text, Some("driver")) {
-                Ok(options) => Ok((text.clone(), options)),
-                Err(error) => Err(Error::new("blockdev", text, error)),
-            })
-            .collect::<Result<_, _>>()?;
         let devices =
             args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             machine: machine_spec(args, devices)?,
-            blockdevs,
+            blockdevs: args.blockdev.clone(),
             qmp: args.qmp.iter().map(|text| values::qmp(text)).collect::<Result<_, _>>()?,
             serial: values::serial(&args.serial)?,
             start_paused: args.start_paused,

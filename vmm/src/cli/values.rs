@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use block::graph::text;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{Error, keyval};
+use super::Error;
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceKind, DeviceSpec};
 
@@ -115,7 +116,7 @@ fn unix_server(option: &'static str, text: &str) -> Result<(PathBuf, bool), Erro
     let address = text
         .strip_prefix("unix:")
         .ok_or_else(|| error("is not unix:PATH,server=on,wait=off".to_owned()))?;
-    let mut options = keyval::parse(address, Some("path")).map_err(|e| error(e.to_string()))?;
+    let mut options = text::object(address, "path").map_err(|e| error(e.to_string()))?;
     let path = take(&mut options, "path").filter(|path| !path.is_empty());
     let path = path.ok_or_else(|| error("the path is missing".to_owned()))?;
     let server = take(&mut options, "server");
@@ -136,7 +137,7 @@ fn unix_server(option: &'static str, text: &str) -> Result<(PathBuf, bool), Erro
 /// `--device`
 pub fn device(text: &str) -> Result<DeviceSpec, Error> {
     let error = |reason: String| Error::new("device", text, reason);
-    let mut options = keyval::parse(text, Some("driver")).map_err(|e| error(e.to_string()))?;
+    let mut options = text::object(text, "driver").map_err(|e| error(e.to_string()))?;
     let driver =
         take(&mut options, "driver").ok_or_else(|| error("the driver is missing".to_owned()))?;
     let id = take(&mut options, "id");
