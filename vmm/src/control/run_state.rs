@@ -111,6 +111,10 @@ impl Controller {
     /// the job has replaced the guest's memory, or begun to.
     pub(super) fn release_guest(&mut self, success: bool, overwritten: bool) {
         let Some(hold) = self.hold.take() else { return };
+        // A machine that ends does not run again: what it would do then is in no checkpoint.
+        if self.ending {
+            return;
+        }
         let lost = overwritten && !success;
         self.state = match hold.before {
             _ if lost => RunState::RestoreVm,
