@@ -6,8 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long the guest may take to answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the guest may take to answer. Much longer than it does: hosts may be busy.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How long it may take to boot.
+const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// A connection to the agent of one guest.
 pub struct Agent {
@@ -29,7 +32,7 @@ impl Agent {
 
     /// Waits until the guest has booted.
     pub fn wait_ready(&mut self) {
-        self.wait_line(PATIENCE, |line| line == "agent: ready");
+        self.wait_line(BOOT_PATIENCE, |line| line == "agent: ready");
     }
 
     /// Asks, and gives the fields of the answer. Panics if the guest answers with an error.
