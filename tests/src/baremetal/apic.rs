@@ -36,8 +36,11 @@ pub enum TimerMode {
     TscDeadline,
 }
 
-/// Switches the local APIC of vCPU 0 on.
+/// Switches the local APIC of vCPU 0 on, and the PICs off.
 pub fn enable(monitor: &mut Monitor) {
+    for mask in [0x21, 0xa1] {
+        monitor.port_out(mask, 0xff);
+    }
     monitor.poke32(SPURIOUS, 0x1ff);
     monitor.poke32(TASK_PRIORITY, 0);
 }

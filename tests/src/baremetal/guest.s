@@ -28,6 +28,7 @@ routines:                               # in the order of `Routine` in monitor.r
     .long transmit - header
     .long jump - header
     .long user - header
+    .long user_listening - header
     .long fill - header
     .long verify - header
     .long find_nonzero - header
@@ -102,7 +103,9 @@ start64:
     xor eax, eax
     mov fs, eax
     mov gs, eax
-    call apic_id_early
+    mov eax, 0xfee00020                 # the APIC id, not yet with a stack
+    mov eax, [rax]
+    shr eax, 24
     mov esp, eax
     inc esp
     shl esp, 14                         # 16 KiB of stack each
@@ -117,8 +120,7 @@ start64:
     jz monitor
     jmp mailbox
 
-# The APIC id in eax, without a stack.
-apic_id_early:
+# The APIC id in eax.
 apic_id:
     mov eax, 0xfee00020
     mov eax, [rax]
@@ -257,6 +259,20 @@ transmit_string:
 jump:
     jmp rdi
 
+# The serial port interrupts from now on when there is input. Not before: the bytes of a request
+# would do so too.
+listen:
+    push rdx
+    mov edx, 0x3f9
+    mov al, 1
+    out dx, al
+    pop rdx
+    ret
+
+# As `user`, until input makes the interrupt DUMP.
+user_listening:
+    call listen
+    sti
 # Runs routine rdi at CPL 3 with three arguments, until its UD2; gives its rax.
 user:
     push rbx
@@ -278,7 +294,6 @@ user:
     lea rax, [rsp - 0x2000]
     push rax
     pushfq
-    or qword ptr [rsp], 0x3000          # IOPL 3: it may use ports
     push 0x2b
     push r11
     mov rdi, r10
@@ -308,6 +323,7 @@ set_task_stack:
 hold:
     sub rsp, 8
     call set_task_stack
+    call listen
     mov eax, {SET}
     fxrstor64 [rax + 0x200]
     test edi, edi
@@ -504,11 +520,10 @@ count_up:
 3:  mov rax, -1
     ud2
 
-# Looks at the clock all the time until there is a byte at the serial port; gives the longest gap
-# between two looks, in TSC ticks.
+# Looks at the clock all the time, and keeps the longest gap between two looks in r9, in TSC ticks.
+# An interrupt with vector DUMP ends it.
 watch_time:
     xor r9d, r9d
-    xor ecx, ecx
     rdtsc
     shl rdx, 32
     lea r8, [rdx + rax]
@@ -520,17 +535,7 @@ watch_time:
     cmp r10, r9
     cmova r9, r10
     mov r8, rax
-    inc ecx
-    test ecx, 0x3fff
-    jnz 1b
-    mov edx, 0x3fd
-    in al, dx
-    test al, 1
-    jz 1b
-    mov edx, 0x3f8
-    in al, dx
-    mov rax, r9
-    ud2
+    jmp 1b
 
 # ---- Exceptions and interrupts --------------------------------------------------------------
 
@@ -625,7 +630,9 @@ dump:
     call end_of_interrupt
     mov edx, 0x3f8                      # the byte that made the interrupt
     in al, dx
+    inc edx
     xor eax, eax
+    out dx, al
     xor edx, edx
     call answer
     jmp monitor

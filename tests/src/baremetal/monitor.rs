@@ -5,13 +5,13 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::image;
-use super::layout::{COUNTERS, MAILBOX_SIZE, MAILBOXES};
+use super::layout::{COUNTERS, DUMP, DUMP_VECTOR, MAILBOX_SIZE, MAILBOXES};
+use super::{apic, image};
 
 /// How long the guest may take to answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The guest's routines, in the order of its table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub enum Routine {
     Jump,
     /// Calls a routine for CPL 3 with three arguments.
     User,
+    /// The same for a routine that goes on until there is input; see [`Monitor::watch`].
+    UserListening,
     /// CPL 3: start, end, seed.
     Fill,
     /// CPL 3: start, end, seed.
@@ -49,7 +51,7 @@ pub enum Routine {
     FindNonzero,
     /// CPL 3: own counter, shared counter, stop word.
     CountUp,
-    /// CPL 3: until a byte comes.
+    /// CPL 3: until the dump interrupt.
     WatchTime,
     /// Loads all registers and waits for the dump interrupt; the argument tells whether at CPL 3.
     Hold,
@@ -226,6 +228,18 @@ impl Monitor {
         self.call(Routine::User, &all)
     }
 
+    /// Lets the guest look at the clock all the time while `meanwhile` is done; gives the longest
+    /// gap between two looks, in TSC ticks.
+    pub fn watch(&mut self, meanwhile: impl FnOnce()) -> u64 {
+        apic::enable(self);
+        apic::route(self, apic::SERIAL_PIN, DUMP_VECTOR);
+        self.start(Routine::UserListening, &[Routine::WatchTime as u64]);
+        meanwhile();
+        self.send(b"!");
+        self.answer().unwrap();
+        self.peek(DUMP + 0x40)
+    }
+
     /// Fills memory with words made of their address and the seed, at native speed.
     pub fn fill(&mut self, range: Range<u64>, seed: u64) {
         self.user(Routine::Fill, &[range.start, range.end, seed]);
@@ -259,13 +273,26 @@ impl Monitor {
 
     /// Waits until the word at an address is as wanted; gives it.
     pub fn wait_word(&mut self, address: u64, wanted: impl Fn(u64) -> bool) -> u64 {
-        let deadline = std::time::Instant::now() + PATIENCE;
+        self.wait_value(|monitor| monitor.peek(address), wanted)
+    }
+
+    /// Waits until a device register is as wanted.
+    pub fn wait_register(&mut self, address: u64, wanted: impl Fn(u32) -> bool) {
+        self.wait_value(|monitor| monitor.peek32(address), wanted);
+    }
+
+    fn wait_value<T: Copy + fmt::LowerHex>(
+        &mut self,
+        read: impl Fn(&mut Self) -> T,
+        wanted: impl Fn(T) -> bool,
+    ) -> T {
+        let deadline = Instant::now() + PATIENCE;
         loop {
-            let word = self.peek(address);
-            if wanted(word) {
-                return word;
+            let value = read(self);
+            if wanted(value) {
+                return value;
             }
-            assert!(std::time::Instant::now() < deadline, "{address:#x} stays {word:#x}");
+            assert!(Instant::now() < deadline, "what should change stays {value:#x}");
         }
     }
 

@@ -75,7 +75,9 @@ impl<'a> Driver<'a> {
         assert_eq!(monitor.peek32(MAGIC), 0x7472_6976, "there is no virtio device");
         monitor.poke32(STATUS, 0);
         assert_eq!(monitor.peek32(STATUS), 0);
-        monitor.write(SCRATCH, &[0; 0x2800]);
+        for rings in [AVAILABLE, USED] {
+            monitor.write(rings, &[0; 8]);
+        }
         let mut driver = Self { monitor, available: 0 };
         driver.negotiate();
         driver.queue(DESCRIPTORS, AVAILABLE, USED);
@@ -117,7 +119,7 @@ impl<'a> Driver<'a> {
 
     /// Waits until the device says that it needs a reset.
     pub fn wait_needs_reset(&mut self) {
-        self.monitor.wait_word(STATUS, |status| status & u64::from(NEEDS_RESET) != 0);
+        self.monitor.wait_register(STATUS, |status| status & NEEDS_RESET != 0);
     }
 
     /// Writes entries of the descriptor table.
