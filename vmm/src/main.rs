@@ -7,7 +7,14 @@ use tracing_subscriber::EnvFilter;
 use vmm::cli::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(asked) => {
+            // Help and version come this way too. There is no one to tell if the terminal is gone.
+            let _ = asked.print();
+            return if asked.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
     let filter =
         EnvFilter::try_from_env("TARDIGRADE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

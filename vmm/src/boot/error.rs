@@ -15,7 +15,7 @@ use super::payload::{Compression, DecodeError};
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The kernel file is of no use.
-    #[error("kernel '{}': {reason}", path.display())]
+    #[error("--kernel {}: {reason}", path.display())]
     Kernel {
         /// As given to `--kernel`.
         path: PathBuf,
@@ -23,7 +23,7 @@ pub enum BootError {
         reason: KernelError,
     },
     /// The initrd file is of no use.
-    #[error("initrd '{}': {reason}", path.display())]
+    #[error("--initrd {}: {reason}", path.display())]
     Initrd {
         /// As given to `--initrd`.
         path: PathBuf,
@@ -31,7 +31,7 @@ pub enum BootError {
         reason: FileError,
     },
     /// The command line cannot be given to this kernel.
-    #[error("kernel command line: {0}")]
+    #[error("--append: {0}")]
     Cmdline(#[from] CmdlineError),
     /// Kernel and initrd do not fit below the end of RAM, or below the 32-bit hole.
     #[error(

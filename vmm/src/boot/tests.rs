@@ -152,7 +152,7 @@ fn messages_name_the_file_and_what_is_wrong_with_it() {
     assert_eq!(
         text,
         format!(
-            "kernel '{path}': not an ELF or bzImage kernel (first bytes 4d 5a 20 69 73 20 6e 6f)"
+            "--kernel {path}: not an ELF or bzImage kernel (first bytes 4d 5a 20 69 73 20 6e 6f)"
         )
     );
     let kernel = file(&elf(&code(100))[..0x1000]);
@@ -163,7 +163,7 @@ fn messages_name_the_file_and_what_is_wrong_with_it() {
     let missing = Path::new("no/such/initrd");
     let spec = BootSpec { initrd: Some(missing), ..spec(kernel.path()) };
     let text = Boot::prepare(&spec, 64 * MIB).unwrap_err().to_string();
-    assert!(text.starts_with("initrd 'no/such/initrd': cannot be opened: No such file"), "{text}");
+    assert!(text.starts_with("--initrd no/such/initrd: cannot be opened: No such file"), "{text}");
     let empty = file(b"");
     let spec = BootSpec { initrd: Some(empty.path()), ..spec };
     let text = Boot::prepare(&spec, 64 * MIB).unwrap_err().to_string();
@@ -184,13 +184,10 @@ fn command_line_is_limited_to_what_the_kernel_takes() {
     };
     assert_eq!(
         refused(&"x".repeat(2048)),
-        "kernel command line: 2048 bytes, but this kernel takes 2047 at most"
+        "--append: 2048 bytes, but this kernel takes 2047 at most"
     );
     let nul = refused("a\0b");
-    assert_eq!(
-        nul,
-        "kernel command line: byte 1 is 0x00, and only ASCII without NUL can be passed"
-    );
+    assert_eq!(nul, "--append: byte 1 is 0x00, and only ASCII without NUL can be passed");
     assert!(refused("root=ä").contains("byte 5 is 0xc3"));
 }
 
@@ -244,12 +241,12 @@ fn files_that_shrink_after_they_were_checked_are_errors() {
     let boot = Boot::prepare(&spec, 32 * MIB).unwrap();
     initrd.as_file().set_len(5000).unwrap();
     let text = boot.load(&memory(32 * MIB)).unwrap_err().to_string();
-    assert!(text.starts_with("initrd '"), "{text}");
+    assert!(text.starts_with("--initrd "), "{text}");
 
     let boot = Boot::prepare(&BootSpec { initrd: None, ..spec }, 32 * MIB).unwrap();
     kernel.as_file().set_len(5000).unwrap();
     let text = boot.load(&memory(32 * MIB)).unwrap_err().to_string();
-    assert!(text.starts_with("kernel '") && text.contains("cannot be loaded"), "{text}");
+    assert!(text.starts_with("--kernel ") && text.contains("cannot be loaded"), "{text}");
 }
 
 proptest! {

@@ -11,7 +11,7 @@ use values::QmpSpec;
 
 /// A value on the command line that cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("--{option} {value}: {reason}")]
+#[error("{}{option} {value}: {reason}", if option.len() == 1 { "-" } else { "--" })]
 pub struct Error {
     option: &'static str,
     value: String,

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::Error;
+use crate::boot::layout;
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceKind, DeviceSpec};
 
@@ -52,7 +53,7 @@ pub fn check_cpu(text: &str) -> Result<(), Error> {
     }
 }
 
-/// `-m`: bytes of RAM. The machine checks the bounds.
+/// `-m`: bytes of RAM, an amount that a guest can have.
 pub fn memory(text: &str) -> Result<u64, Error> {
     let error = |reason: &str| Error::new("m", text, reason);
     let number = text.strip_prefix("size=").unwrap_or(text);
@@ -69,7 +70,10 @@ pub fn memory(text: &str) -> Result<u64, Error> {
         _ => return Err(error("is not a size such as 256M or 4G")),
     };
     let count: u64 = digits.parse().map_err(|_| error("is not a size such as 256M or 4G"))?;
-    count.checked_mul(1 << shift).ok_or_else(|| error("is more than any machine has"))
+    let size =
+        count.checked_mul(1 << shift).ok_or_else(|| error("is more than any machine has"))?;
+    layout::ram_regions(size).map_err(|reason| Error::new("m", text, reason))?;
+    Ok(size)
 }
 
 /// `--smp`: `N` or `cpus=N`.
@@ -192,6 +196,10 @@ mod tests {
         assert_eq!(memory("size=1G").unwrap(), 1 << 30);
         for bad in ["", "M", "1X", "-1", "99999999999999999999", "999999999T"] {
             assert!(memory(bad).is_err(), "{bad}");
+        }
+        for bad in ["0", "31M", "65T", "33554433B"] {
+            let error = memory(bad).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("-m {bad}: ")), "{error}");
         }
     }
 

@@ -241,7 +241,11 @@ impl Revival {
         for difference in checkpoint.check_machine(config, memory)? {
             warn!("loading '{}': {difference}", target.tag);
         }
-        let state = MachineState::from_sections(checkpoint.sections(), shape)?;
+        let unfit = |error| {
+            let Target { tag, vmstate, .. } = target;
+            WorkError::Failed(format!("Snapshot '{tag}' on '{vmstate}': {error}"))
+        };
+        let state = MachineState::from_sections(checkpoint.sections(), shape).map_err(unfit)?;
         Ok(Self { checkpoint, state })
     }
 
