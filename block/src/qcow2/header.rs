@@ -7,6 +7,8 @@ use crate::{Error, ReadBuf, Result};
 use super::layout::{Geometry, OFFSET_MASK};
 
 const MAGIC: &[u8; 4] = b"QFI\xfb";
+/// Bytes of the shortest header of version 3.
+const V3_HEADER: u64 = 104;
 /// Most bytes of an L1 table (QEMU's QCOW_MAX_L1_SIZE).
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// Most bytes of the refcount table (QEMU's QCOW_MAX_REFTABLE_SIZE).
@@ -96,6 +98,11 @@ impl Header {
             )));
         }
         let v3 = version == 3;
+        if v3 && file_len < V3_HEADER {
+            let reason = format!("is truncated: {file_len} bytes, the header has at least 104");
+            let filename = storage.name().to_owned();
+            return Err(Error::NotFormat { format: "qcow2", filename, reason });
+        }
         let cluster_bits = get_u32(&fixed, 20);
         if !(9..=21).contains(&cluster_bits) {
             return Err(corrupt(format!("cluster_bits is {cluster_bits}, must be 9 to 21")));
