@@ -7,10 +7,13 @@
 //! | [`baremetal`] | a guest without a kernel, told over the serial port what to do |
 //! | [`disk`] | images, made and judged by `qemu-img` |
 //! | [`events`] | QMP events, told in short |
+//! | [`counter`] | a guest of a few instructions that counts, for jobs that are refused |
+//! | [`vmstate`] | finding and damaging the VM state in an image |
 //! | [`checkpoint`] | a booted guest in a checkpoint that all tests share |
 //! | [`pattern`] | the bytes that the agent writes |
 //! | [`process`] | waiting for a process and its files |
 //! | [`pty`] | a terminal for the program |
+//! | [`refusal`] | command lines that the program must refuse |
 //! | [`require`] | what a test needs of the host, and what happens without it |
 //!
 //! Helpers panic with what went wrong: they are the tests' hands.
@@ -19,13 +22,16 @@
 pub mod agent;
 pub mod baremetal;
 pub mod checkpoint;
+pub mod counter;
 pub mod disk;
 pub mod events;
 pub mod pattern;
 pub mod process;
 pub mod pty;
+pub mod refusal;
 pub mod require;
 pub mod vm;
+pub mod vmstate;
 
 use std::path::PathBuf;
 
