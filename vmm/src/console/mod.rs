@@ -129,6 +129,13 @@ impl Console {
             Err(_) => Input::End,
         }
     }
+
+    /// After [`Input::End`], once its descriptor is watched no longer.
+    pub fn close_ended(&mut self) {
+        if let Self::Socket(socket) = self {
+            socket.close_ended();
+        }
+    }
 }
 
 fn is_transient(error: &io::Error) -> bool {

@@ -21,6 +21,8 @@ pub struct SocketConsole {
     path: PathBuf,
     listener: UnixListener,
     client: Client,
+    /// A client that is gone, open until [`SocketConsole::close_ended`].
+    ended: Option<Arc<UnixStream>>,
 }
 
 impl SocketConsole {
@@ -36,7 +38,7 @@ impl SocketConsole {
         }
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { path: path.to_owned(), listener, client: Client::default() })
+        Ok(Self { path: path.to_owned(), listener, client: Client::default(), ended: None })
     }
 
     /// Blocks until a client is there.
@@ -86,10 +88,16 @@ impl SocketConsole {
             Ok(count) if count > 0 => Input::Bytes(count),
             Err(error) if is_transient(&error) => Input::Nothing,
             _ => {
-                *lock(&self.client) = None;
+                self.ended = lock(&self.client).take();
                 Input::End
             }
         }
+    }
+
+    /// Closes what [`Input::End`] was about. The caller has stopped watching it: an event loop that
+    /// still knows the descriptor would take the next file of that number for it.
+    pub fn close_ended(&mut self) {
+        self.ended = None;
     }
 }
 
@@ -169,7 +177,15 @@ mod tests {
             assert_eq!(&buf[..5], b"hello");
             drop(client);
             assert_eq!(console.read(fd, &mut buf), Input::End);
+            assert!(is_open(fd), "the event loop could not forget a closed descriptor");
+            console.close_ended();
+            assert!(!is_open(fd));
         }
+    }
+
+    fn is_open(fd: RawFd) -> bool {
+        // SAFETY: F_GETFD only asks; a number that is no descriptor is an error.
+        unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
     }
 
     #[test]

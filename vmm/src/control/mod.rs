@@ -167,6 +167,7 @@ impl Controller {
             Input::Nothing => {}
             Input::End => {
                 unwatch(ops, fd);
+                self.console.close_ended();
                 // A console that has another descriptor to watch now, or none.
                 self.watch_console(ops, Some(fd));
             }
