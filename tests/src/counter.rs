@@ -38,7 +38,7 @@ const MACHINE_CODE: [u8; 31] = [
 
 /// The guest as an ELF kernel, with `ballast` bytes (whole pages) that take space in a checkpoint.
 pub fn kernel(ballast: usize) -> Vec<u8> {
-    const DATA: u64 = 0x1000;
+    const DATA: usize = 0x1000;
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let segment = |at: u64, address: u64, file: u64, memory: u64| -> Vec<u8> {
         words(&[1 | 7 << 32, at, address, address, file, memory, 0x1000])
@@ -46,14 +46,14 @@ pub fn kernel(ballast: usize) -> Vec<u8> {
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
     // Executable for x86-64, version 1, the entry, and two program headers behind this header.
-    let header: Vec<u8> = words(&[2 | 62 << 16 | 1 << 32, CODE, 64, 0, 64 << 32 | 56 << 48 | 0, 2]);
+    let header: Vec<u8> = words(&[2 | 62 << 16 | 1 << 32, CODE, 64, 0, 64 << 32 | 56 << 48, 2]);
     file.extend(&header[..48]);
-    file.extend(segment(DATA, CODE, MACHINE_CODE.len() as u64, COUNT + 0x1000));
+    file.extend(segment(DATA as u64, CODE, MACHINE_CODE.len() as u64, COUNT + 0x1000));
     let ballast_at = DATA + 0x1000;
-    file.extend(segment(ballast_at, BALLAST, ballast as u64, ballast.max(0x1000) as u64));
-    file.resize(DATA as usize, 0);
+    file.extend(segment(ballast_at as u64, BALLAST, ballast as u64, ballast.max(0x1000) as u64));
+    file.resize(DATA, 0);
     file.extend(MACHINE_CODE);
-    file.resize(ballast_at as usize, 0);
+    file.resize(ballast_at, 0);
     file.extend(pattern::bytes(42, 0, ballast));
     file
 }

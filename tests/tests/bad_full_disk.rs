@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tardigrade_tests::counter::{self, Running, snapshot};
@@ -44,7 +44,11 @@ impl Small {
     fn leave(&self, bytes: u64) {
         self.give_back();
         let take = self.free() - bytes;
-        fs::write(self.0.join("ballast"), pattern::bytes(1, 0, take as usize / 8 * 8)).unwrap();
+        fs::write(
+            self.0.join("ballast"),
+            pattern::bytes(1, 0, usize::try_from(take).unwrap() / 8 * 8),
+        )
+        .unwrap();
     }
 
     fn give_back(&self) {

@@ -41,7 +41,8 @@ fn a_file_that_is_no_image_or_has_absurd_fields_is_refused_and_unchanged() {
     let good = Disk::qcow2(dir.path().join("good.qcow2"), "16M");
     qemu_img(&["snapshot", "-c", "s", &good.file()]);
     let good = fs::read(&good.path).unwrap();
-    let table = u64::from_be_bytes(good[64..72].try_into().unwrap()) as usize;
+    let table = u64::from_be_bytes(good[64..72].try_into().unwrap());
+    let table = usize::try_from(table).unwrap();
     let refuse = |bytes: &[u8], wanted: &str| {
         fs::write(&path, bytes).unwrap();
         refused(dir.path(), &path, "", &[wanted, "bad.qcow2"]);
