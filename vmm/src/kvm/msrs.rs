@@ -20,6 +20,9 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs enabled, default type write-back.
 const MTRR_ENABLE_WRITE_BACK: u64 = (1 << 11) | 6;
 
+/// Registers in one call: KVM_GET_MSRS and KVM_SET_MSRS refuse KVM_MAX_MSR_ENTRIES with E2BIG.
+const BATCH: usize = KVM_MAX_MSR_ENTRIES - 1;
+
 /// One register and its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr {
@@ -46,7 +49,7 @@ pub fn readable(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>> {
     let mut readable = Vec::with_capacity(indices.len());
     let mut rest = indices.as_slice();
     while !rest.is_empty() {
-        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let batch = &rest[..rest.len().min(BATCH)];
         let read = read_batch(vcpu, batch)?.len();
         readable.extend_from_slice(&batch[..read]);
         // The kernel stops at the first register it refuses.
@@ -58,7 +61,7 @@ pub fn readable(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>> {
 /// Reads the registers of `indices`, all of which must be [`readable`].
 pub fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>> {
     let mut values = Vec::with_capacity(indices.len());
-    for batch in indices.chunks(KVM_MAX_MSR_ENTRIES) {
+    for batch in indices.chunks(BATCH) {
         let read = read_batch(vcpu, batch)?;
         if let Some(index) = batch.get(read.len()) {
             return Err(Error::Unfit {
@@ -91,7 +94,7 @@ pub fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<()> {
     let ordered: Vec<Msr> = first.into_iter().chain(last).collect();
     let mut rest = ordered.as_slice();
     while !rest.is_empty() {
-        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let batch = &rest[..rest.len().min(BATCH)];
         let written = write_batch(vcpu, batch)?;
         if let Some(refused) = batch.get(written) {
             let holds = read_batch(vcpu, &[refused.index])?.first().map(|msr| msr.value);
@@ -119,4 +122,23 @@ pub fn set_boot_values(vcpu: &VcpuFd) -> Result<()> {
             Msr { index: MTRR_DEF_TYPE, value: MTRR_ENABLE_WRITE_BACK },
         ],
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_registers_than_one_call_takes_are_read_and_written() {
+        let Ok(kvm) = Kvm::new() else {
+            return eprintln!("SKIPPED: no /dev/kvm");
+        };
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let indices = vec![MISC_ENABLE; 2 * KVM_MAX_MSR_ENTRIES];
+        let values = read(&vcpu, &indices).unwrap();
+        assert_eq!(values.len(), indices.len());
+        write(&vcpu, &values).unwrap();
+        assert!(read_batch(&vcpu, &indices[..KVM_MAX_MSR_ENTRIES]).is_err());
+    }
 }
