@@ -5,6 +5,9 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::{Error, IoctlContext, Result};
 
+/// Leaf 1 ECX: VMX. Leaf 0x8000_0001 ECX: SVM.
+const ECX_VMX: u32 = 1 << 5;
+const ECX_SVM: u32 = 1 << 2;
 /// Leaf 1 ECX: TSC-deadline mode of the APIC timer.
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ECX: runs under a hypervisor.
@@ -63,7 +66,8 @@ fn adapt(mut entry: kvm_cpuid_entry2, topology: Topology, apic_id: u32) -> kvm_c
         0x1 => {
             // EBX: initial APIC id, logical processors, CLFLUSH line (8 * 8 bytes).
             entry.ebx = (apic_id << 24) | (vcpus << 16) | (8 << 8) | (entry.ebx & 0xff);
-            entry.ecx |= ECX_HYPERVISOR;
+            // A checkpoint has no KVM_GET_NESTED_STATE, so guests run no guests of their own.
+            entry.ecx = (entry.ecx | ECX_HYPERVISOR) & !ECX_VMX;
             entry.edx = if vcpus > 1 { entry.edx | EDX_HTT } else { entry.edx & !EDX_HTT };
         }
         // Intel, deterministic caches: EAX[31:26] cores in the package, EAX[25:14] threads that
@@ -73,6 +77,7 @@ fn adapt(mut entry: kvm_cpuid_entry2, topology: Topology, apic_id: u32) -> kvm_c
             let sharing = if level <= 2 { 0 } else { vcpus - 1 };
             entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | ((vcpus - 1) << 26);
         }
+        0x8000_0001 => entry.ecx &= !ECX_SVM,
         // A pause stops kvmclock but not the TSC, and another host's TSC has another rate: a guest
         // that trusts the TSC would see time jump, so it is told not to (as QEMU does).
         0x8000_0007 => entry.edx &= !EDX_INVARIANT_TSC,
@@ -129,6 +134,22 @@ mod tests {
         assert_eq!(leaf.ebx, (3 << 24) | (4 << 16) | (8 << 8) | 0x12);
         assert_ne!(leaf.edx & EDX_HTT, 0);
         assert_ne!(leaf.ecx & ECX_HYPERVISOR, 0);
+    }
+
+    #[test]
+    fn what_a_checkpoint_cannot_keep_is_not_offered() {
+        let all = |function| kvm_cpuid_entry2 {
+            function,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        let base = CpuId::from_entries(&[1, 0x8000_0001, 0x8000_0007].map(all)).unwrap();
+        let cpuid = for_vcpu(&base, Topology { vcpus: 1 }, 0).unwrap();
+        let leaves = cpuid.as_slice();
+        assert_eq!(leaves[0].ecx, !ECX_VMX);
+        assert_eq!(leaves[1].ecx, !ECX_SVM);
+        assert_eq!(leaves[2].edx, !EDX_INVARIANT_TSC);
     }
 
     #[test]
