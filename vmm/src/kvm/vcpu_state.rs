@@ -80,8 +80,12 @@ impl VcpuState {
     /// Puts the state on a stopped vCPU.
     ///
     /// SREGS hold the APIC base and mode, so they go before the LAPIC; the LAPIC goes before the
-    /// MSRs, since TSC_DEADLINE is taken only in the timer mode the LAPIC is in.
+    /// MSRs, since TSC_DEADLINE is taken only in the timer mode the LAPIC is in. RAM must be that of
+    /// the state: for a PAE guest, setting SREGS reads the page directory pointers from it.
     pub fn restore(&self, vcpu: &VcpuFd, info: &CaptureInfo) -> Result<()> {
+        // An INIT or SIPI that the former guest had sent is in no state that is set below; asking
+        // for the MP state makes KVM act on it now.
+        vcpu.get_mp_state().ioctl("KVM_GET_MP_STATE")?;
         vcpu.set_mp_state(self.mp_state).ioctl("KVM_SET_MP_STATE")?;
         vcpu.set_regs(&self.regs).ioctl("KVM_SET_REGS")?;
         vcpu.set_sregs(&self.sregs).ioctl("KVM_SET_SREGS")?;

@@ -164,8 +164,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Replaces the state of the paused machine. RAM must hold that state's memory before the
-    /// machine is resumed.
+    /// Replaces the state of the paused machine. RAM must hold that state's memory already.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
         self.check_fits(state)?;
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
