@@ -169,7 +169,7 @@ struct MessageLine {
 
 impl InterruptLine for MessageLine {
     fn trigger(&self) -> std::io::Result<()> {
-        self.mailbox.send((self.message)());
+        self.mailbox.send_of_guest((self.message)());
         Ok(())
     }
 }
@@ -185,7 +185,7 @@ fn guest_signals(mailbox: &Mailbox) -> GuestSignals {
 
 fn vcpu_events(mailbox: &Mailbox) -> EventSink {
     let mailbox = mailbox.clone();
-    Arc::new(move |event| mailbox.send(Message::Vcpu(event)))
+    Arc::new(move |event| mailbox.send_of_guest(Message::Vcpu(event)))
 }
 
 /// The file with the process id; removed at the end.

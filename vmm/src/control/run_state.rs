@@ -125,11 +125,20 @@ impl Controller {
             RunState::Running => RunState::Paused,
             before => before,
         };
-        if let Some(cause) = hold.reset {
+        // What the guest wanted before a load has gone with that guest.
+        let replaced = overwritten && success;
+        let reset = hold.reset.filter(|&cause| !(replaced && cause == ShutdownCause::GuestReset));
+        if self.ending {
+            return;
+        }
+        if let Some(cause) = reset {
+            if cause == ShutdownCause::GuestReset && self.ends_at_reset() {
+                return self.shutdown(true, cause);
+            }
             self.state = if hold.resume { RunState::Running } else { RunState::PreLaunch };
             let guest = cause == ShutdownCause::GuestReset;
             self.reset_paused(guest, cause, hold.resume);
-        } else if hold.resume && !lost {
+        } else if hold.resume && matches!(self.state, RunState::Paused | RunState::PreLaunch) {
             // The state tells of a failure.
             let _ = self.resume_guest();
         }
@@ -154,11 +163,16 @@ impl Controller {
         // A vCPU can have asked just before it was stopped; then the reset waits.
         if let Some(hold) = &mut self.hold {
             hold.reset = Some(ShutdownCause::GuestReset);
-        } else if self.no_reboot || self.machine.spec().kernel.is_none() {
+        } else if self.ends_at_reset() {
             self.shutdown(true, ShutdownCause::GuestReset);
         } else {
             self.reset(true, ShutdownCause::GuestReset);
         }
+    }
+
+    /// Whether a reset by the guest ends the machine: it is to, or there is nothing to boot.
+    fn ends_at_reset(&self) -> bool {
+        self.no_reboot || self.machine.spec().kernel.is_none()
     }
 
     fn reset(&mut self, guest: bool, cause: ShutdownCause) {
@@ -172,6 +186,7 @@ impl Controller {
     fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
         let booted = machine::prepare_boot(self.machine.spec())
             .and_then(|prepared| self.machine.boot(prepared));
+        self.inbox.guest_replaced();
         self.emit(&Event::Reset { guest, reason });
         self.state = RunState::PreLaunch;
         let resumed = booted.and_then(|()| if run { self.machine.resume() } else { Ok(()) });

@@ -158,6 +158,7 @@ impl Controller {
                 let _ = reply.send(self.freeze(&purpose));
             }
             WorkMessage::Restore { state, reply } => {
+                self.inbox.guest_replaced();
                 let restored = self.machine.restore(&state).map_err(WorkError::from);
                 let _ = reply.send(restored);
             }
