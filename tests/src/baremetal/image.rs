@@ -3,6 +3,11 @@
 //! It can be entered in the 64-bit state that `docs/boot.md` describes, and through a PVH note in
 //! 32-bit protected mode, which is what QEMU asks of an ELF kernel.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "addresses are below 2 MiB, and x86-64 hosts only"
+)]
+
 use std::path::Path;
 use std::slice;
 

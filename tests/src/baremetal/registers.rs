@@ -48,9 +48,9 @@ impl Registers {
         fxsave[2..4].copy_from_slice(&0x1800_u16.to_le_bytes()); // top of stack 3
         fxsave[4] = 0xff; // no register is empty
         fxsave[24..28].copy_from_slice(&0x3fa0_u32.to_le_bytes()); // MXCSR: another rounding
-        for (index, register) in fxsave[X87..XMM].chunks_exact_mut(16).enumerate() {
-            register[..8].copy_from_slice(&(word(20 + index as u64) | 1 << 63).to_le_bytes());
-            register[8..10].copy_from_slice(&(0x3fff + index as u16).to_le_bytes());
+        for (index, register) in (0u16..).zip(fxsave[X87..XMM].chunks_exact_mut(16)) {
+            register[..8].copy_from_slice(&(word(20 + u64::from(index)) | 1 << 63).to_le_bytes());
+            register[8..10].copy_from_slice(&(0x3fff + index).to_le_bytes());
         }
         for (index, register) in fxsave[XMM..XMM_END].chunks_exact_mut(8).enumerate() {
             register.copy_from_slice(&word(40 + index as u64).to_le_bytes());

@@ -169,8 +169,8 @@ impl<'a> Driver<'a> {
         ]);
         let wanted = self.available.wrapping_add(1);
         self.submit(0);
-        let index = |word: u64| (word >> 16) as u16;
-        self.monitor.wait_word(USED, |word| index(word) == wanted);
+        let index = |word: u64| word >> 16 & 0xffff;
+        self.monitor.wait_word(USED, |word| index(word) == u64::from(wanted));
         self.monitor.bytes(REQUEST_STATUS, 1)[0]
     }
 

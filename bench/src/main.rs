@@ -1,0 +1,80 @@
+//! `make bench`: checkpoints and start of Tardigrade, beside QEMU and beside the disk itself, all in
+//! one run. `docs/benchmarks.md` says what is measured and how.
+//!
+//! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
+//! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
+//! usual ones.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
+#![allow(clippy::cast_precision_loss, reason = "numbers for people")]
+
+mod checkpoint;
+mod disk;
+mod program;
+mod report;
+mod start;
+
+use std::path::PathBuf;
+
+use program::Program;
+use report::Report;
+
+/// Used RAM in MiB.
+const SIZES: &[u64] = &[256, 1024, 4096];
+
+/// Measurements of each kind; the report tells their median.
+const ROUNDS: usize = 3;
+
+fn main() {
+    if !tardigrade_tests::require::kvm() {
+        return;
+    }
+    let given: Vec<u64> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
+    let sizes = if given.is_empty() { SIZES.to_vec() } else { given };
+    let dir = output_dir();
+    let mut report = Report::default();
+    let programs = programs(&mut report);
+
+    disk::measure(&dir, &mut report);
+    for used in sizes {
+        for round in 0..ROUNDS {
+            for program in &programs {
+                eprintln!("{} with {used} MiB in use, round {}", program.name(), round + 1);
+                checkpoint::measure(*program, used, &dir, &mut report);
+            }
+        }
+    }
+    for program in &programs {
+        eprintln!("start of {}", program.name());
+        start::measure(*program, &dir, &mut report);
+    }
+
+    let text = report.markdown();
+    std::fs::write(dir.join("report.md"), &text).unwrap();
+    std::fs::write(dir.join("report.json"), report.json()).unwrap();
+    println!("{text}");
+}
+
+/// Tardigrade, and QEMU where it is installed.
+fn programs(report: &mut Report) -> Vec<Program> {
+    match program::qemu_version() {
+        Some(version) => {
+            report.note(&format!("QEMU: {version}"));
+            vec![Program::Tardigrade, Program::Qemu]
+        }
+        None => {
+            let text = "QEMU is not here, so nothing is compared with it. On Debian 12: enable \
+                        bookworm-backports, then apt-get install -t bookworm-backports \
+                        qemu-system-x86 qemu-utils";
+            eprintln!("{text}");
+            report.note(text);
+            vec![Program::Tardigrade]
+        }
+    }
+}
+
+/// `bench` in the build's own directory: on a real disk, and nothing of the repository.
+fn output_dir() -> PathBuf {
+    let dir = program::tardigrade().parent().unwrap().parent().unwrap().join("bench");
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}

@@ -1,0 +1,139 @@
+//! The two programs, started with the same options.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use qmp::client::Client;
+use serde_json::json;
+use tardigrade_tests::baremetal::Monitor;
+
+/// How long anything may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    Tardigrade,
+    Qemu,
+}
+
+impl Program {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tardigrade => "Tardigrade",
+            Self::Qemu => "QEMU",
+        }
+    }
+
+    /// The program with one vCPU, that RAM, that kernel, and nothing else.
+    pub(crate) fn command(self, kernel: &Path, ram: u64) -> Command {
+        let mut command = match self {
+            Self::Tardigrade => Command::new(tardigrade()),
+            Self::Qemu => {
+                let mut command = Command::new("qemu-system-x86_64");
+                command.args(["-M", "microvm,pit=off,pic=off", "-accel", "kvm"]);
+                command.args(["-cpu", "host,-arch-capabilities"]);
+                command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+                command
+            }
+        };
+        command.args(["-m", &format!("{ram}M")]).arg("--kernel").arg(kernel);
+        command.stdin(Stdio::null()).stderr(Stdio::inherit());
+        command
+    }
+}
+
+/// The release build: the one beside this program.
+pub(crate) fn tardigrade() -> PathBuf {
+    tardigrade_tests::vm::binary()
+}
+
+/// What QEMU says of itself, where it is installed.
+pub(crate) fn qemu_version() -> Option<String> {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(str::to_owned)
+}
+
+/// A running machine with a qcow2 disk as node `disk0`; killed when dropped.
+pub(crate) struct Machine {
+    child: Child,
+    qmp: PathBuf,
+    serial: PathBuf,
+    jobs: u32,
+}
+
+impl Machine {
+    /// Starts it and waits for its sockets.
+    pub(crate) fn start(mut command: Command, image: &Path, dir: &Path) -> Self {
+        let (qmp, serial) = (dir.join("qmp"), dir.join("serial"));
+        for socket in [&qmp, &serial] {
+            // It may be the first.
+            let _ = std::fs::remove_file(socket);
+        }
+        let child = command
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=qcow2,node-name=disk0,file.driver=file,file.filename={}",
+                image.display()
+            ))
+            .args(["--device", "virtio-blk-device,drive=disk0"])
+            .args(["--qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+            .args(["--serial", &format!("unix:{},server=on,wait=off", serial.display())])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let machine = Self { child, qmp, serial, jobs: 0 };
+        let deadline = Instant::now() + PATIENCE;
+        while !(machine.qmp.exists() && machine.serial.exists()) {
+            assert!(Instant::now() < deadline, "the machine does not start");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        machine
+    }
+
+    pub(crate) fn monitor(&self) -> Monitor {
+        let mut monitor = Monitor::connect(&self.serial);
+        monitor.tsc();
+        monitor
+    }
+
+    pub(crate) fn serial_path(&self) -> &Path {
+        &self.serial
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn connect(&self) -> Client {
+        Client::connect_with(&self.qmp, PATIENCE).unwrap()
+    }
+
+    /// Runs a snapshot job; gives the time from command to conclusion.
+    pub(crate) fn job(&mut self, command: &str, tag: &str) -> Duration {
+        self.jobs += 1;
+        let mut qmp = self.connect();
+        let start = Instant::now();
+        let arguments = json!({
+            "job-id": format!("job{}", self.jobs), "tag": tag,
+            "vmstate": "disk0", "devices": ["disk0"]
+        });
+        qmp.run_job(command, arguments, PATIENCE).unwrap();
+        start.elapsed()
+    }
+
+    pub(crate) fn quit(mut self) {
+        self.connect().execute("quit", json!({})).unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,159 @@
+//! What was measured, and the tables made of it.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+/// All measurements.
+#[derive(Default)]
+pub(crate) struct Report {
+    values: Vec<Measured>,
+    notes: Vec<String>,
+}
+
+struct Measured {
+    what: String,
+    who: String,
+    /// MiB
+    size: u64,
+    value: f64,
+}
+
+const OURS: &str = "Tardigrade";
+const QEMU: &str = "QEMU";
+
+impl Report {
+    pub(crate) fn add(&mut self, what: &str, who: &str, size: u64, value: f64) {
+        self.values.push(Measured { what: what.to_owned(), who: who.to_owned(), size, value });
+    }
+
+    pub(crate) fn note(&mut self, text: &str) {
+        self.notes.push(text.to_owned());
+    }
+
+    /// The median, if anything was measured.
+    fn median(&self, what: &str, who: &str, size: u64) -> Option<f64> {
+        let is_it = |m: &&Measured| m.what == what && m.who == who && m.size == size;
+        let mut values: Vec<f64> =
+            self.values.iter().filter(is_it).map(|measured| measured.value).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
+    }
+
+    fn sizes(&self, what: &str) -> Vec<u64> {
+        let mut sizes: Vec<u64> =
+            self.values.iter().filter(|m| m.what == what).map(|m| m.size).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes
+    }
+
+    /// Every measurement.
+    pub(crate) fn json(&self) -> String {
+        let one =
+            |m: &Measured| json!({ "what": m.what, "who": m.who, "mib": m.size, "value": m.value });
+        let all: Vec<Value> = self.values.iter().map(one).collect();
+        serde_json::to_string_pretty(&json!({ "notes": self.notes, "measured": all })).unwrap()
+    }
+
+    /// The tables.
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = String::new();
+        self.disk_table(&mut text);
+        let write = self.disk_rate("dd write s");
+        let read = self.disk_rate("dd read s");
+        self.rate_table(&mut text, "Save", "save s", write);
+        self.rate_table(&mut text, "Load in the running process", "load s", read);
+        self.rate_table(&mut text, "Revive in a new process", "revive s", read);
+        self.pause_table(&mut text);
+        self.start_table(&mut text);
+        for note in &self.notes {
+            let _ = writeln!(text, "{note}\n");
+        }
+        text
+    }
+
+    /// MiB/s of `dd` with O_DIRECT.
+    fn disk_rate(&self, what: &str) -> Option<f64> {
+        let size = *self.sizes(what).first()?;
+        Some(size as f64 / self.median(what, "direct", size)?)
+    }
+
+    fn disk_table(&self, text: &mut String) {
+        let _ = writeln!(text, "| `dd` of 1 GiB, `bs=1M` | MiB/s |\n|---|---:|");
+        for (what, who, name) in [
+            ("dd write s", "direct", "write, `oflag=direct`"),
+            ("dd write s", "fdatasync", "write, `conv=fdatasync`"),
+            ("dd read s", "direct", "read, `iflag=direct`"),
+        ] {
+            for size in self.sizes(what) {
+                let rate = self.median(what, who, size).map(|time| size as f64 / time);
+                let _ = writeln!(text, "| {name} | {} |", number(rate, 0));
+            }
+        }
+        let _ = writeln!(text);
+    }
+
+    fn rate_table(&self, text: &mut String, title: &str, what: &str, disk: Option<f64>) {
+        let _ = writeln!(
+            text,
+            "| {title}: RAM in use | ours, s | QEMU, s | ours, MiB/s | times QEMU | of the disk |\n\
+             |---|---:|---:|---:|---:|---:|"
+        );
+        for size in self.sizes(what) {
+            let (ours, qemu) = (self.median(what, OURS, size), self.median(what, QEMU, size));
+            let rate = ours.map(|time| size as f64 / time);
+            let times = ours.zip(qemu).map(|(ours, qemu)| qemu / ours);
+            let share = rate.zip(disk).map(|(rate, disk)| 100.0 * rate / disk);
+            let _ = writeln!(
+                text,
+                "| {size} MiB | {} | {} | {} | {} | {} % |",
+                number(ours, 3),
+                number(qemu, 3),
+                number(rate, 0),
+                number(times, 1),
+                number(share, 0)
+            );
+        }
+        let _ = writeln!(text);
+    }
+
+    fn pause_table(&self, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "| Pause the guest sees: RAM in use | ours, ms | QEMU, ms | idle, ours, ms |\n\
+             |---|---:|---:|---:|"
+        );
+        for size in self.sizes("pause ms") {
+            let value = |what, who| number(self.median(what, who, size), 1);
+            let _ = writeln!(
+                text,
+                "| {size} MiB | {} | {} | {} |",
+                value("pause ms", OURS),
+                value("pause ms", QEMU),
+                value("idle gap ms", OURS)
+            );
+        }
+        let _ = writeln!(text);
+    }
+
+    fn start_table(&self, text: &mut String) {
+        let _ = writeln!(text, "| Start, 256 MiB of RAM | ours | QEMU |\n|---|---:|---:|");
+        for (what, name) in [
+            ("first instruction ms", "process start to first guest instruction, ms"),
+            ("guest loaded ms", "the same guest ready to run (`-S`), ms"),
+            ("Linux loaded ms", "Linux bzImage ready to run (`-S`), ms"),
+            ("memory MiB", "memory beside guest RAM, MiB"),
+        ] {
+            for size in self.sizes(what) {
+                let value = |who| number(self.median(what, who, size), 1);
+                let _ = writeln!(text, "| {name} | {} | {} |", value(OURS), value(QEMU));
+            }
+        }
+        let _ = writeln!(text);
+    }
+}
+
+fn number(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
