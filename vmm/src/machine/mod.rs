@@ -101,6 +101,7 @@ impl Machine {
         devices.pause()?;
         let clock = ClockState { kvmclock_ns: 0 };
         let pristine = capture(&vm, &vcpus, &devices, clock)?;
+        let cpuid = cpuid::for_vcpu(&cpuid, Topology { vcpus: spec.vcpus }, 0)?;
         Ok(Self { vcpus, devices, vm, memory, spec, cpuid, info, pristine, clock })
     }
 
@@ -197,7 +198,7 @@ impl Machine {
         &self.devices
     }
 
-    /// What guests are told of the CPU, before topology.
+    /// What the first vCPU is told.
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }

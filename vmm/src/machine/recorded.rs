@@ -67,8 +67,7 @@ fn describe_virtio(slot: &VirtioSlot) -> DeviceConfig {
     }
 }
 
-/// What leaf 0 and 1 say of the CPU, and every leaf. The leaves are those before this machine's
-/// topology, which is told by the number of vCPUs.
+/// What leaf 0 and 1 say of the CPU, and every leaf, as the first vCPU is told.
 fn cpu_facts(cpuid: &CpuId) -> CpuFacts {
     let leaves = cpuid.as_slice();
     let (family, model, stepping) = find(leaves, 1).map_or((0, 0, 0), |leaf| signature(leaf.eax));
