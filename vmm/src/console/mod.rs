@@ -35,11 +35,11 @@ pub enum ConsoleSpec {
 
 /// The host's end of the serial port.
 pub enum Console {
-    /// Standard input and output; the terminal is raw while this lives.
+    /// Standard input and output.
     Stdio {
         /// Standard input, read without a buffer of our own that epoll would not know of.
         input: File,
-        /// Puts the terminal back when dropped.
+        /// Set while the terminal is raw; puts it back when dropped.
         terminal: Option<RawTerminal>,
     },
     /// Nowhere.
@@ -70,8 +70,7 @@ impl Console {
         match spec {
             ConsoleSpec::Stdio => {
                 let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-                let terminal = RawTerminal::enter(&input, true)?;
-                Ok(Self::Stdio { input, terminal })
+                Ok(Self::Stdio { input, terminal: None })
             }
             ConsoleSpec::Null => Ok(Self::Null),
             ConsoleSpec::File(path) => Ok(Self::File(File::create(path)?)),
@@ -83,6 +82,18 @@ impl Console {
                 Ok(Self::Socket(socket))
             }
         }
+    }
+
+    /// Makes the terminal raw, where the console is one. Signals must be handled by now: one with
+    /// its default action would leave the terminal raw.
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn take_terminal(&mut self) -> io::Result<()> {
+        if let Self::Stdio { input, terminal } = self {
+            *terminal = RawTerminal::enter(input, true)?;
+        }
+        Ok(())
     }
 
     /// Where the serial port writes to.

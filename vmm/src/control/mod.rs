@@ -41,6 +41,9 @@ pub enum Error {
     /// Signals cannot be received.
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
+    /// The terminal on the serial port refuses.
+    #[error("cannot use the terminal: {0}")]
+    Terminal(std::io::Error),
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] machine::Error),
@@ -97,8 +100,10 @@ impl Controller {
     /// Takes over the machine, which is not started yet.
     ///
     /// # Errors
-    /// Signals cannot be received.
-    pub fn new(parts: Parts) -> Result<Self, Error> {
+    /// Signals cannot be received, or the terminal refuses to be raw.
+    pub fn new(mut parts: Parts) -> Result<Self, Error> {
+        let signals = end_signals().map_err(Error::Signals)?;
+        parts.console.take_terminal().map_err(Error::Terminal)?;
         let events = parts.server.events();
         Ok(Self {
             machine: parts.machine,
@@ -110,7 +115,7 @@ impl Controller {
             server: parts.server,
             requests: parts.requests,
             events,
-            signals: end_signals().map_err(Error::Signals)?,
+            signals,
             state: RunState::PreLaunch,
             hold: None,
             no_reboot: parts.no_reboot,
