@@ -383,19 +383,20 @@ impl Meta {
 
     /// Cuts free clusters off the end of the file. An error is of no consequence.
     pub(crate) fn truncate_tail(&mut self) {
-        let geometry = self.geometry();
-        let cut = || -> Result<()> {
-            let len = self.storage.len()?;
-            let end = self.refcounts.used_end(geometry.clusters(len))?;
-            if geometry.offset_of(end) < len && end > 0 {
-                self.storage.set_len(geometry.offset_of(end))?;
-            }
-            Ok(())
-        };
-        let mut cut = cut;
-        if let Err(e) = cut() {
+        if let Err(e) = self.cut_tail() {
             tracing::debug!(image = self.storage.name(), "file was not shortened: {e}");
         }
+    }
+
+    fn cut_tail(&mut self) -> Result<()> {
+        let Some(end) = self.refcounts.used_end()? else {
+            return Ok(());
+        };
+        let end = self.geometry().offset_of(end);
+        if end > 0 && end < self.storage.len()? {
+            self.storage.set_len(end)?;
+        }
+        Ok(())
     }
 }
 

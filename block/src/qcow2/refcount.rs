@@ -12,6 +12,8 @@ use super::header::{Header, MAX_REFTABLE_BYTES, field};
 use super::layout::{Geometry, MAX_HOST, OFFSET_MASK, Run};
 
 const CACHE_BYTES: u64 = 32 << 20;
+/// Refcount blocks without a count that are looked through for the end of the image.
+const MAX_EMPTY_BLOCKS: u32 = 65536;
 
 /// The refcount table and its blocks. Changes stay in memory until [`Refcounts::write_back`].
 #[derive(Debug)]
@@ -378,13 +380,35 @@ impl Refcounts {
         Ok(())
     }
 
-    /// The index after the last used cluster below `end`.
-    pub(crate) fn used_end(&mut self, end: u64) -> Result<u64> {
-        let mut end = end;
-        while end > 0 && self.get(end - 1)? == 0 {
-            end -= 1;
+    /// The index after the last cluster that anybody refers to; `None` if that cannot be told
+    /// cheaply. Clusters count that were taken and are not written yet: they lie past the end of
+    /// the file until then, and a file that is cut meanwhile would lose them.
+    pub(crate) fn used_end(&mut self) -> Result<Option<u64>> {
+        let entries = self.geometry.block_entries();
+        let order = self.geometry.refcount_order;
+        let mut looked_at = 0;
+        for index in (0..self.table.len()).rev() {
+            if self.table[index] == 0 {
+                continue;
+            }
+            let first = to_u64(index) * entries;
+            if let Some((table, _)) = self.block(first)?
+                && let Some(last) = table.bytes().iter().rposition(|byte| *byte != 0)
+            {
+                // The byte may hold several counts, or be part of one.
+                let to = (((last + 1) * 8 - 1) >> order) + 1;
+                let last = (0..to).rev().find(|i| get(table.bytes(), *i, order) != 0);
+                return Ok(last.map(|i| first + to_u64(i) + 1));
+            }
+            if self.blocks.is_over() {
+                self.blocks.shrink();
+            }
+            looked_at += 1;
+            if looked_at > MAX_EMPTY_BLOCKS {
+                return Ok(None);
+            }
         }
-        Ok(end)
+        Ok(Some(0))
     }
 }
 

@@ -13,4 +13,5 @@ mod graph;
 mod headers;
 mod locks;
 mod model;
+mod races;
 mod snapshots;

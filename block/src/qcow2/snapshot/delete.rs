@@ -5,6 +5,7 @@
 //! finish:  references of the snapshot's tree are given back, the old table is freed.
 
 use crate::qcow2::Qcow2;
+use crate::qcow2::meta::Meta;
 use crate::snapshot::SnapshotChange;
 use crate::{Error, Result};
 
@@ -27,12 +28,7 @@ impl<'a> Delete<'a> {
         let load = || {
             let mut meta = image.meta();
             let entry = find(&meta, id)?;
-            if meta.readers.iter().any(|reader| reader == id) {
-                return Err(Error::Invalid(format!(
-                    "Snapshot '{}' is in use: its VM state is being read",
-                    entry.info.tag
-                )));
-            }
+            check_unread(&meta, &entry)?;
             let l1 = load_l1(&mut meta, &entry)?;
             Ok((entry, l1))
         };
@@ -44,6 +40,17 @@ impl<'a> Delete<'a> {
             }
         }
     }
+}
+
+/// Refuses a snapshot whose VM state is open.
+fn check_unread(meta: &Meta, entry: &Entry) -> Result<()> {
+    if meta.readers.contains(&entry.info.id) {
+        return Err(Error::Invalid(format!(
+            "Snapshot '{}' is in use: its VM state is being read",
+            entry.info.tag
+        )));
+    }
+    Ok(())
 }
 
 impl SnapshotChange for Delete<'_> {
@@ -64,8 +71,11 @@ impl SnapshotChange for Delete<'_> {
 
     fn publish(&mut self) -> Result<()> {
         self.stage.expect(Stage::Prepared)?;
+        let mut meta = self.image.meta();
+        // Somebody may have opened it since; afterwards nobody finds it any more.
+        check_unread(&meta, &self.entry)?;
         if let Some(switch) = &mut self.switch {
-            switch.publish(&mut self.image.meta())?;
+            switch.publish(&mut meta)?;
         }
         self.stage = Stage::Published;
         Ok(())
