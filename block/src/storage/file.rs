@@ -83,7 +83,8 @@ impl FileStorage {
             let wanted = lock::Permissions::of_image(!options.read_only, options.force_share);
             lock::take(file.as_fd(), &name, wanted, options.locking == Locking::On)?;
         }
-        let direct = match open(libc::O_DIRECT) {
+        // The path may lead to another file by now, which nobody locked.
+        let direct = match open(libc::O_DIRECT).and_then(|direct| same_file(&file, direct)) {
             Ok(direct) => Some(direct),
             Err(e) if options.direct => return Err(failed(e)),
             Err(_) => None,
@@ -173,6 +174,29 @@ impl FileStorage {
         transfer(&self.file)
     }
 
+    /// The result of a flush, remembered if it failed: with `cache.direct=on` too, where tables and
+    /// unaligned data still go through the page cache.
+    fn flushed(&self, result: io::Result<()>) -> Result<()> {
+        result.map_err(|e| {
+            self.flush_failed.store(true, Ordering::Release);
+            self.error("flush", 0, e)
+        })
+    }
+
+    /// Grows the file to `end` with zeroes. Never by its length: another write may make it longer
+    /// at the same time and would be cut off. Gives the offset up to which it was there before.
+    fn grow(&self, offset: u64, end: u64) -> Result<u64> {
+        let len = self.len()?;
+        let from = offset.max(len);
+        if from < end && !self.device {
+            match sys::fallocate(self.file.as_fd(), Allocate::Reserve, from, end - from) {
+                Err(e) if unsupported(&e) => self.write_plain_zeroes(from, end - from)?,
+                other => other.map_err(|e| self.error("write zeroes", from, e))?,
+            }
+        }
+        Ok(from.min(end))
+    }
+
     /// Writes zeroes where the host has no call for it.
     fn write_plain_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let zeroes = vec![0; to_usize(len.min(1 << 20))];
@@ -184,6 +208,16 @@ impl FileStorage {
             done += n;
         }
         Ok(())
+    }
+}
+
+/// The second descriptor, if it is of the same file as the first.
+fn same_file(first: &File, second: File) -> io::Result<File> {
+    let (a, b) = (first.metadata()?, second.metadata()?);
+    if (a.dev(), a.ino()) == (b.dev(), b.ino()) {
+        Ok(second)
+    } else {
+        Err(io::Error::other("the file was replaced while it was being opened"))
     }
 }
 
@@ -229,10 +263,7 @@ impl Storage for FileStorage {
             let reason = "an earlier flush failed, writes before it may be lost";
             return Err(self.error("flush", 0, io::Error::other(reason)));
         }
-        self.file.sync_data().map_err(|e| {
-            self.flush_failed.store(!self.options.direct, Ordering::Release);
-            self.error("flush", 0, e)
-        })
+        self.flushed(self.file.sync_data())
     }
 
     fn len(&self) -> Result<u64> {
@@ -258,11 +289,9 @@ impl Storage for FileStorage {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let len = self.grow(offset, offset + len)? - offset;
         if len == 0 {
             return Ok(());
-        }
-        if self.len()? < offset + len {
-            self.set_len(offset + len)?;
         }
         let what = if unmap { Allocate::PunchHole } else { Allocate::Zero };
         match sys::fallocate(self.file.as_fd(), what, offset, len) {
@@ -283,12 +312,8 @@ impl Storage for FileStorage {
         }
         match sys::fallocate(self.file.as_fd(), Allocate::Reserve, offset, len) {
             Ok(()) => Ok(()),
-            Err(e) if unsupported(&e) => {
-                if self.len()? < offset + len {
-                    self.set_len(offset + len)?;
-                }
-                Ok(())
-            }
+            // The writes will grow the file.
+            Err(e) if unsupported(&e) => Ok(()),
             Err(e) => Err(self.error("allocate", offset, e)),
         }
     }
@@ -372,6 +397,26 @@ mod tests {
         storage.discard(0, 4096).unwrap();
         storage.write_zeroes(299_000, 2000, true).unwrap();
         assert_eq!(storage.len().unwrap(), 301_000);
+    }
+
+    #[test]
+    fn no_flush_is_believed_after_one_that_failed() {
+        for direct in [false, true] {
+            let (_file, storage) = storage(FileOptions { direct, ..FileOptions::default() });
+            storage.flush().unwrap();
+            storage.flushed(Err(io::Error::from_raw_os_error(libc::EIO))).unwrap_err();
+            let error = storage.flush().unwrap_err().to_string();
+            assert!(error.contains("an earlier flush failed"), "direct {direct}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_took_the_place_of_the_one_opened_is_refused() {
+        let (first, _) = storage(FileOptions::default());
+        let (second, _) = storage(FileOptions::default());
+        let open = |file: &tempfile::NamedTempFile| File::open(file.path()).unwrap();
+        same_file(&open(&first), open(&first)).unwrap();
+        same_file(&open(&first), open(&second)).unwrap_err();
     }
 
     #[test]

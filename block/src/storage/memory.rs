@@ -214,10 +214,6 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    fn reserve(&self, _offset: u64, _len: u64) -> Result<()> {
-        Ok(())
-    }
-
     fn allocated(&self) -> Result<u64> {
         self.len()
     }

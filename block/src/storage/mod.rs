@@ -59,12 +59,9 @@ pub trait Storage: Send + Sync + Debug {
     }
 
     /// Takes host space for a range that is about to be written by [`Storage::write_bulk`], so that
-    /// parallel writes need not extend the file one after another. The storage grows to the end of
-    /// the range. Without support by the host only the length grows.
-    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
-        if self.len()? < offset + len {
-            self.set_len(offset + len)?;
-        }
+    /// parallel writes need not extend the file one after another. The storage may grow to the end
+    /// of the range; without support by the host nothing happens.
+    fn reserve(&self, _offset: u64, _len: u64) -> Result<()> {
         Ok(())
     }
 
