@@ -37,12 +37,14 @@ impl<'a> RamSlice<'a> {
         self.region.len()
     }
 
-    /// Whether untouched pages are known to be zero: anonymous private memory. Of a file or of
-    /// shared memory, pages may hold data without being mapped here.
+    /// Whether untouched pages are known to be zero and dropped ones become so: anonymous private
+    /// memory. Of a file or of shared memory, pages may hold data without being mapped here; of
+    /// memory in huge pages, `MADV_DONTNEED` quietly leaves a last part that is not a whole one.
     pub(crate) fn is_anonymous(&self) -> bool {
         let flags = self.region.flags();
         flags & libc::MAP_ANONYMOUS != 0
             && flags & libc::MAP_PRIVATE != 0
+            && flags & libc::MAP_HUGETLB == 0
             && self.region.file_offset().is_none()
     }
 
@@ -75,7 +77,7 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Fails where pages are locked or huge; nothing is lost by that.
+    /// Fails where pages are locked; nothing is lost by that.
     fn drop_pages(&self, offset: u64, len: u64) -> io::Result<()> {
         if !offset.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
             return Err(io::ErrorKind::InvalidInput.into());

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use vm_memory::{Bytes, FileOffset, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion};
 
 use super::*;
 
@@ -52,6 +52,23 @@ fn only_anonymous_private_memory_is_trusted_to_be_zero_when_untouched() {
     assert!(slices(&anonymous(4096))[0].is_anonymous());
     let (memory, _file) = shared_file(4096);
     assert!(!slices(&memory)[0].is_anonymous());
+}
+
+#[test]
+fn memory_in_huge_pages_is_cleared_by_writing() {
+    let memory = anonymous(4096);
+    let region = memory.iter().next().unwrap();
+    let flags = region.flags() | libc::MAP_HUGETLB;
+    // SAFETY: the range is that of `memory`, which outlives the second view of it.
+    let huge = unsafe { MmapRegion::build_raw(region.as_ptr(), 4096, region.prot(), flags) };
+    let huge = GuestRegionMmap::new(huge.unwrap(), GuestAddress(0)).unwrap();
+    let ram = RamSlice { region: &huge };
+    assert!(!ram.is_anonymous());
+    memory.write_slice(&[0xa5; 4096], GuestAddress(0)).unwrap();
+    ram.clear(0, 4096);
+    let mut bytes = [0xff; 4096];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    assert_eq!(bytes, [0; 4096]);
 }
 
 #[test]
