@@ -112,11 +112,46 @@ impl SerialState {
 /// the guest reads. Output is written by the thread that calls [`Serial::write`], which is a vCPU:
 /// the writer must not block for long.
 pub struct Serial {
-    uart: vm_superio::Serial<Line, NoEvents, Output>,
+    uart: vm_superio::Serial<Line, NoEvents, WatchedOutput>,
     line: Line,
     input: VecDeque<u8>,
     room: Option<EventFd>,
-    output_failing: bool,
+}
+
+/// Output that logs its first failure, and the next only after it has worked again: a guest must
+/// not be able to fill the log.
+struct WatchedOutput {
+    inner: Output,
+    failing: bool,
+}
+
+impl WatchedOutput {
+    fn new(inner: Output) -> Self {
+        Self { inner, failing: false }
+    }
+
+    fn watch<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &result
+            && !self.failing
+        {
+            tracing::warn!(%error, "guest output is lost");
+        }
+        self.failing = result.is_err();
+        result
+    }
+}
+
+impl Write for WatchedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let result = self.inner.write(bytes);
+        self.watch(result)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        // What a flush says of an output that fails is no sign that it works again.
+        let result = self.inner.flush();
+        if self.failing { result } else { self.watch(result) }
+    }
 }
 
 impl Serial {
@@ -124,11 +159,10 @@ impl Serial {
     pub fn new(line: Arc<dyn InterruptLine>, output: Output, room: Option<EventFd>) -> Self {
         let line = Line(line);
         Self {
-            uart: vm_superio::Serial::new(line.clone(), output),
+            uart: vm_superio::Serial::new(line.clone(), WatchedOutput::new(output)),
             line,
             input: VecDeque::new(),
             room,
-            output_failing: false,
         }
     }
 
@@ -139,16 +173,13 @@ impl Serial {
         value
     }
 
-    /// Writes a register. A failing output or interrupt line is logged, once until it works again:
-    /// the guest cannot do anything about it.
+    /// Writes a register. A failing output or interrupt line is logged: the guest cannot do anything
+    /// about it.
     pub fn write(&mut self, offset: u8, value: u8) {
         match self.uart.write(offset, value).map_err(SerialError::from) {
-            Ok(()) => self.output_failing = false,
-            Err(error) if !self.output_failing => {
-                tracing::warn!(%error, "guest output is lost");
-                self.output_failing = true;
-            }
-            Err(_) => {}
+            // The output has told of its failure.
+            Ok(()) | Err(SerialError::Output(_)) => {}
+            Err(error) => tracing::error!(%error, "serial: register write"),
         }
         self.fill_fifo();
     }
@@ -240,7 +271,7 @@ impl Serial {
 
     fn replace_uart(&mut self, state: &vm_superio::SerialState) -> Result<(), SerialError> {
         // Triggers the interrupt if the state has one pending and enabled.
-        let sink: Output = Box::new(io::sink());
+        let sink = WatchedOutput::new(Box::new(io::sink()));
         let mut uart = vm_superio::Serial::from_state(state, self.line.clone(), NoEvents, sink)?;
         std::mem::swap(uart.writer_mut(), self.uart.writer_mut());
         self.uart = uart;

@@ -76,6 +76,19 @@ fn failing_output_does_not_stop_the_guest() {
 }
 
 #[test]
+fn failing_output_is_told_once_until_a_byte_gets_through() {
+    let mut serial = Serial::new(Arc::new(EventFdLine::new().unwrap()), Box::new(Broken), None);
+    serial.write(DATA, b'x');
+    assert!(serial.uart.writer().failing);
+    serial.write(IER, 0);
+    serial.write(SCRATCH, 1);
+    assert!(serial.uart.writer().failing, "other registers say nothing of the output");
+    serial.uart.writer_mut().inner = Box::new(Shared::default());
+    serial.write(DATA, b'x');
+    assert!(!serial.uart.writer().failing);
+}
+
+#[test]
 fn input_beyond_the_fifo_arrives_whole_and_in_order() {
     let (mut serial, line, _, _) = serial();
     serial.write(IER, 0x01);
