@@ -167,7 +167,7 @@ fn messages_name_the_file_and_what_is_wrong_with_it() {
     let empty = file(b"");
     let spec = BootSpec { initrd: Some(empty.path()), ..spec };
     let text = Boot::prepare(&spec, 64 * MIB).unwrap_err().to_string();
-    assert!(text.ends_with("': the file is empty"), "{text}");
+    assert!(text.ends_with(": the file is empty"), "{text}");
 }
 
 #[test]
