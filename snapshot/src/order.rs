@@ -88,6 +88,9 @@ pub fn publish_all(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {
+    if changes.is_empty() {
+        return Ok(());
+    }
     check(progress).map_err(|error| undone(changes, 0, Step::Publish, error))?;
     for at in 0..changes.len() {
         let result = changes[at].change.publish();

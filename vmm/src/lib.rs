@@ -1,5 +1,5 @@
 //! The Tardigrade virtual machine monitor: the machine itself, the QMP command handlers and the
-//! command line of the binary `tardigrade`. `docs/vmm.md` tells how its threads work together.
+//! command line of the binary `tardigrade`. `docs/architecture.md` tells how its threads work together.
 
 pub mod boot;
 pub mod bus;

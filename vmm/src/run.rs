@@ -5,7 +5,7 @@ use std::io::Write;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use block::{Graph, Node, Progress};
@@ -161,23 +161,32 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
     Ok(machine.restore(&revival.state)?)
 }
 
-/// Sends a message each time the guest pulls the line.
+/// Sends a message when the guest pulls the line: one for each guest, as a guest that pulls it in a
+/// loop must not fill our memory.
 struct MessageLine {
     mailbox: Mailbox,
     message: fn() -> Message,
+    /// The guest that pulled it last, plus one.
+    pulled_by: AtomicU64,
 }
 
 impl InterruptLine for MessageLine {
     fn trigger(&self) -> std::io::Result<()> {
-        self.mailbox.send_of_guest((self.message)());
+        let guest = self.mailbox.guest() + 1;
+        if self.pulled_by.swap(guest, Ordering::AcqRel) != guest {
+            self.mailbox.send_of_guest((self.message)());
+        }
         Ok(())
     }
 }
 
 fn guest_signals(mailbox: &Mailbox) -> GuestSignals {
     let line = |message| {
-        let line: Arc<dyn InterruptLine> =
-            Arc::new(MessageLine { mailbox: mailbox.clone(), message });
+        let line: Arc<dyn InterruptLine> = Arc::new(MessageLine {
+            mailbox: mailbox.clone(),
+            message,
+            pulled_by: AtomicU64::new(0),
+        });
         line
     };
     GuestSignals { reset: line(|| Message::GuestReset), power_off: line(|| Message::GuestPowerOff) }

@@ -22,7 +22,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::json::Limits;
 use crate::schema::{Command, QmpCapability, VersionInfo};
@@ -119,7 +119,7 @@ impl Server {
     /// # Errors
     /// When file descriptors or the thread cannot be had.
     pub fn start(options: Options) -> io::Result<(Self, Requests)> {
-        let event = EventFd::new(EFD_NONBLOCK)?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let (sender, queue) = mpsc::channel();
         let (outbox, outputs) = Outbox::new()?;
         let poll = Poll::new(options, outputs, outbox.clone(), sender, event.try_clone()?)?;

@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 
 use serde::Serialize;
 use serde_json::Value;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::MonitorId;
 use super::socket::Listener;
@@ -43,7 +43,7 @@ pub(super) struct Outputs {
 impl Outbox {
     pub(super) fn new() -> io::Result<(Self, Outputs)> {
         let (sender, receiver) = mpsc::channel();
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         Ok((Self { queue: sender, wake: wake.clone() }, Outputs { queue: receiver, wake }))
     }
 

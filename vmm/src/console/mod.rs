@@ -1,9 +1,9 @@
 //! Where the guest's serial port goes: the terminal, a file, a socket, or nowhere.
 //!
-//! The guest writes from a vCPU thread, so output must not wait for a reader for ever: a socket
-//! whose reader does not read holds the vCPU up for [`socket::PATIENCE`] at most, then the bytes
-//! are dropped. A terminal or a pipe that is stopped does stop the guest's output, as a stopped
-//! serial line with flow control would. Input is read by the main event loop.
+//! The guest writes from a vCPU thread, which pauses, stops and ends wait for, so output must not
+//! wait for a reader for ever: one that does not read (a client, a pipe, a terminal after Ctrl-S)
+//! holds the vCPU up for [`PATIENCE`] at a time, then bytes are dropped. Input is read by the main
+//! event loop.
 
 mod socket;
 
@@ -11,9 +11,13 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::terminal::RawTerminal;
 pub use socket::SocketConsole;
+
+/// How long output waits for a reader that does not read before it is dropped.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// `--serial`: what the port is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +106,10 @@ impl Console {
     /// The host is out of descriptors.
     pub fn output(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match self {
-            Self::Stdio { .. } => Box::new(io::stdout()),
+            Self::Stdio { .. } => {
+                let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+                Box::new(PatientOutput(File::from(stdout)))
+            }
             Self::Null => Box::new(io::sink()),
             Self::File(file) => Box::new(file.try_clone()?),
             Self::Socket(socket) => Box::new(socket.output()),
@@ -151,4 +158,50 @@ impl Console {
 
 fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// A descriptor in blocking mode, written to only when it takes something.
+struct PatientOutput(File);
+
+impl Write for PatientOutput {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        // Ready means that there is room for a byte, not for all of them.
+        let first = &buf[..buf.len().min(1)];
+        if writable_within(&self.0, PATIENCE) { self.0.write(first) } else { Ok(buf.len()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn writable_within(fd: &impl AsRawFd, time: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let millis = i32::try_from(time.as_millis().max(1)).unwrap_or(i32::MAX);
+    // SAFETY: the array has one element, and the descriptor is open while it is borrowed.
+    unsafe { libc::poll(&raw mut poll, 1, millis) > 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn output_nobody_reads_is_dropped_and_what_is_read_arrives() {
+        let (writer, mut reader) = UnixStream::pair().unwrap();
+        let mut output = PatientOutput(File::from(OwnedFd::from(writer)));
+        output.write_all(b"hello").unwrap();
+        let mut buf = [0; 5];
+        reader.read_exact(&mut buf).unwrap();
+        assert_eq!(&buf, b"hello");
+        // More than any socket buffer holds; a blocking write would never come back.
+        let mut written = 0;
+        while output.write(&[0; 2]).unwrap() == 1 {
+            written += 1;
+        }
+        assert!(written > 0);
+    }
 }

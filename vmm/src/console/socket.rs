@@ -6,12 +6,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::{Input, is_transient};
-
-/// How long output waits for a client that does not read before it is dropped.
-pub(super) const PATIENCE: Duration = Duration::from_millis(100);
+use super::{Input, PATIENCE, is_transient, writable_within};
 
 /// The client of the moment. The event loop replaces it; the serial port writes to it.
 type Client = Arc<Mutex<Option<Arc<UnixStream>>>>;
@@ -129,7 +126,7 @@ impl Write for SocketOutput {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() || !writable_within(&stream, left) {
+                    if left.is_zero() || !writable_within(&*stream, left) {
                         break;
                     }
                 }
@@ -143,13 +140,6 @@ impl Write for SocketOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-fn writable_within(stream: &UnixStream, time: Duration) -> bool {
-    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    let millis = i32::try_from(time.as_millis().max(1)).unwrap_or(i32::MAX);
-    // SAFETY: the array has one element, and the stream is open while it is borrowed.
-    unsafe { libc::poll(&raw mut poll, 1, millis) > 0 }
 }
 
 #[cfg(test)]

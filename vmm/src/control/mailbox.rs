@@ -23,8 +23,6 @@ pub enum Message {
     GuestReset,
     /// The guest powered off.
     GuestPowerOff,
-    /// A QMP client wants something.
-    Qmp(qmp::Request),
     /// A snapshot job needs something, or is over.
     Work(WorkMessage),
 }
@@ -72,7 +70,12 @@ impl Mailbox {
 
     /// As [`Mailbox::send`], for the guest that runs now. To be called by a vCPU's thread.
     pub fn send_of_guest(&self, message: Message) {
-        self.post(Envelope { guest: Some(self.guest.load(Ordering::Acquire)), message });
+        self.post(Envelope { guest: Some(self.guest()), message });
+    }
+
+    /// Which guest runs now; another number after each boot, reset and load.
+    pub fn guest(&self) -> u64 {
+        self.guest.load(Ordering::Acquire)
     }
 
     fn post(&self, envelope: Envelope) {

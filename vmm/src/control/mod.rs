@@ -151,7 +151,6 @@ impl Controller {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Qmp(request) => self.command(request),
             Message::Work(message) => self.work_message(message),
             Message::GuestPowerOff => self.shutdown(true, ShutdownCause::GuestShutdown),
             Message::GuestReset | Message::Vcpu(VcpuEvent::TripleFault) => self.guest_reset(),
@@ -207,7 +206,7 @@ impl MutEventSubscriber for Controller {
             }
         } else if fd == self.requests.event().as_raw_fd() {
             for request in self.requests.take() {
-                self.handle(Message::Qmp(request));
+                self.command(request);
             }
         } else if fd == self.signals.as_raw_fd() {
             self.shutdown(false, ShutdownCause::HostSignal);

@@ -178,7 +178,10 @@ impl Controller {
     fn reset(&mut self, guest: bool, cause: ShutdownCause) {
         let running = self.state == RunState::Running;
         if running && let Err(error) = self.machine.pause() {
-            error!("cannot pause the guest: {error}");
+            error!("cannot pause the guest for a reset: {error}");
+            self.state = RunState::InternalError;
+            self.emit(&Event::Stop);
+            return;
         }
         self.reset_paused(guest, cause, running);
     }

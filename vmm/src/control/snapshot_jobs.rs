@@ -125,7 +125,10 @@ impl Controller {
     }
 
     pub(super) fn cancel_job(&mut self, id: &str) -> Result<(), qmp::Error> {
-        self.jobs.list.cancel(id)
+        self.jobs.list.cancel(id)?;
+        // One that waits is concluded now, and its id may be used again.
+        self.jobs.waiting.retain(|waiting| waiting.id != id);
+        Ok(())
     }
 
     fn start_next_job(&mut self) {

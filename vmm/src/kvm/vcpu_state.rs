@@ -7,12 +7,16 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
+use tracing::warn;
 
 use super::msrs::{self, Msr};
 use super::{Error, IoctlContext, Result, blob};
 
 /// Bytes of `struct kvm_xsave` without what KVM_CAP_XSAVE2 adds.
 const XSAVE_LEGACY_SIZE: usize = size_of::<kvm_xsave>();
+
+/// How far two hosts' TSC rates may be apart to count as one: what KVM takes for the same.
+const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Everything a vCPU is: restoring it on a vCPU of a machine with the same CPUID continues the
 /// guest at the very instruction.
@@ -93,8 +97,21 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).ioctl("KVM_SET_XCRS")?;
         vcpu.set_debug_regs(&self.debugregs).ioctl("KVM_SET_DEBUGREGS")?;
         vcpu.set_lapic(&self.lapic).ioctl("KVM_SET_LAPIC")?;
+        self.restore_tsc_rate(vcpu);
         msrs::write(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).ioctl("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// Gives the guest's TSC the rate it had, where this host's is another. A host that cannot scale
+    /// runs the guest's deadline timers at a wrong rate, which is worth a warning but no refusal:
+    /// the guest's clock is kvmclock, which knows the rate.
+    fn restore_tsc_rate(&self, vcpu: &VcpuFd) {
+        let (Some(saved), Ok(here)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return };
+        let apart = saved.abs_diff(here);
+        let tolerated = u64::from(here) * TSC_TOLERANCE_PPM / 1_000_000;
+        if u64::from(apart) > tolerated && vcpu.set_tsc_khz(saved).is_err() {
+            warn!("the guest's TSC ran at {saved} kHz, this host's runs at {here} kHz");
+        }
     }
 
     /// Whether the recorded state can be put on vCPUs of this host.
