@@ -1,7 +1,7 @@
 //! Compressed clusters, read only.
 
 use flate2::{Decompress, FlushDecompress, Status};
-use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use zstd::zstd_safe::{DCtx, find_frame_compressed_size};
 
 use super::header::Compression;
 
@@ -33,18 +33,54 @@ fn inflate(data: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
     }
 }
 
+/// Frame by frame, straight into `out`: a streaming decoder would take as much memory for its window
+/// as a frame claims (up to 128 MiB).
 fn unzstd(data: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
     const DAMAGED: &str = "compressed cluster is damaged (zstd)";
-    let mut decoder = Decoder::new().map_err(|_| "zstd decoder failed")?;
-    let wanted = out.len();
-    let mut input = InBuffer::around(data);
-    let mut output = OutBuffer::around(out);
-    while output.pos() < wanted {
-        let before = (input.pos(), output.pos());
-        let hint = decoder.run(&mut input, &mut output).map_err(|_| DAMAGED)?;
-        if hint == 0 || (input.pos(), output.pos()) == before {
-            break;
+    let mut decoder = DCtx::create();
+    let (mut rest, mut done) = (data, 0);
+    while done < out.len() {
+        if rest.is_empty() {
+            return Err("compressed cluster is too short (zstd)");
+        }
+        let len = find_frame_compressed_size(rest).map_err(|_| DAMAGED)?;
+        let (frame, behind) = rest.split_at_checked(len).ok_or(DAMAGED)?;
+        done += decoder.decompress(&mut out[done..], frame).map_err(|_| DAMAGED)?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn zstd_frames_in_a_row_with_other_bytes_behind_are_unpacked() {
+        let mut data = zstd::encode_all(&[1; 3000][..], 3).unwrap();
+        data.extend(zstd::encode_all(&[2; 1096][..], 3).unwrap());
+        let whole = data.len();
+        data.extend([0xee; 500]);
+        let mut out = vec![0; 4096];
+        decompress(Compression::Zstd, &data, &mut out).unwrap();
+        assert!(out[..3000].iter().all(|b| *b == 1) && out[3000..].iter().all(|b| *b == 2));
+        for cut in [0, 1, whole / 2, whole - 1] {
+            decompress(Compression::Zstd, &data[..cut], &mut out).unwrap_err();
         }
     }
-    if output.pos() == wanted { Ok(()) } else { Err("compressed cluster is too short (zstd)") }
+
+    #[test]
+    fn a_zstd_window_of_any_size_takes_no_memory() {
+        // The format's largest window is far more than a decoder would take for it.
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(30).unwrap();
+        encoder.include_contentsize(false).unwrap();
+        encoder.write_all(&[5; 4096]).unwrap();
+        let data = encoder.finish().unwrap();
+        let mut out = vec![0; 4096];
+        decompress(Compression::Zstd, &data, &mut out).unwrap();
+        assert!(out.iter().all(|b| *b == 5));
+    }
 }
