@@ -143,8 +143,14 @@ impl Header {
         header.check_tables(file_len).map_err(corrupt)?;
         let mut first = vec![0; to_usize(header.geometry.cluster_size())];
         storage.read_at(0, &[ReadBuf::new(&mut first)])?;
-        let names =
-            header.read_extensions(&first, to_usize(header_length.into())).map_err(corrupt)?;
+        // The backing file's name may follow without an end mark (images of old programs).
+        let end = match be64_at(&fixed, 8) {
+            0 => first.len(),
+            offset => to_usize(offset).min(first.len()),
+        };
+        let names = header
+            .read_extensions(&first[..end], to_usize(header_length.into()))
+            .map_err(corrupt)?;
         header.check_features(&names).map_err(unsupported)?;
         if header.incompatible & incompatible::COMPRESSION != 0 {
             header.compression = match (header_length, fixed[104]) {
