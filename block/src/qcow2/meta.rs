@@ -64,6 +64,7 @@ impl Meta {
             refcounts.check_blocks()?;
         }
         let l1 = read_l1(&*storage, header.l1_offset, header.l1_size)?;
+        check_l1(&*storage, header.geometry, "the L1 table", &l1)?;
         let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
         let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES);
         Ok(Self {
@@ -115,6 +116,11 @@ impl Meta {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason }
     }
 
+    /// The error for a broken rule below a snapshot: the active disk may be whole, so its user goes on.
+    pub(crate) fn damaged(&self, reason: impl Into<String>) -> Error {
+        Error::Corrupt { filename: self.storage.name().to_owned(), reason: reason.into() }
+    }
+
     /// Refuses changes of an image that is read-only or was found corrupt.
     pub(crate) fn check_writable(&self) -> Result<()> {
         if !self.writable {
@@ -129,8 +135,8 @@ impl Meta {
         }
     }
 
-    /// Passes an error of the refcounts on; one that tells of corruption marks the image.
-    fn noted<T>(&mut self, result: Result<T>) -> Result<T> {
+    /// Passes an error on; one that tells of corruption marks the image.
+    pub(crate) fn noted<T>(&mut self, result: Result<T>) -> Result<T> {
         match result {
             Err(Error::Corrupt { reason, .. }) => Err(self.corrupt(reason)),
             other => other,
@@ -216,7 +222,7 @@ impl Meta {
             return Ok(None);
         }
         if self.geometry().in_cluster(offset) != 0 {
-            return Err(self.corrupt(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
+            return Err(self.damaged(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
         }
         Ok(Some(self.l2.load(&*self.storage, offset)?))
     }
@@ -226,6 +232,8 @@ impl Meta {
         let at = to_usize(l1_index);
         let entry = self.l1.get(at).copied().unwrap_or(0);
         let offset = entry & OFFSET_MASK;
+        let found = self.l2_at(entry).map(|_| ());
+        self.noted(found)?;
         if entry & COPIED != 0 && offset != 0 {
             let run = self.cluster_run(offset);
             self.check_overlap(run)?;
@@ -284,7 +292,7 @@ impl Meta {
         };
         let entry = table.entry(index);
         Mapping::decode(entry, geometry).map_err(|reason| {
-            self.corrupt(format!("L2 entry {entry:#x} of guest offset {guest:#x}: {reason}"))
+            self.damaged(format!("L2 entry {entry:#x} of guest offset {guest:#x}: {reason}"))
         })
     }
 
@@ -292,7 +300,8 @@ impl Meta {
     pub(crate) fn mapping(&mut self, guest: u64) -> Result<Mapping> {
         let index = to_usize(self.geometry().l1_index(guest));
         let entry = self.l1.get(index).copied().unwrap_or(0);
-        self.mapping_below(entry, guest)
+        let mapping = self.mapping_below(entry, guest);
+        self.noted(mapping)
     }
 
     /// Whether anything in memory differs from the disk.
@@ -368,6 +377,14 @@ impl Meta {
         Ok(())
     }
 
+    /// As [`Meta::trim`] for reads, which neither wait for writes nor fail with them: what is dirty
+    /// stays until something is written.
+    pub(crate) fn trim_clean(&mut self) {
+        if self.l2.is_over() {
+            self.l2.shrink();
+        }
+    }
+
     /// Between operations: keeps caches and the list of clusters to be freed within their limits.
     pub(crate) fn trim(&mut self) -> Result<()> {
         self.refcounts.trim()?;
@@ -397,6 +414,36 @@ impl Meta {
             self.storage.set_len(end)?;
         }
         Ok(())
+    }
+}
+
+/// Refuses an L1 table that refers to an L2 table past the end of the file, where a truncated image
+/// would read as zeroes, or to one twice: walks over all would take as long as such a table claims.
+pub(super) fn check_l1(
+    storage: &dyn Storage,
+    geometry: Geometry,
+    what: &str,
+    l1: &[u64],
+) -> Result<()> {
+    let corrupt =
+        |reason: String| Err(Error::Corrupt { filename: storage.name().to_owned(), reason });
+    let len = storage.len()?;
+    let mut tables: Vec<u64> = l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0).collect();
+    tables.sort_unstable();
+    match tables.last() {
+        Some(last) if *last >= len => {
+            return corrupt(format!(
+                "{what} refers to an L2 table at {last:#x}, beyond the end of the file ({len} bytes); is the file truncated?"
+            ));
+        }
+        _ => {}
+    }
+    match tables
+        .windows(2)
+        .find(|pair| geometry.cluster_of(pair[0]) == geometry.cluster_of(pair[1]))
+    {
+        Some(pair) => corrupt(format!("{what} refers to the L2 table at {:#x} twice", pair[1])),
+        None => Ok(()),
     }
 }
 

@@ -106,6 +106,8 @@ pub struct Qcow2 {
     in_flight: InFlight,
     backing: Option<Arc<dyn Format>>,
     size: AtomicU64,
+    /// A length the file had at some time.
+    known_len: AtomicU64,
     read_only: bool,
     unmap: bool,
 }
@@ -130,6 +132,7 @@ impl Qcow2 {
             in_flight: InFlight::default(),
             backing,
             size: AtomicU64::new(size),
+            known_len: AtomicU64::new(0),
             read_only,
             unmap: true,
         };
@@ -152,6 +155,8 @@ impl Qcow2 {
         let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
         if meta.header.autoclear != 0 {
             meta.write_field(field::AUTOCLEAR, &[0; 8])?;
+            // Before any data: a power failure must not keep new data and the old bits.
+            meta.storage.flush()?;
             meta.header.autoclear = 0;
         }
         Ok(())

@@ -1,8 +1,10 @@
 //! Reading: map under the metadata lock, transfer without it.
 
+use std::sync::atomic::Ordering;
+
 use crate::iobuf;
 use crate::num::{to_u64, to_usize};
-use crate::{ReadBuf, Result};
+use crate::{Error, ReadBuf, Result};
 
 use super::Qcow2;
 use super::compressed::decompress;
@@ -85,8 +87,10 @@ impl Qcow2 {
     /// Maps a range of the active disk.
     pub(super) fn map_active(&self, guest: u64, len: u64) -> Result<Vec<Extent>> {
         let mut meta = self.meta();
-        meta.trim()?;
-        map(&mut meta, |meta, index| meta.l1.get(to_usize(index)).copied().unwrap_or(0), guest, len)
+        meta.trim_clean();
+        let l1 = |meta: &Meta, index| meta.l1.get(to_usize(index)).copied().unwrap_or(0);
+        let extents = map(&mut meta, l1, guest, len);
+        meta.noted(extents)
     }
 
     /// Reads extents into the buffers, which start at the first extent. `bulk` bypasses the host's
@@ -100,6 +104,9 @@ impl Qcow2 {
         let mut done = 0;
         for extent in extents {
             let part = iobuf::slice_read(bufs, done, extent.len);
+            if let Source::Host(host) = extent.source {
+                self.check_stored(host, extent.len)?;
+            }
             match extent.source {
                 Source::Zero => iobuf::fill_zero(&part),
                 Source::Backing => self.read_backing(extent.guest, extent.len, &part)?,
@@ -114,6 +121,26 @@ impl Qcow2 {
             done += extent.len;
         }
         Ok(())
+    }
+
+    /// Refuses clusters that start past the end of the file, where a truncated image would read as
+    /// zeroes. A file may end within a cluster.
+    fn check_stored(&self, host: u64, len: u64) -> Result<()> {
+        let last = self.geometry.cluster_start(host + len - 1);
+        if last < self.known_len.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let file_len = self.storage.len()?;
+        self.known_len.store(file_len, Ordering::Release);
+        if last < file_len {
+            return Ok(());
+        }
+        Err(Error::Corrupt {
+            filename: self.storage.name().to_owned(),
+            reason: format!(
+                "a data cluster is at {last:#x}, beyond the end of the file ({file_len} bytes); is the file truncated?"
+            ),
+        })
     }
 
     /// Reads from the backing file; zeroes past its end, or without one.
@@ -137,7 +164,7 @@ impl Qcow2 {
         let mut data = vec![0; to_usize(len.min(size * 2))];
         self.storage.read_at(host, &[ReadBuf::new(&mut data)])?;
         let mut out = vec![0; to_usize(size)];
-        decompress(self.compression, &data, &mut out).map_err(|reason| crate::Error::Corrupt {
+        decompress(self.compression, &data, &mut out).map_err(|reason| Error::Corrupt {
             filename: self.storage.name().to_owned(),
             reason: format!("{reason} at host offset {host:#x}"),
         })?;

@@ -90,11 +90,17 @@ impl Refcounts {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason }
     }
 
-    /// Refuses a table that has a block twice: the search for free clusters would take as long as
+    /// Refuses a table with blocks past the end of the file, or with a block twice: the search for free clusters would take as long as
     /// such a table claims, and what is counted there could not be right.
     pub(crate) fn check_blocks(&self) -> Result<()> {
         let mut blocks: Vec<u64> = self.table.iter().copied().filter(|e| *e != 0).collect();
         blocks.sort_unstable();
+        let len = self.storage.len()?;
+        if let Some(last) = blocks.last().filter(|last| **last >= len) {
+            return Err(self.corrupt(format!(
+                "the refcount table refers to a block at {last:#x}, beyond the end of the file ({len} bytes); is the file truncated?"
+            )));
+        }
         match blocks.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(self.corrupt(format!(
                 "two refcount table entries refer to the block at {:#x}",
@@ -151,7 +157,8 @@ impl Refcounts {
     /// which a used cluster must have.
     pub(crate) fn add(&mut self, run: Run) -> Result<()> {
         for cluster in run.first..run.end() {
-            let changed = match self.get(cluster) {
+            // A table may refer to clusters all over the host, each with a block of its own.
+            let changed = match self.trim().and_then(|()| self.get(cluster)) {
                 Ok(0) => {
                     Err(self.corrupt(format!("cluster {cluster:#x} is in use but has refcount 0")))
                 }
@@ -175,6 +182,7 @@ impl Refcounts {
     /// Takes one reference from each cluster and tells which have none left.
     pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(u64)) -> Result<()> {
         for cluster in run.first..run.end() {
+            self.trim()?;
             match self.get(cluster)? {
                 0 => {
                     return Err(

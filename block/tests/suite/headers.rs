@@ -182,6 +182,110 @@ fn random_damage_gets_answers() {
     }
 }
 
+/// A cut image is never taken for one with zeroes in it.
+#[test]
+fn a_truncated_image_gives_its_data_or_an_error_that_says_so() {
+    if !have_qemu_img("truncated data") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "4M", "");
+    let storage = Arc::new(MemoryStorage::new(std::fs::read(&image).unwrap()));
+    let dynamic: Arc<dyn Storage> = storage.clone();
+    let format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
+    common::write(&format, 0, &[1; 1 << 20]);
+    drop(format);
+    let image = storage.bytes();
+    for clusters in 1..image.len().div_ceil(65536) {
+        for read_only in [true, false] {
+            let bytes = image[..clusters * 65536].to_vec();
+            let mut all = vec![0; 1 << 20];
+            let result = open(bytes, read_only)
+                .and_then(|format| format.read(0, &[block::ReadBuf::new(&mut all)]));
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("is the file truncated?"), "{clusters}: {error}");
+        }
+    }
+}
+
+#[test]
+fn an_l2_table_that_is_there_twice_is_refused() {
+    if !have_qemu_img("L2 twice") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "2M", "cluster_size=512");
+    common::qemu_io(&image, &["write 0 64k"]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    bytes.copy_within(l1..l1 + 8, l1 + 80);
+    let error = open(bytes, false).err().unwrap().to_string();
+    assert!(error.contains("twice"), "{error}");
+}
+
+/// What is wrong below a snapshot is an error of the snapshot: the running guest keeps its disk.
+#[test]
+fn a_damaged_snapshot_is_refused_and_the_disk_goes_on() {
+    if !have_qemu_img("damaged snapshot") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let table = u64::from_be_bytes(image[64..72].try_into().unwrap()) as usize;
+    let l1 = u64::from_be_bytes(image[table..table + 8].try_into().unwrap()) as usize;
+    for (at, bytes) in [
+        (table, [0x7f; 8]),
+        (table + 4, [0xff; 8]),
+        (l1, 0x1_0200u64.to_be_bytes()),
+        (l1, (1u64 << 50).to_be_bytes()),
+    ] {
+        let storage = Arc::new(MemoryStorage::new(patched(&image, at, &bytes)));
+        let dynamic: Arc<dyn Storage> = storage.clone();
+        let format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
+        let reverted = format.revert_snapshot("1").and_then(|mut change| change.prepare());
+        assert!(matches!(reverted, Err(Error::Corrupt { .. })), "{at}: {reverted:?}");
+        common::write(&format, 0, &[4; 65536]);
+        assert_eq!(common::read(&format, 0, 1), [4]);
+        drop(format);
+        assert_eq!(storage.bytes()[79] & 2, 0, "not marked as corrupt");
+    }
+}
+
+#[test]
+fn a_backing_name_right_behind_a_version_2_header_is_read() {
+    if !have_qemu_img("old header") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "1M", "compat=0.10");
+    let mut bytes = std::fs::read(image).unwrap();
+    bytes[8..16].copy_from_slice(&72u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&9u32.to_be_bytes());
+    bytes[72..96].fill(0xff);
+    bytes[72..81].copy_from_slice(b"base.imgX");
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(bytes));
+    let probe = Probe::new(storage).unwrap();
+    assert_eq!(probe.backing_file(), Some("base.imgX"));
+    assert_eq!(probe.backing_format(), None);
+}
+
+#[test]
+fn autoclear_bits_are_gone_for_good_before_anything_is_written() {
+    use block::storage::memory::Op;
+    if !have_qemu_img("autoclear") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let storage = Arc::new(MemoryStorage::new(patched(&image, 95, &[1])));
+    storage.record();
+    let dynamic: Arc<dyn Storage> = storage.clone();
+    let _format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
+    let mut ops = storage.recorded();
+    ops.retain(|op| !matches!(op, Op::Read(..)));
+    assert_eq!(ops, [Op::Write(88, 8), Op::Flush]);
+}
+
 #[test]
 fn a_bad_table_entry_marks_the_image_and_ends_writes() {
     if !have_qemu_img("bad entry") {

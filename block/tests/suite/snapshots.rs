@@ -393,3 +393,21 @@ fn bitmaps_of_an_image_that_was_written_here_count_as_out_of_date() {
     common::check_leaks_only(&image);
     assert!(!qemu_img(&["info", &path(&image)]).contains("b0"));
 }
+
+#[test]
+fn a_disk_without_bytes_has_snapshots_that_leak_nothing() {
+    if !have_qemu_img("empty disk") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "0", "");
+    let (graph, node) = open(&image);
+    let format = &**node.format();
+    save(format, "plain");
+    save_with_state(format, "vm", &[(0, vec![3; 65536])]);
+    load(format, "vm");
+    assert!(read_vmstate(format, "vm", 0, 65536).iter().all(|b| *b == 3));
+    delete(format, "plain");
+    drop((graph, node));
+    check(&image);
+}

@@ -141,7 +141,7 @@ impl<'a> Create<'a> {
         let area = self.area.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (index, entries) in &area.tables {
             let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
-            let run = write_fresh(meta, bytes, 0)?;
+            let run = write_fresh(meta, bytes)?;
             self.own.push(run);
             l1.resize(to_usize(*index), 0);
             l1.push(geometry.offset_of(run.first));
@@ -290,14 +290,17 @@ impl SnapshotChange for Create<'_> {
         vm.resize(vm.len().max(to_usize(covered)), 0);
         let count = meta.geometry().l1_entries(meta.header.size);
         let disk = tree::plain_entries(&meta.l1, count);
-        tree::add_refs(&mut meta, &disk)?;
+        let added = tree::add_refs(&mut meta, &disk);
+        meta.noted(added)?;
         self.taken = Some(disk.clone());
         for (index, entry) in disk.iter().enumerate() {
             if meta.l1[index] != *entry {
                 meta.set_l1(index, *entry);
             }
         }
-        let l1 = [disk, vm].concat();
+        let mut l1 = [disk, vm].concat();
+        // A table without entries would have no place.
+        l1.resize(l1.len().max(1), 0);
         let l1_run = write_l1(&mut meta, &l1)?;
         self.own.push(l1_run);
         let mut entries = meta.snapshots.clone();

@@ -26,10 +26,10 @@ impl<'a> Delete<'a> {
     pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
         begin_change(image)?;
         let load = || {
-            let mut meta = image.meta();
+            let meta = image.meta();
             let entry = find(&meta, id)?;
             check_unread(&meta, &entry)?;
-            let l1 = load_l1(&mut meta, &entry)?;
+            let l1 = load_l1(&meta, &entry)?;
             Ok((entry, l1))
         };
         match load() {

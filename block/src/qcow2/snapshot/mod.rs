@@ -21,7 +21,7 @@ use crate::{Error, Result};
 use super::Qcow2;
 use super::header::MAX_L1_BYTES;
 use super::layout::Run;
-use super::meta::{Meta, read_l1};
+use super::meta::{Meta, check_l1, read_l1};
 
 /// How far a change is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,7 @@ fn find(meta: &Meta, id: &str) -> Result<Entry> {
 }
 
 /// Reads a snapshot's L1 table, whose place and size an image may claim at will.
-fn load_l1(meta: &mut Meta, entry: &Entry) -> Result<Vec<u64>> {
+fn load_l1(meta: &Meta, entry: &Entry) -> Result<Vec<u64>> {
     let geometry = meta.geometry();
     let bytes = u64::from(entry.l1_size) * 8;
     let end = entry.l1_offset.checked_add(bytes);
@@ -82,12 +82,15 @@ fn load_l1(meta: &mut Meta, entry: &Entry) -> Result<Vec<u64>> {
         None
     };
     if let Some(wrong) = wrong {
-        return Err(meta.corrupt(format!(
+        return Err(meta.damaged(format!(
             "the L1 table of snapshot '{}' ({} entries at {:#x}) {wrong}",
             entry.info.id, entry.l1_size, entry.l1_offset
         )));
     }
-    read_l1(&*meta.storage, entry.l1_offset, entry.l1_size)
+    let l1 = read_l1(&*meta.storage, entry.l1_offset, entry.l1_size)?;
+    let what = format!("the L1 table of snapshot '{}'", entry.info.id);
+    check_l1(&*meta.storage, geometry, &what, &l1)?;
+    Ok(l1)
 }
 
 /// The clusters of a snapshot's L1 table.
@@ -99,18 +102,16 @@ fn l1_run(meta: &Meta, entry: &Entry) -> Run {
     }
 }
 
-/// Writes an L1 table to fresh clusters; at least one, so that it has a place.
+/// Writes an L1 table, which has an entry at least, to fresh clusters.
 fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
-    let geometry = meta.geometry();
-    let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-    write_fresh(meta, bytes, geometry.cluster_size())
+    write_fresh(meta, l1.iter().flat_map(|entry| entry.to_be_bytes()).collect())
 }
 
-/// Writes bytes, padded to whole clusters (at least `least` bytes), to fresh clusters in a row.
-fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>, least: u64) -> Result<Run> {
+/// Writes bytes, padded to whole clusters, to fresh clusters in a row.
+fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>) -> Result<Run> {
     use crate::num::{to_u64, to_usize};
     let geometry = meta.geometry();
-    let count = geometry.clusters(to_u64(bytes.len()).max(least));
+    let count = geometry.clusters(to_u64(bytes.len()));
     bytes.resize(to_usize(geometry.offset_of(count)), 0);
     let run = meta.allocate(count, true)?;
     let at = geometry.offset_of(run.first);

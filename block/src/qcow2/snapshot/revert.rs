@@ -50,11 +50,14 @@ impl<'a> Revert<'a> {
     pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
         begin_change(image)?;
         let load = || {
-            let mut meta = image.meta();
+            let meta = image.meta();
             let entry = find(&meta, id)?;
-            let l1 = load_l1(&mut meta, &entry)?;
+            let l1 = load_l1(&meta, &entry)?;
             let count = meta.geometry().l1_entries(entry.info.disk_size);
-            Ok((entry, tree::plain_entries(&l1, count)))
+            let mut l1 = tree::plain_entries(&l1, count);
+            // A table without entries would have no place.
+            l1.resize(l1.len().max(1), 0);
+            Ok((entry, l1))
         };
         match load() {
             Ok((entry, l1)) => Ok(Self {

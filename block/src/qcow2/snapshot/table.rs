@@ -142,7 +142,7 @@ impl TableSwitch {
                 meta.storage.name()
             )));
         }
-        let new_run = if new.is_empty() { None } else { Some(super::write_fresh(meta, bytes, 0)?) };
+        let new_run = if new.is_empty() { None } else { Some(super::write_fresh(meta, bytes)?) };
         Ok(Self { new, new_run, old: None })
     }
 

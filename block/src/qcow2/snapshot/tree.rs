@@ -26,7 +26,7 @@ fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
         }
     }
     match bad {
-        Some((entry, reason)) => Err(meta.corrupt(format!("L2 entry {entry:#x}: {reason}"))),
+        Some((entry, reason)) => Err(meta.damaged(format!("L2 entry {entry:#x}: {reason}"))),
         None => Ok(runs),
     }
 }

@@ -27,7 +27,7 @@ impl<'a> VmState<'a> {
     pub(crate) fn open(image: &'a Qcow2, id: &str) -> Result<Self> {
         let mut meta = image.meta();
         let entry = find(&meta, id)?;
-        let l1 = load_l1(&mut meta, &entry)?;
+        let l1 = load_l1(&meta, &entry)?;
         let geometry = meta.geometry();
         let base = geometry.l1_entries(entry.info.disk_size) * geometry.l2_coverage();
         meta.readers.push(id.to_owned());
@@ -36,7 +36,7 @@ impl<'a> VmState<'a> {
 
     fn map(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
         let mut meta = self.image.meta();
-        meta.trim()?;
+        meta.trim_clean();
         let entry = |_: &_, index| self.l1.get(to_usize(index)).copied().unwrap_or(0);
         let mut extents = map(&mut meta, entry, self.base + offset, len)?;
         drop(meta);
