@@ -157,10 +157,13 @@ impl<'a> Create<'a> {
             .max()
             .unwrap_or(0)
             .saturating_add(1);
+        let (id, tag) = (id.to_string(), cut(&self.new.tag, 255));
         Entry {
+            id: id.as_bytes().to_vec(),
+            tag: tag.as_bytes().to_vec(),
             info: SnapshotInfo {
-                id: id.to_string(),
-                tag: cut(&self.new.tag, 255).to_owned(),
+                id,
+                tag: tag.to_owned(),
                 vm_state_size: self.vm_state_size,
                 disk_size: meta.header.size,
                 date_sec: self.new.date_sec,

@@ -21,6 +21,9 @@ const NO_ICOUNT: u64 = u64::MAX;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::qcow2) struct Entry {
     pub(crate) info: SnapshotInfo,
+    /// Id and tag as they are in the image: they need not be UTF-8 there, and go back unchanged.
+    pub(crate) id: Vec<u8>,
+    pub(crate) tag: Vec<u8>,
     pub(crate) l1_offset: u64,
     pub(crate) l1_size: u32,
     /// Extra data that is not known here, kept as it is.
@@ -84,6 +87,8 @@ fn decode(fixed: &[u8], extra: &[u8], names: &[u8], disk_size: u64) -> Entry {
             vm_clock_nsec: be64_at(fixed, 24),
             icount: known(16).filter(|n| *n != NO_ICOUNT),
         },
+        id: id.to_vec(),
+        tag: name.to_vec(),
         l1_offset: be64_at(fixed, 0),
         l1_size: be32_at(fixed, 8),
         unknown_extra: extra.get(EXTRA..).unwrap_or_default().to_vec(),
@@ -103,8 +108,8 @@ fn encode(entries: &[Entry]) -> Result<Vec<u8>> {
         let extra_len = u32::try_from(EXTRA + entry.unknown_extra.len()).unwrap_or(MAX_EXTRA);
         out.extend(entry.l1_offset.to_be_bytes());
         out.extend(entry.l1_size.to_be_bytes());
-        out.extend(short(info.id.len())?);
-        out.extend(short(info.tag.len())?);
+        out.extend(short(entry.id.len())?);
+        out.extend(short(entry.tag.len())?);
         out.extend(info.date_sec.to_be_bytes());
         out.extend(info.date_nsec.to_be_bytes());
         out.extend(info.vm_clock_nsec.to_be_bytes());
@@ -116,8 +121,8 @@ fn encode(entries: &[Entry]) -> Result<Vec<u8>> {
         out.extend(info.disk_size.to_be_bytes());
         out.extend(info.icount.unwrap_or(NO_ICOUNT).to_be_bytes());
         out.extend(&entry.unknown_extra);
-        out.extend(info.id.as_bytes());
-        out.extend(info.tag.as_bytes());
+        out.extend(&entry.id);
+        out.extend(&entry.tag);
         out.resize(out.len().next_multiple_of(8), 0);
     }
     Ok(out)
@@ -206,6 +211,8 @@ mod tests {
                 vm_clock_nsec: 3,
                 icount: None,
             },
+            id: b"7".to_vec(),
+            tag: "before \u{e9}".into(),
             l1_offset: 0x30000,
             l1_size: 9,
             unknown_extra: vec![1, 2, 3],
@@ -217,5 +224,16 @@ mod tests {
         let names = &bytes[FIXED + extra..][..1 + "before \u{e9}".len()];
         let back = decode(&bytes[..FIXED], &bytes[FIXED..][..extra], names, 0);
         assert_eq!(back, entry);
+    }
+
+    #[test]
+    fn a_tag_that_is_not_utf8_goes_back_as_it_was() {
+        let mut fixed = [0; FIXED];
+        fixed[13] = 1;
+        fixed[15] = 3;
+        let entry = decode(&fixed, &[], b"1a\xe9b", 512);
+        assert_eq!(entry.info.tag, "a\u{fffd}b");
+        let bytes = encode(&[entry]).unwrap();
+        assert_eq!(&bytes[FIXED + EXTRA..][..4], b"1a\xe9b");
     }
 }
