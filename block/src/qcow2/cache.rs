@@ -7,6 +7,8 @@ use crate::num::{be64, to_u64, to_usize};
 use crate::storage::Storage;
 use crate::{ReadBuf, Result, WriteBuf};
 
+use super::layout::HostOffset;
+
 /// A table as it shall be on disk.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -47,7 +49,7 @@ impl Table {
 /// [`TableCache::shrink`] between operations brings it back.
 #[derive(Debug)]
 pub(super) struct TableCache {
-    tables: HashMap<u64, Table>,
+    tables: HashMap<HostOffset, Table>,
     table_len: usize,
     limit: usize,
     clock: u64,
@@ -65,13 +67,13 @@ impl TableCache {
     }
 
     /// The table at `offset`, read if it is not here.
-    pub(crate) fn load(&mut self, storage: &dyn Storage, offset: u64) -> Result<&mut Table> {
+    pub(crate) fn load(&mut self, storage: &dyn Storage, offset: HostOffset) -> Result<&mut Table> {
         self.clock += 1;
         let table = match self.tables.entry(offset) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let mut bytes = vec![0; self.table_len];
-                storage.read_at(offset, &[ReadBuf::new(&mut bytes)])?;
+                storage.read_at(offset.0, &[ReadBuf::new(&mut bytes)])?;
                 entry.insert(Table { bytes, dirty: None, used: 0 })
             }
         };
@@ -80,14 +82,14 @@ impl TableCache {
     }
 
     /// Puts a new table at `offset`, wholly dirty.
-    pub(crate) fn insert(&mut self, offset: u64, bytes: Vec<u8>) -> &mut Table {
+    pub(crate) fn insert(&mut self, offset: HostOffset, bytes: Vec<u8>) -> &mut Table {
         self.clock += 1;
         let table = Table { dirty: Some(0..bytes.len()), bytes, used: self.clock };
         self.tables.entry(offset).insert_entry(table).into_mut()
     }
 
     /// Forgets a table whose cluster has no owner any more, changes included.
-    pub(crate) fn forget(&mut self, offset: u64) {
+    pub(crate) fn forget(&mut self, offset: HostOffset) {
         self.tables.remove(&offset);
     }
 
@@ -104,7 +106,7 @@ impl TableCache {
         for (offset, table) in dirty {
             if let Some(range) = table.dirty.clone() {
                 let at = *offset + to_u64(range.start);
-                storage.write_at(at, &[WriteBuf::new(&table.bytes[range])])?;
+                storage.write_at(at.0, &[WriteBuf::new(&table.bytes[range])])?;
                 table.dirty = None;
             }
         }

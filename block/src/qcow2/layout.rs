@@ -1,5 +1,8 @@
 //! Sizes and entry formats of a qcow2 image ("Cluster mapping" of the qcow2 specification).
 
+use std::fmt::{self, Formatter, LowerHex};
+use std::ops::Add;
+
 /// Entry bits that hold a cluster-aligned host offset.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Refcount is exactly one: the cluster may be written in place.
@@ -9,6 +12,48 @@ const COMPRESSED: u64 = 1 << 62;
 pub(super) const ZERO: u64 = 1;
 /// Host offsets have 56 bits in table entries.
 pub(super) const MAX_HOST: u64 = 1 << 56;
+
+/// An offset in the image file, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct HostOffset(pub(crate) u64);
+
+/// The index of a cluster of the image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct HostCluster(pub(crate) u64);
+
+impl Add<u64> for HostOffset {
+    type Output = Self;
+    fn add(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+impl Add<u64> for HostCluster {
+    type Output = Self;
+    fn add(self, clusters: u64) -> Self {
+        Self(self.0 + clusters)
+    }
+}
+
+impl LowerHex for HostOffset {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        LowerHex::fmt(&self.0, f)
+    }
+}
+
+impl LowerHex for HostCluster {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        LowerHex::fmt(&self.0, f)
+    }
+}
+
+/// The L2 table that an L1 entry refers to.
+pub(super) fn table_of(l1_entry: u64) -> Option<HostOffset> {
+    match l1_entry & OFFSET_MASK {
+        0 => None,
+        offset => Some(HostOffset(offset)),
+    }
+}
 
 /// What all sizes in an image follow from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,29 +131,43 @@ impl Geometry {
     }
 
     /// The host cluster at a host offset.
-    pub(crate) fn cluster_of(self, host: u64) -> u64 {
-        host >> self.cluster_bits
+    pub(crate) fn cluster_of(self, host: HostOffset) -> HostCluster {
+        HostCluster(host.0 >> self.cluster_bits)
     }
 
     /// The host offset of a host cluster.
-    pub(crate) fn offset_of(self, cluster: u64) -> u64 {
-        cluster << self.cluster_bits
+    pub(crate) fn offset_of(self, cluster: HostCluster) -> HostOffset {
+        HostOffset(cluster.0 << self.cluster_bits)
+    }
+
+    /// The bytes of `count` clusters.
+    pub(crate) fn bytes_of(self, count: u64) -> u64 {
+        count << self.cluster_bits
     }
 }
 
 /// Consecutive host clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Run {
-    /// Index of the first.
-    pub(crate) first: u64,
+    pub(crate) first: HostCluster,
     /// How many.
     pub(crate) count: u64,
 }
 
 impl Run {
-    /// The index after the last.
-    pub(crate) fn end(self) -> u64 {
+    /// One cluster.
+    pub(crate) fn one(cluster: HostCluster) -> Self {
+        Self { first: cluster, count: 1 }
+    }
+
+    /// The cluster after the last.
+    pub(crate) fn end(self) -> HostCluster {
         self.first + self.count
+    }
+
+    /// All of them, in order.
+    pub(crate) fn clusters(self) -> impl Iterator<Item = HostCluster> {
+        (self.first.0..self.end().0).map(HostCluster)
     }
 }
 
@@ -128,21 +187,21 @@ pub(super) enum Mapping {
     /// Reads as zeroes; may still own a host cluster.
     Zero {
         /// Host offset of the cluster kept for later writes.
-        host: Option<u64>,
+        host: Option<HostOffset>,
         /// Whether nothing else refers to that cluster.
         copied: bool,
     },
     /// Stored as it is.
     Data {
-        /// Host offset.
-        host: u64,
+        /// Where.
+        host: HostOffset,
         /// Whether nothing else refers to the cluster.
         copied: bool,
     },
     /// Stored compressed, anywhere in host clusters that others may share.
     Compressed {
-        /// Host offset of the first byte.
-        host: u64,
+        /// Where its first byte is.
+        host: HostOffset,
         /// Bytes to read; the stream may end before.
         len: u64,
     },
@@ -158,7 +217,10 @@ impl Mapping {
             if host >= MAX_HOST {
                 return Err("compressed cluster beyond the largest host offset");
             }
-            return Ok(Self::Compressed { host, len: sectors * 512 - host % 512 });
+            return Ok(Self::Compressed {
+                host: HostOffset(host),
+                len: sectors * 512 - host % 512,
+            });
         }
         let host = entry & OFFSET_MASK;
         let copied = entry & COPIED != 0;
@@ -169,11 +231,11 @@ impl Mapping {
             if geometry.version < 3 {
                 return Err("zero cluster in a version 2 image");
             }
-            return Ok(Self::Zero { host: (host != 0).then_some(host), copied });
+            return Ok(Self::Zero { host: (host != 0).then_some(HostOffset(host)), copied });
         }
         Ok(match host {
             0 => Self::Unallocated,
-            host => Self::Data { host, copied },
+            host => Self::Data { host: HostOffset(host), copied },
         })
     }
 
@@ -182,12 +244,12 @@ impl Mapping {
         match self {
             Self::Unallocated | Self::Zero { host: None, .. } => None,
             Self::Zero { host: Some(host), .. } | Self::Data { host, .. } => {
-                Some(Run { first: geometry.cluster_of(host), count: 1 })
+                Some(Run::one(geometry.cluster_of(host)))
             }
             Self::Compressed { host, len } => {
                 let first = geometry.cluster_of(host);
-                let last = geometry.cluster_of(host + len - 1);
-                Some(Run { first, count: last - first + 1 })
+                let last = geometry.cluster_of(host + (len - 1));
+                Some(Run { first, count: last.0 - first.0 + 1 })
             }
         }
     }

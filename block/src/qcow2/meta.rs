@@ -22,7 +22,7 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
 use super::header::{Header, field, incompatible};
-use super::layout::{COPIED, Geometry, Mapping, OFFSET_MASK, Run, push_run};
+use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Mapping, Run, push_run, table_of};
 use super::refcount::Refcounts;
 use super::snapshot::Entry;
 
@@ -93,7 +93,7 @@ impl Meta {
     pub(crate) fn l1_run(&self) -> Run {
         let geometry = self.geometry();
         Run {
-            first: geometry.cluster_of(self.header.l1_offset),
+            first: geometry.cluster_of(HostOffset(self.header.l1_offset)),
             count: geometry.clusters(u64::from(self.header.l1_size) * 8),
         }
     }
@@ -150,7 +150,7 @@ impl Meta {
 
     /// Refuses a host cluster that holds the header or a top-level table.
     pub(crate) fn check_overlap(&mut self, run: Run) -> Result<()> {
-        let header = Run { first: 0, count: 1 };
+        let header = Run::one(HostCluster(0));
         let tables = [
             Some((header, "the header")),
             Some((self.l1_run(), "the L1 table")),
@@ -189,7 +189,7 @@ impl Meta {
         let given = self.refcounts.sub(run, |cluster| {
             l2.forget(geometry.offset_of(cluster));
             if freed.len() < MAX_PENDING_RUNS {
-                push_run(freed, Run { first: cluster, count: 1 });
+                push_run(freed, Run::one(cluster));
             }
         });
         self.noted(given)
@@ -217,11 +217,10 @@ impl Meta {
 
     /// The L2 table an L1 entry refers to; `None` if there is none.
     pub(crate) fn l2_at(&mut self, l1_entry: u64) -> Result<Option<&mut Table>> {
-        let offset = l1_entry & OFFSET_MASK;
-        if offset == 0 {
+        let Some(offset) = table_of(l1_entry) else {
             return Ok(None);
-        }
-        if self.geometry().in_cluster(offset) != 0 {
+        };
+        if self.geometry().in_cluster(offset.0) != 0 {
             return Err(self.damaged(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
         }
         Ok(Some(self.l2.load(&*self.storage, offset)?))
@@ -231,16 +230,15 @@ impl Meta {
     pub(crate) fn l2_for_write(&mut self, l1_index: u64) -> Result<&mut Table> {
         let at = to_usize(l1_index);
         let entry = self.l1.get(at).copied().unwrap_or(0);
-        let offset = entry & OFFSET_MASK;
+        let old = table_of(entry);
         let found = self.l2_at(entry).map(|_| ());
         self.noted(found)?;
-        if entry & COPIED != 0 && offset != 0 {
+        if entry & COPIED != 0
+            && let Some(offset) = old
+        {
             let run = self.cluster_run(offset);
             self.check_overlap(run)?;
-            return match self.l2_at(entry)? {
-                Some(_) => self.l2.load(&*self.storage, offset),
-                None => Err(self.corrupt(format!("L1 entry {entry:#x} has no table"))),
-            };
+            return self.l2.load(&*self.storage, offset);
         }
         let mut bytes = match self.l2_at(entry)? {
             Some(table) => table.bytes().to_vec(),
@@ -252,16 +250,16 @@ impl Meta {
         }
         let run = self.allocate(1, true)?;
         let new = self.geometry().offset_of(run.first);
-        if offset != 0 {
-            self.defer_free(self.cluster_run(offset));
+        if let Some(old) = old {
+            self.defer_free(self.cluster_run(old));
         }
-        self.set_l1(at, new | COPIED);
+        self.set_l1(at, new.0 | COPIED);
         Ok(self.l2.insert(new, bytes))
     }
 
     /// The one cluster at a host offset.
-    pub(crate) fn cluster_run(&self, host: u64) -> Run {
-        Run { first: self.geometry().cluster_of(host), count: 1 }
+    pub(crate) fn cluster_run(&self, host: HostOffset) -> Run {
+        Run::one(self.geometry().cluster_of(host))
     }
 
     /// Changes an entry of the active L1 table.
@@ -344,17 +342,17 @@ impl Meta {
         {
             if run.count > left {
                 self.freed.push(Run { first: run.first, count: run.count - left });
-                run = Run { first: run.end() - left, count: left };
+                run = Run { first: run.first + (run.count - left), count: left };
             }
             left -= run.count;
             let mut free = Vec::new();
-            for cluster in run.first..run.end() {
+            for cluster in run.clusters() {
                 if self.refcounts.get(cluster)? == 0 {
-                    push_run(&mut free, Run { first: cluster, count: 1 });
+                    push_run(&mut free, Run::one(cluster));
                 }
             }
             for part in free {
-                let (at, len) = (geometry.offset_of(part.first), geometry.offset_of(part.count));
+                let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
                 if let Err(e) = self.storage.discard(at, len) {
                     tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
                 }
@@ -409,7 +407,7 @@ impl Meta {
         let Some(end) = self.refcounts.used_end()? else {
             return Ok(());
         };
-        let end = self.geometry().offset_of(end);
+        let end = self.geometry().offset_of(end).0;
         if end > 0 && end < self.storage.len()? {
             self.storage.set_len(end)?;
         }
@@ -428,21 +426,18 @@ pub(super) fn check_l1(
     let corrupt =
         |reason: String| Err(Error::Corrupt { filename: storage.name().to_owned(), reason });
     let len = storage.len()?;
-    let mut tables: Vec<u64> = l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0).collect();
+    let mut tables: Vec<HostOffset> = l1.iter().copied().filter_map(table_of).collect();
     tables.sort_unstable();
-    match tables.last() {
-        Some(last) if *last >= len => {
-            return corrupt(format!(
-                "{what} refers to an L2 table at {last:#x}, beyond the end of the file ({len} bytes); is the file truncated?"
-            ));
-        }
-        _ => {}
+    if let Some(last) = tables.last().filter(|last| last.0 >= len) {
+        return corrupt(format!(
+            "{what} refers to an L2 table at {last:#x}, beyond the end of the file ({len} bytes); is the file truncated?"
+        ));
     }
-    match tables
-        .windows(2)
-        .find(|pair| geometry.cluster_of(pair[0]) == geometry.cluster_of(pair[1]))
-    {
-        Some(pair) => corrupt(format!("{what} refers to the L2 table at {:#x} twice", pair[1])),
+    let clusters: Vec<HostCluster> = tables.iter().map(|at| geometry.cluster_of(*at)).collect();
+    match clusters.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => {
+            corrupt(format!("{what} refers to the L2 table in cluster {:#x} twice", pair[1]))
+        }
         None => Ok(()),
     }
 }

@@ -8,7 +8,7 @@ use crate::{Error, ReadBuf, Result};
 
 use super::Qcow2;
 use super::compressed::decompress;
-use super::layout::{Geometry, Mapping, OFFSET_MASK};
+use super::layout::{Geometry, HostOffset, Mapping, table_of};
 use super::meta::Meta;
 
 /// A part of a request whose bytes come from one place.
@@ -23,13 +23,13 @@ pub(super) struct Extent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     /// The image file at this offset.
-    Host(u64),
+    Host(HostOffset),
     /// Zeroes.
     Zero,
     /// The backing file at the guest offset, or zeroes without one.
     Backing,
     /// A compressed cluster at this host offset, of at most this many bytes.
-    Compressed(u64, u64),
+    Compressed(HostOffset, u64),
 }
 
 impl Source {
@@ -66,7 +66,7 @@ pub(super) fn map(
     while at < end {
         let entry = l1(meta, geometry.l1_index(at));
         let in_cluster = geometry.in_cluster(at);
-        let (n, source) = if entry & OFFSET_MASK == 0 {
+        let (n, source) = if table_of(entry).is_none() {
             // No table: one step for all that it would map.
             (geometry.l2_coverage() - at % geometry.l2_coverage(), Source::Backing)
         } else {
@@ -104,14 +104,12 @@ impl Qcow2 {
         let mut done = 0;
         for extent in extents {
             let part = iobuf::slice_read(bufs, done, extent.len);
-            if let Source::Host(host) = extent.source {
-                self.check_stored(host, extent.len)?;
-            }
+            self.check_stored(extent.source, extent.len)?;
             match extent.source {
                 Source::Zero => iobuf::fill_zero(&part),
                 Source::Backing => self.read_backing(extent.guest, extent.len, &part)?,
-                Source::Host(host) if bulk => self.storage.read_bulk(host, &part)?,
-                Source::Host(host) => self.storage.read_at(host, &part)?,
+                Source::Host(host) if bulk => self.storage.read_bulk(host.0, &part)?,
+                Source::Host(host) => self.storage.read_at(host.0, &part)?,
                 Source::Compressed(host, len) => {
                     let cluster = self.read_compressed(host, len)?;
                     let skip = to_usize(self.geometry.in_cluster(extent.guest));
@@ -125,8 +123,13 @@ impl Qcow2 {
 
     /// Refuses clusters that start past the end of the file, where a truncated image would read as
     /// zeroes. A file may end within a cluster.
-    fn check_stored(&self, host: u64, len: u64) -> Result<()> {
-        let last = self.geometry.cluster_start(host + len - 1);
+    pub(super) fn check_stored(&self, source: Source, len: u64) -> Result<()> {
+        let end = match source {
+            Source::Host(host) => host + len,
+            Source::Compressed(host, _) => host + 1,
+            Source::Zero | Source::Backing => return Ok(()),
+        };
+        let last = self.geometry.cluster_start(end.0.saturating_sub(1));
         if last < self.known_len.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -159,10 +162,10 @@ impl Qcow2 {
 
     /// Reads and unpacks a compressed cluster. At most two clusters are read, whatever the entry
     /// says.
-    fn read_compressed(&self, host: u64, len: u64) -> Result<Vec<u8>> {
+    fn read_compressed(&self, host: HostOffset, len: u64) -> Result<Vec<u8>> {
         let size = self.geometry.cluster_size();
         let mut data = vec![0; to_usize(len.min(size * 2))];
-        self.storage.read_at(host, &[ReadBuf::new(&mut data)])?;
+        self.storage.read_at(host.0, &[ReadBuf::new(&mut data)])?;
         let mut out = vec![0; to_usize(size)];
         decompress(self.compression, &data, &mut out).map_err(|reason| Error::Corrupt {
             filename: self.storage.name().to_owned(),

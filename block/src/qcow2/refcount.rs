@@ -9,7 +9,7 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
 use super::header::{Header, MAX_REFTABLE_BYTES, field};
-use super::layout::{Geometry, MAX_HOST, OFFSET_MASK, Run};
+use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run};
 
 const CACHE_BYTES: u64 = 32 << 20;
 /// Refcount blocks without a count that are looked through for the end of the image.
@@ -26,7 +26,7 @@ pub(super) struct Refcounts {
     table_dirty: Option<Range<usize>>,
     blocks: TableCache,
     /// No cluster below is free.
-    hint: u64,
+    hint: HostCluster,
 }
 
 /// Reads the refcount at `index` of a block ("Refcount blocks": widths below a byte start at the
@@ -72,12 +72,12 @@ impl Refcounts {
             geometry,
             table,
             table_run: Run {
-                first: geometry.cluster_of(header.refcount_table_offset),
+                first: geometry.cluster_of(HostOffset(header.refcount_table_offset)),
                 count: header.refcount_table_clusters.into(),
             },
             table_dirty: None,
             blocks: TableCache::new(geometry.cluster_size(), CACHE_BYTES),
-            hint: 1,
+            hint: HostCluster(1),
         })
     }
 
@@ -111,9 +111,9 @@ impl Refcounts {
     }
 
     /// The block of a cluster and the index in it; `None` if there is no block.
-    fn block(&mut self, cluster: u64) -> Result<Option<(&mut Table, usize)>> {
+    fn block(&mut self, cluster: HostCluster) -> Result<Option<(&mut Table, usize)>> {
         let entries = self.geometry.block_entries();
-        let Some(entry) = self.table.get(to_usize(cluster / entries)).copied() else {
+        let Some(entry) = self.table.get(to_usize(cluster.0 / entries)).copied() else {
             return Ok(None);
         };
         if entry == 0 {
@@ -123,15 +123,15 @@ impl Refcounts {
         if offset != entry || self.geometry.in_cluster(offset) != 0 {
             return Err(self.corrupt(format!(
                 "refcount table entry {} is {entry:#x}, not a cluster offset",
-                cluster / entries
+                cluster.0 / entries
             )));
         }
-        let table = self.blocks.load(&*self.storage, offset)?;
-        Ok(Some((table, to_usize(cluster % entries))))
+        let table = self.blocks.load(&*self.storage, HostOffset(offset))?;
+        Ok(Some((table, to_usize(cluster.0 % entries))))
     }
 
     /// How many references a cluster has.
-    pub(crate) fn get(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn get(&mut self, cluster: HostCluster) -> Result<u64> {
         let order = self.geometry.refcount_order;
         Ok(match self.block(cluster)? {
             Some((table, index)) => get(table.bytes(), index, order),
@@ -139,7 +139,7 @@ impl Refcounts {
         })
     }
 
-    fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+    fn set(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
         let order = self.geometry.refcount_order;
         match self.block(cluster)? {
             Some((table, index)) => set(table, index, order, value),
@@ -156,7 +156,7 @@ impl Refcounts {
     /// Among others when the refcounts' width is exhausted, or a cluster has no reference yet,
     /// which a used cluster must have.
     pub(crate) fn add(&mut self, run: Run) -> Result<()> {
-        for cluster in run.first..run.end() {
+        for cluster in run.clusters() {
             // A table may refer to clusters all over the host, each with a block of its own.
             let changed = match self.trim().and_then(|()| self.get(cluster)) {
                 Ok(0) => {
@@ -171,7 +171,7 @@ impl Refcounts {
                 Err(e) => Err(e),
             };
             if let Err(e) = changed {
-                let done = Run { first: run.first, count: cluster - run.first };
+                let done = Run { first: run.first, count: cluster.0 - run.first.0 };
                 self.sub(done, |_| {})?;
                 return Err(e);
             }
@@ -180,8 +180,8 @@ impl Refcounts {
     }
 
     /// Takes one reference from each cluster and tells which have none left.
-    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(u64)) -> Result<()> {
-        for cluster in run.first..run.end() {
+    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(HostCluster)) -> Result<()> {
+        for cluster in run.clusters() {
             self.trim()?;
             match self.get(cluster)? {
                 0 => {
@@ -209,11 +209,11 @@ impl Refcounts {
                 count += 1;
             }
             if exact && count < want {
-                at += count;
+                at = at + count;
                 continue;
             }
             let run = Run { first: at, count };
-            if self.geometry.offset_of(run.end()) >= MAX_HOST {
+            if self.geometry.offset_of(run.end()).0 >= MAX_HOST {
                 return Err(Error::NotSupported(format!(
                     "Image '{}' cannot grow any more",
                     self.storage.name()
@@ -223,7 +223,7 @@ impl Refcounts {
             if self.ensure_blocks(run)? {
                 continue;
             }
-            for cluster in run.first..run.end() {
+            for cluster in run.clusters() {
                 self.set(cluster, 1)?;
             }
             if !exact || run.first == self.hint {
@@ -234,14 +234,14 @@ impl Refcounts {
     }
 
     /// The first cluster from `at` on that nobody refers to.
-    fn next_free(&mut self, mut at: u64) -> Result<u64> {
+    fn next_free(&mut self, mut at: HostCluster) -> Result<HostCluster> {
         let order = self.geometry.refcount_order;
         let entries = to_usize(self.geometry.block_entries());
         while let Some((table, index)) = self.block(at)? {
             let bytes = table.bytes();
             match (index..entries).find(|i| get(bytes, *i, order) == 0) {
                 Some(free) => return Ok(at + to_u64(free - index)),
-                None => at += to_u64(entries - index),
+                None => at = at + to_u64(entries - index),
             }
         }
         Ok(at)
@@ -251,13 +251,13 @@ impl Refcounts {
     fn ensure_blocks(&mut self, run: Run) -> Result<bool> {
         let entries = self.geometry.block_entries();
         let mut made = false;
-        for index in run.first / entries..=(run.end() - 1) / entries {
+        for index in run.first.0 / entries..=(run.end().0 - 1) / entries {
             if index >= to_u64(self.table.len()) {
                 self.grow(index)?;
                 made = true;
             }
             if self.table[to_usize(index)] == 0 {
-                self.make_block(index, index * entries);
+                self.make_block(index, HostCluster(index * entries));
                 made = true;
             }
         }
@@ -266,17 +266,17 @@ impl Refcounts {
 
     /// Makes the block `index` at `cluster`, which is in the range of a block that exists or of
     /// this one. On disk the table refers to it only after the block is durable.
-    fn make_block(&mut self, index: u64, cluster: u64) {
+    fn make_block(&mut self, index: u64, cluster: HostCluster) {
         let offset = self.geometry.offset_of(cluster);
         let bytes = vec![0; to_usize(self.geometry.cluster_size())];
         let order = self.geometry.refcount_order;
         let entries = self.geometry.block_entries();
         let table = self.blocks.insert(offset, bytes);
-        if cluster / entries == index {
-            set(table, to_usize(cluster % entries), order, 1);
+        if cluster.0 / entries == index {
+            set(table, to_usize(cluster.0 % entries), order, 1);
         }
         let index = to_usize(index);
-        self.table[index] = offset;
+        self.table[index] = offset.0;
         self.table_dirty = Some(match self.table_dirty.take() {
             Some(old) => old.start.min(index)..old.end.max(index + 1),
             None => index..index + 1,
@@ -309,9 +309,9 @@ impl Refcounts {
                 self.storage.name()
             )));
         }
-        let start = first_block * entries;
+        let start = HostCluster(first_block * entries);
         let table_run = Run { first: start + blocks, count: clusters };
-        if geometry.offset_of(table_run.end()) >= MAX_HOST {
+        if geometry.offset_of(table_run.end()).0 >= MAX_HOST {
             return Err(Error::NotSupported(format!(
                 "Image '{}' cannot grow any more",
                 self.storage.name()
@@ -334,16 +334,22 @@ impl Refcounts {
     }
 
     /// The writes of [`Refcounts::grow`].
-    fn install(&mut self, first_block: u64, blocks: u64, start: u64, table: Run) -> Result<()> {
+    fn install(
+        &mut self,
+        first_block: u64,
+        blocks: u64,
+        start: HostCluster,
+        table: Run,
+    ) -> Result<()> {
         for n in 0..blocks {
             self.make_block(first_block + n, start + n);
         }
-        for cluster in start..table.end() {
+        for cluster in (Run { first: start, count: blocks + table.count }).clusters() {
             self.set(cluster, 1)?;
         }
         self.blocks.write_back(&*self.storage)?;
         let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
-        let offset = self.geometry.offset_of(table.first);
+        let offset = self.geometry.offset_of(table.first).0;
         self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
         self.storage.flush()?;
         let mut fields = [0; 12];
@@ -370,7 +376,7 @@ impl Refcounts {
             let bytes: Vec<u8> =
                 self.table[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
             let at = self.geometry.offset_of(self.table_run.first) + to_u64(range.start) * 8;
-            self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;
+            self.storage.write_at(at.0, &[WriteBuf::new(&bytes)])?;
             self.table_dirty = None;
         }
         if self.blocks.is_over() {
@@ -391,7 +397,7 @@ impl Refcounts {
     /// The index after the last cluster that anybody refers to; `None` if that cannot be told
     /// cheaply. Clusters count that were taken and are not written yet: they lie past the end of
     /// the file until then, and a file that is cut meanwhile would lose them.
-    pub(crate) fn used_end(&mut self) -> Result<Option<u64>> {
+    pub(crate) fn used_end(&mut self) -> Result<Option<HostCluster>> {
         let entries = self.geometry.block_entries();
         let order = self.geometry.refcount_order;
         let mut looked_at = 0;
@@ -399,7 +405,7 @@ impl Refcounts {
             if self.table[index] == 0 {
                 continue;
             }
-            let first = to_u64(index) * entries;
+            let first = HostCluster(to_u64(index) * entries);
             if let Some((table, _)) = self.block(first)?
                 && let Some(last) = table.bytes().iter().rposition(|byte| *byte != 0)
             {
@@ -416,7 +422,7 @@ impl Refcounts {
                 return Ok(None);
             }
         }
-        Ok(Some(0))
+        Ok(Some(HostCluster(0)))
     }
 }
 
@@ -436,7 +442,7 @@ mod tests {
         ) {
             let mut cache = TableCache::new(512, 0);
             let storage = MemoryStorage::default();
-            let table = cache.load(&storage, 0).unwrap();
+            let table = cache.load(&storage, HostOffset(0)).unwrap();
             let most = Geometry { cluster_bits: 9, refcount_order: order, version: 3 }.max_refcount();
             let mut model: Vec<u64> = values.iter().map(|v| v & most).collect();
             for (index, value) in model.iter().enumerate() {

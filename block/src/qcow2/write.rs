@@ -5,7 +5,7 @@ use crate::num::{to_u64, to_usize};
 use crate::{ReadBuf, Result, WriteBuf};
 
 use super::Qcow2;
-use super::layout::{COPIED, Mapping, Run};
+use super::layout::{COPIED, HostOffset, Mapping, Run};
 use super::meta::Meta;
 use super::read::{Source, map};
 
@@ -17,7 +17,7 @@ struct Target {
     /// Bytes the request writes.
     len: u64,
     /// Host offset of `guest`.
-    host: u64,
+    host: HostOffset,
     /// For each cluster of a new place: what the guest cluster was mapped to. Empty if in place.
     old: Vec<Mapping>,
 }
@@ -63,7 +63,7 @@ impl Qcow2 {
         let mut done = 0;
         for target in targets {
             let part = iobuf::slice_write(bufs, done, target.len);
-            self.storage.write_at(target.host, &part)?;
+            self.storage.write_at(target.host.0, &part)?;
             done += target.len;
         }
         Ok(true)
@@ -94,7 +94,7 @@ impl Qcow2 {
                 if target.is_new() {
                     self.write_new(target, &part)?;
                 } else {
-                    self.storage.write_at(target.host, &part)?;
+                    self.storage.write_at(target.host.0, &part)?;
                 }
                 done += target.len;
             }
@@ -126,7 +126,7 @@ impl Qcow2 {
                 let in_use = matches!(meta.mapping(guest), Ok(Mapping::Data { host, .. })
                     if meta.geometry().cluster_of(host) == cluster);
                 if !kept && !in_use {
-                    meta.free_after_error(&[Run { first: cluster, count: 1 }]);
+                    meta.free_after_error(&[Run::one(cluster)]);
                 }
             }
         }
@@ -151,7 +151,7 @@ impl Qcow2 {
         if tail > 0 {
             all.push(WriteBuf::new(&after));
         }
-        self.storage.write_at(target.host - head, &all)
+        self.storage.write_at(target.host.0 - head, &all)
     }
 
     /// What the guest would read, past the end of the disk too.
@@ -238,7 +238,13 @@ fn plan_new(meta: &mut Meta, at: u64, end: u64, targets: &mut Vec<Target>) -> Re
 }
 
 /// Adds a cluster to the last target where it continues it, else makes a new one.
-fn push_target(targets: &mut Vec<Target>, guest: u64, len: u64, host: u64, old: Option<Mapping>) {
+fn push_target(
+    targets: &mut Vec<Target>,
+    guest: u64,
+    len: u64,
+    host: HostOffset,
+    old: Option<Mapping>,
+) {
     match targets.last_mut() {
         Some(last) if last.host + last.len == host && last.is_new() == old.is_some() => {
             last.len += len;
@@ -252,18 +258,18 @@ fn push_target(targets: &mut Vec<Target>, guest: u64, len: u64, host: u64, old: 
 fn commit(meta: &mut Meta, target: &Target) -> Result<()> {
     let geometry = meta.geometry();
     let mut guest = geometry.cluster_start(target.guest);
-    let mut host = geometry.cluster_start(target.host);
+    let mut cluster = geometry.cluster_of(target.host);
     for old in &target.old {
         let index = geometry.l2_index(guest);
         let table = meta.l2_for_write(geometry.l1_index(guest))?;
-        table.set_entry(index, host | COPIED);
+        table.set_entry(index, geometry.offset_of(cluster).0 | COPIED);
         if let Some(run) = old.run(geometry)
-            && run.first != geometry.cluster_of(host)
+            && run.first != cluster
         {
             meta.defer_free(run);
         }
         guest += geometry.cluster_size();
-        host += geometry.cluster_size();
+        cluster = cluster + 1;
     }
     Ok(())
 }

@@ -123,7 +123,7 @@ impl Qcow2 {
         }
         let entry = match old {
             Mapping::Data { host, copied: true } if wish == Wish::Keep && v3 => {
-                host | ZERO | COPIED
+                host.0 | ZERO | COPIED
             }
             // Without an entry the backing file would show through.
             _ if v3 => ZERO,

@@ -88,13 +88,13 @@ impl<'a> Create<'a> {
     /// Writes one run of clusters that was taken for it.
     fn write_run(&self, run: Run, bufs: &[WriteBuf<'_>]) -> Result<()> {
         let geometry = self.image.geometry;
-        let (start, end) = (geometry.offset_of(run.first), geometry.offset_of(run.end()));
+        let (start, end) = (geometry.offset_of(run.first).0, geometry.offset_of(run.end()).0);
         {
             let mut area = self.area();
             if end > area.reserved {
                 let storage = &self.image.storage;
                 let written: u64 = area.runs.iter().map(|run| run.count).sum();
-                let more = geometry.offset_of(written).clamp(*RESERVE.start(), *RESERVE.end());
+                let more = geometry.bytes_of(written).clamp(*RESERVE.start(), *RESERVE.end());
                 // Ahead, so that parallel writes find the space there; on a disk that is nearly
                 // full, just what is needed.
                 area.reserved = if storage.reserve(start, end - start + more).is_ok() {
@@ -113,7 +113,7 @@ impl<'a> Create<'a> {
         let geometry = self.image.geometry;
         let mut area = self.area();
         let slot = |n: u64| {
-            let cluster = geometry.cluster_of(offset) + n;
+            let cluster = (offset >> geometry.cluster_bits) + n;
             (cluster >> geometry.l2_bits(), to_usize(cluster & (geometry.l2_entries() - 1)))
         };
         for n in 0..run.count {
@@ -128,7 +128,7 @@ impl<'a> Create<'a> {
                 .tables
                 .entry(table)
                 .or_insert_with(|| vec![0; to_usize(geometry.l2_entries())]);
-            entries[index] = geometry.offset_of(run.first + n);
+            entries[index] = geometry.offset_of(run.first + n).0;
         }
         push_run(&mut area.runs, run);
         Ok(())
@@ -144,7 +144,7 @@ impl<'a> Create<'a> {
             let run = write_fresh(meta, bytes)?;
             self.own.push(run);
             l1.resize(to_usize(*index), 0);
-            l1.push(geometry.offset_of(run.first));
+            l1.push(geometry.offset_of(run.first).0);
         }
         Ok(l1)
     }
@@ -171,7 +171,7 @@ impl<'a> Create<'a> {
                 vm_clock_nsec: self.new.vm_clock_nsec,
                 icount: None,
             },
-            l1_offset: meta.geometry().offset_of(l1.first),
+            l1_offset: meta.geometry().offset_of(l1.first).0,
             l1_size: u32::try_from(l1_size).unwrap_or(u32::MAX),
             unknown_extra: Vec::new(),
         }
@@ -256,7 +256,7 @@ impl SnapshotCreate for Create<'_> {
                 meta.trim()?;
                 meta.allocate(want, false)?
             };
-            let n = geometry.offset_of(run.count);
+            let n = geometry.bytes_of(run.count);
             let part = iobuf::slice_write(bufs, done, n);
             let written = self.write_run(run, &part).and_then(|()| self.note(offset + done, run));
             if let Err(e) = written {

@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 use super::Qcow2;
 use super::header::MAX_L1_BYTES;
-use super::layout::Run;
+use super::layout::{HostOffset, Run};
 use super::meta::{Meta, check_l1, read_l1};
 
 /// How far a change is.
@@ -97,7 +97,7 @@ fn load_l1(meta: &Meta, entry: &Entry) -> Result<Vec<u64>> {
 fn l1_run(meta: &Meta, entry: &Entry) -> Run {
     let geometry = meta.geometry();
     Run {
-        first: geometry.cluster_of(entry.l1_offset),
+        first: geometry.cluster_of(HostOffset(entry.l1_offset)),
         count: geometry.clusters(u64::from(entry.l1_size) * 8),
     }
 }
@@ -112,9 +112,9 @@ fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>) -> Result<Run> {
     use crate::num::{to_u64, to_usize};
     let geometry = meta.geometry();
     let count = geometry.clusters(to_u64(bytes.len()));
-    bytes.resize(to_usize(geometry.offset_of(count)), 0);
+    bytes.resize(to_usize(geometry.bytes_of(count)), 0);
     let run = meta.allocate(count, true)?;
-    let at = geometry.offset_of(run.first);
+    let at = geometry.offset_of(run.first).0;
     if let Err(e) = meta.storage.write_at(at, &[crate::WriteBuf::new(&bytes)]) {
         meta.free_after_error(&[run]);
         return Err(e);

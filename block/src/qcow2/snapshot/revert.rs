@@ -128,7 +128,7 @@ impl SnapshotChange for Revert<'_> {
         let old = (Active::of(&meta), meta.l1_run());
         let new = Active {
             l1: self.l1.clone(),
-            offset: self.run.map_or(0, |run| meta.geometry().offset_of(run.first)),
+            offset: self.run.map_or(0, |run| meta.geometry().offset_of(run.first).0),
             disk_size: self.entry.info.disk_size,
         };
         if let Err(e) = self.switch(&mut meta, &new) {

@@ -2,7 +2,7 @@
 
 use crate::num::{be16_at, be32_at, be64_at, to_u64, to_usize};
 use crate::qcow2::header::{Header, field};
-use crate::qcow2::layout::Run;
+use crate::qcow2::layout::{HostOffset, Run};
 use crate::qcow2::meta::Meta;
 use crate::snapshot::SnapshotInfo;
 use crate::storage::Storage;
@@ -69,7 +69,8 @@ pub(in crate::qcow2) fn read_table(
         at = end.next_multiple_of(8);
     }
     let geometry = header.geometry;
-    let run = Run { first: geometry.cluster_of(start), count: geometry.clusters(at - start) };
+    let run =
+        Run { first: geometry.cluster_of(HostOffset(start)), count: geometry.clusters(at - start) };
     Ok((entries, Some(run)))
 }
 
@@ -153,7 +154,7 @@ impl TableSwitch {
 
     fn write_header(meta: &mut Meta, entries: &[Entry], run: Option<Run>) -> Result<()> {
         let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
-        let offset = run.map_or(0, |run| meta.geometry().offset_of(run.first));
+        let offset = run.map_or(0, |run| meta.geometry().offset_of(run.first).0);
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&count.to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());

@@ -4,7 +4,7 @@
 
 use crate::Result;
 use crate::num::{to_u64, to_usize};
-use crate::qcow2::layout::{COPIED, Mapping, OFFSET_MASK, Run, push_run};
+use crate::qcow2::layout::{COPIED, HostCluster, Mapping, OFFSET_MASK, Run, push_run, table_of};
 use crate::qcow2::meta::Meta;
 
 /// The clusters that an L2 table refers to, in runs; a cluster comes as often as it is referred to.
@@ -47,10 +47,9 @@ pub(super) fn add_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
 }
 
 fn add_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
-    let offset = l1_entry & OFFSET_MASK;
-    if offset == 0 {
+    let Some(offset) = table_of(l1_entry) else {
         return Ok(());
-    }
+    };
     let mut runs = runs_of(meta, l1_entry)?;
     runs.push(meta.cluster_run(offset));
     for (done, run) in runs.iter().enumerate() {
@@ -84,10 +83,9 @@ pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
 }
 
 fn sub_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
-    let offset = l1_entry & OFFSET_MASK;
-    if offset == 0 {
+    let Some(offset) = table_of(l1_entry) else {
         return Ok(());
-    }
+    };
     for run in runs_of(meta, l1_entry)? {
         meta.free(run)?;
     }
@@ -100,10 +98,9 @@ pub(super) fn set_copied(meta: &mut Meta) -> Result<()> {
     let geometry = meta.geometry();
     for l1_index in 0..meta.l1.len() {
         let entry = meta.l1[l1_index];
-        let offset = entry & OFFSET_MASK;
-        if offset == 0 {
+        let Some(offset) = table_of(entry) else {
             continue;
-        }
+        };
         let wanted = flagged(meta, entry, geometry.cluster_of(offset))?;
         if wanted != entry {
             meta.set_l1(l1_index, wanted);
@@ -133,7 +130,7 @@ pub(super) fn set_copied(meta: &mut Meta) -> Result<()> {
     Ok(())
 }
 
-fn flagged(meta: &mut Meta, entry: u64, cluster: u64) -> Result<u64> {
+fn flagged(meta: &mut Meta, entry: u64, cluster: HostCluster) -> Result<u64> {
     Ok(if meta.refcounts.get(cluster)? == 1 { entry | COPIED } else { entry & !COPIED })
 }
 

@@ -40,41 +40,14 @@ impl<'a> VmState<'a> {
         let entry = |_: &_, index| self.l1.get(to_usize(index)).copied().unwrap_or(0);
         let mut extents = map(&mut meta, entry, self.base + offset, len)?;
         drop(meta);
-        self.check_in_file(&extents)?;
         for extent in &mut extents {
+            self.image.check_stored(extent.source, extent.len)?;
             // The backing file has no VM state.
             if extent.source == Source::Backing {
                 extent.source = Source::Zero;
             }
         }
         Ok(extents)
-    }
-
-    /// A disk reads zeroes past the end of its file; memory that was saved is not zero because its
-    /// file was cut off.
-    fn check_in_file(&self, extents: &[Extent]) -> Result<()> {
-        let file_len = self.image.storage.len()?;
-        let cluster = self.image.geometry.cluster_size();
-        for extent in extents {
-            let (host, len) = match extent.source {
-                Source::Host(host) => (host, extent.len),
-                Source::Compressed(host, _) => (host, 1),
-                Source::Zero | Source::Backing => continue,
-            };
-            // The file may end within its last cluster.
-            let last = (host + len.saturating_sub(1)) / cluster * cluster;
-            if last >= file_len {
-                let reason = format!(
-                    "VM state of snapshot '{}' is at {last:#x}, beyond the end of the file ({file_len} bytes); is the file truncated?",
-                    self.id
-                );
-                return Err(Error::Corrupt {
-                    filename: self.image.storage.name().to_owned(),
-                    reason,
-                });
-            }
-        }
-        Ok(())
     }
 
     /// The recorded size may claim anything: what is past the table's end cannot be asked for.
