@@ -190,7 +190,8 @@ fn counters_go_on(vcpus: u8) {
     let after = guest.wait_word(TOTAL, |total| total > before);
     guest.poke(MARK, 2);
     let stopped = stop_counting(&mut guest, vcpus.into());
-    assert!(stopped > after);
+    // The vCPU may not have had the host's CPU in between.
+    assert!(stopped >= after);
 
     vm.load("counting", DISK);
     assert_eq!(guest.peek(MARK), 1, "memory is not that of the save");
