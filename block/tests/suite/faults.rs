@@ -119,6 +119,24 @@ fn a_failing_operation_anywhere_leaves_a_sound_version_2_image() {
     fail_everywhere("cluster_size=4k,compat=0.10");
 }
 
+/// What qemu-img says of a cut-off image before any repair: leaks at most. In a save and a deletion a
+/// cluster's count and the COPIED flag of its entry, which lie in different clusters, change one
+/// after the other: there it may also count those flags, and nothing else, as wrong.
+fn flags_are_all(dir: &Path, bytes: &[u8], flags_may_lag: bool, case: &str) {
+    let file = dir.join("cut-off.qcow2");
+    std::fs::write(&file, bytes).unwrap();
+    let args = ["check", "-f", "qcow2", &common::path(&file)];
+    let output = Command::new("qemu-img").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    let other = text.lines().find(|l| l.starts_with("ERROR") && !l.contains("OFLAG_COPIED"));
+    assert_eq!(other, None, "{case}");
+    match output.status.code() {
+        Some(0 | 3) => {}
+        Some(2) if flags_may_lag => {}
+        code => panic!("{case}: {code:?} {text}"),
+    }
+}
+
 /// qemu-img makes the image sound by taking leaked clusters back, nothing else.
 fn leaks_are_all(dir: &Path, bytes: &[u8], case: &str) {
     let file = dir.join("cut-off.qcow2");
@@ -155,7 +173,9 @@ fn power_failure_anywhere_keeps_the_old_snapshot() {
             let met = storage.failed();
             drop(format);
             for (kind, bytes) in [("power", storage.flushed_bytes()), ("kill", storage.bytes())] {
-                leaks_are_all(dir.path(), &bytes, &format!("{name} {at} {kind}"));
+                let case = format!("{name} {at} {kind}");
+                flags_are_all(dir.path(), &bytes, matches!(name, "save" | "delete"), &case);
+                leaks_are_all(dir.path(), &bytes, &case);
                 let storage = Arc::new(MemoryStorage::new(bytes));
                 let format = open(&storage);
                 let now = common::read_all(&format);
