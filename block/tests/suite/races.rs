@@ -10,8 +10,8 @@ use block::{Format, ReadBuf, Result, WriteBuf};
 
 use crate::common::{self, create, have_qemu_img, land, save};
 
-/// Memory whose next write waits until the length is asked for, and is then done before the answer
-/// (which is of before) is given.
+/// Memory whose next write past the end waits until the length is asked for, and is then done before
+/// the answer (which is of before) is given.
 #[derive(Debug)]
 struct LateWrite {
     memory: MemoryStorage,
@@ -44,7 +44,7 @@ impl Storage for LateWrite {
         self.memory.read_at(offset, bufs)
     }
     fn write_at(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        if !self.hold.swap(false, Ordering::AcqRel) {
+        if offset < self.memory.len()? || !self.hold.swap(false, Ordering::AcqRel) {
             return self.memory.write_at(offset, bufs);
         }
         self.held.wait();
@@ -93,19 +93,30 @@ fn shortening_the_file_leaves_a_write_in_flight_alone() {
     let storage = Arc::new(LateWrite::new(std::fs::read(&image).unwrap()));
     let dynamic: Arc<dyn Storage> = storage.clone();
     let format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
-    save(&format, "old");
-    let mut change = format.delete_snapshot("1").unwrap();
+    // Holes for the L2 table, so that only data goes past the end; VM state at the end.
+    for tag in ["low", "high"] {
+        let mut change = format.create_snapshot(&common::new_snapshot(tag)).unwrap();
+        change.write_vmstate(0, &[WriteBuf::new(&[1; 4 << 16])]).unwrap();
+        change.set_vmstate_size(4 << 16);
+        change.prepare().unwrap();
+        change.publish().unwrap();
+        change.finish().unwrap();
+    }
+    common::delete(&format, "low");
+    common::write(&format, 0, &[6; 1 << 16]);
+    format.flush().unwrap();
+    let mut change = format.delete_snapshot("2").unwrap();
     change.prepare().unwrap();
     change.publish().unwrap();
     storage.hold.store(true, Ordering::Release);
     std::thread::scope(|scope| {
-        scope.spawn(|| common::write(&format, 1 << 20, &[7; 65536]));
+        scope.spawn(|| common::write(&format, 1 << 20, &vec![7; 1 << 20]));
         storage.held.wait();
         storage.release.store(true, Ordering::Release);
         change.finish().unwrap();
     });
     drop(change);
-    assert!(common::read(&format, 1 << 20, 65536).iter().all(|b| *b == 7));
+    assert!(common::read(&format, 1 << 20, 1 << 20).iter().all(|b| *b == 7));
     drop(format);
     std::fs::write(&image, storage.memory.bytes()).unwrap();
     common::check(&image);
