@@ -163,15 +163,18 @@ impl Guest {
         }
     }
 
-    /// Starts a shell on the serial port, which the caller gets. The shell's end powers off.
-    pub(super) fn open_shell(&mut self) -> Result<UnixStream, Error> {
+    /// Starts a shell on the serial port, for which the caller gets the connection and the bytes
+    /// with which the agent's answer begins when the shell has ended.
+    pub(super) fn open_shell(&mut self) -> Result<(UnixStream, Vec<u8>), Error> {
+        let token = format!("shell-{}", self.child.id());
         let send = |stream: &mut UnixStream| {
-            stream.write_all(b"shell shell\nend poweroff\n").and_then(|()| stream.try_clone())
+            stream.write_all(format!("{token} shell\n").as_bytes())?;
+            stream.set_read_timeout(None)?;
+            stream.try_clone()
         };
         let stream = send(self.serial.get_mut());
         let stream = stream.map_err(|error| self.failure(&error.to_string()))?;
-        stream.set_read_timeout(None).map_err(|error| self.failure(&error.to_string()))?;
-        Ok(stream)
+        Ok((stream, format!("{token} ").into_bytes()))
     }
 
     fn failure(&self, what: &str) -> Error {

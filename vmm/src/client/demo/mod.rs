@@ -140,8 +140,8 @@ fn finish(mut guest: Guest, shell: bool) -> Result<(), Error> {
         let socket = guest.qmp_path().display().to_string();
         println!("     {program} snapshot save --qmp {socket} mine");
         println!("     {program} snapshot load --qmp {socket} mine\n");
-        let stream = guest.open_shell()?;
-        return console::attach_stream(stream)
+        let (stream, ended) = guest.open_shell()?;
+        return console::attach_until(stream, Some(&ended))
             .map_err(|source| Error::Console { path: socket, source });
     }
     guest.ask("poweroff")?;
