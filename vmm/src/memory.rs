@@ -67,16 +67,36 @@ fn advise(mapping: &MmapRegion) {
 
 /// Tells KVM of all RAM, one memory slot a region.
 pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    set_slots(vm, memory, GuestMemoryRegion::len)
+}
+
+/// Makes KVM forget what it derived from the contents of RAM, after the host has replaced them. The
+/// vCPUs must be paused.
+///
+/// A KVM without nested paging shadows the guest's page tables. It sees the guest's writes to them,
+/// not the host's, and would go on with translations of the former guest. All of them go with the
+/// memory slots.
+pub fn forget_translations(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    set_slots(vm, memory, |_| 0)?;
+    register(vm, memory)
+}
+
+/// Sets the memory slot of each region; a size of 0 removes it.
+fn set_slots(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    size: impl Fn(&GuestRegionMmap) -> u64,
+) -> Result<(), Error> {
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
+            memory_size: size(region),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the region is a live mapping of that size. The machine keeps the memory until
-        // the VM is gone, and never maps a slot twice.
+        // SAFETY: the region is a live mapping of at least that size. The machine keeps the memory
+        // until the VM is gone, and each region has a slot of its own.
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
     }

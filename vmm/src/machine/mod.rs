@@ -168,6 +168,7 @@ impl Machine {
     /// Replaces the state of the paused machine. RAM must hold that state's memory already.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
         self.check_fits(state)?;
+        memory::forget_translations(&self.vm, &self.memory)?;
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
         state.irqchip.restore(&self.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
