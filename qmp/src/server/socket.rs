@@ -23,7 +23,7 @@ pub enum ListenError {
     #[error("QMP socket {}: the file exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
     /// The system refused.
-    #[error("QMP socket {}: cannot {action}", path.display())]
+    #[error("QMP socket {}: cannot {action}: {source}", path.display())]
     Io {
         /// The socket's file.
         path: PathBuf,

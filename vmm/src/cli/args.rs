@@ -60,8 +60,8 @@ pub struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     pub append: String,
-    /// Block node: driver=qcow2|raw,node-name=N,file.driver=file,file.filename=F[,read-only=on]
-    /// [,file.cache.direct=on], or JSON
+    /// Block node: driver=qcow2|raw,node-name=N,file.driver=file,file.filename=F, then if wanted
+    /// ,read-only=on and ,file.cache.direct=on; or JSON
     #[arg(long, value_name = "OPTIONS")]
     pub blockdev: Vec<String>,
     /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N], virtio-rng-device, or JSON
