@@ -171,6 +171,12 @@ impl Vm {
         Agent::connect(&self.serial_path)
     }
 
+    /// What the program says on stderr, for a closure that must not borrow the machine.
+    pub fn stderr_reader(&self) -> impl Fn() -> String + use<> {
+        let path = self.dir.path().join("stderr");
+        move || std::fs::read_to_string(&path).unwrap_or_default()
+    }
+
     /// What the program said on stderr.
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()

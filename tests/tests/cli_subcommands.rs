@@ -51,6 +51,9 @@ fn a_checkpoint_is_saved_listed_loaded_and_deleted_from_the_shell() {
     assert!(snapshot("delete", "mine").starts_with("'mine' deleted in "));
     assert!(!list().contains("mine"));
 
+    let error = fail(&["snapshot", "delete", "--qmp", &qmp, "mine"]);
+    assert!(error.contains("no disk has a checkpoint 'mine'"), "{error}");
+    assert!(fail(&["snapshot", "save", "--qmp", &qmp, ""]).contains("must not be empty"));
     let error = fail(&["snapshot", "load", "--qmp", &qmp, "mine"]);
     assert!(error.contains("Snapshot 'mine' does not exist in one or more devices"), "{error}");
     vm.quit();

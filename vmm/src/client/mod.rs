@@ -28,6 +28,12 @@ pub enum Error {
     /// The machine has nothing to keep a checkpoint on.
     #[error("the machine has no writable disk that could hold a checkpoint")]
     NoDisk,
+    /// Nothing to delete.
+    #[error("no disk has a checkpoint '{0}'; 'tardigrade snapshot list' tells which there are")]
+    NoCheckpoint(String),
+    /// A name that cannot be told from nothing.
+    #[error("the name of a checkpoint must not be empty")]
+    EmptyTag,
     /// The console's socket cannot be used.
     #[error("console {path}: {source}")]
     Console {

@@ -24,6 +24,14 @@ pub(super) fn load(args: &SnapshotArgs) -> Result<(), Error> {
 }
 
 pub(super) fn delete(args: &SnapshotArgs) -> Result<(), Error> {
+    // QMP takes the deletion of what is not there for done; a person has mistyped.
+    let has_tag = |disk: &Disk| {
+        let snapshots = disk.snapshots.as_array();
+        snapshots.into_iter().flatten().any(|snapshot| snapshot["name"] == json!(args.tag))
+    };
+    if !disks(&mut connect(&args.target)?)?.iter().any(has_tag) {
+        return Err(Error::NoCheckpoint(args.tag.clone()));
+    }
     run_job(args, "snapshot-delete", "deleted")
 }
 
@@ -85,6 +93,9 @@ fn disks(client: &mut Client) -> Result<Vec<Disk>, Error> {
 
 /// Runs a snapshot job to its end, with progress on a terminal.
 fn run_job(args: &SnapshotArgs, command: &'static str, done: &str) -> Result<(), Error> {
+    if args.tag.is_empty() {
+        return Err(Error::EmptyTag);
+    }
     let mut client = connect(&args.target)?;
     let devices = match args.devices.as_slice() {
         [] => disks(&mut client)?.into_iter().map(|disk| disk.node).collect(),

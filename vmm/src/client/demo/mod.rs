@@ -54,7 +54,9 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), Error> {
     say("Making a 1 GiB disk image with qemu-img ...");
     make_image(&image)?;
 
-    say("Booting Linux on it, with 2 vCPUs and 128 MiB of RAM (up to half a minute) ...");
+    say(
+        "Booting Linux on it, with 2 vCPUs and 128 MiB of RAM (half a minute or more where KVM is slow) ...",
+    );
     let mut guest = Guest::boot(&files, &dir.0, &image)?;
     let mut client = guest.qmp()?;
     done(&format!("booted in {:.1} s", guest.started.elapsed().as_secs_f64()));
