@@ -65,7 +65,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts it and waits for its sockets.
+    /// Starts it and waits until it can be talked to.
     pub(crate) fn start(mut command: Command, image: &Path, dir: &Path) -> Self {
         let (qmp, serial) = (dir.join("qmp"), dir.join("serial"));
         for socket in [&qmp, &serial] {
@@ -86,7 +86,8 @@ impl Machine {
             .unwrap();
         let machine = Self { child, qmp, serial, jobs: 0 };
         let deadline = Instant::now() + PATIENCE;
-        while !(machine.qmp.exists() && machine.serial.exists()) {
+        // Who greets has made both sockets.
+        while Client::connect_with(&machine.qmp, PATIENCE).is_err() {
             assert!(Instant::now() < deadline, "the machine does not start");
             std::thread::sleep(Duration::from_micros(200));
         }

@@ -28,7 +28,6 @@ routines:                               # in the order of `Routine` in monitor.r
     .long transmit - header
     .long jump - header
     .long user - header
-    .long user_listening - header
     .long fill - header
     .long verify - header
     .long find_nonzero - header
@@ -269,10 +268,6 @@ listen:
     pop rdx
     ret
 
-# As `user`, until input makes the interrupt DUMP.
-user_listening:
-    call listen
-    sti
 # Runs routine rdi at CPL 3 with three arguments, until its UD2; gives its rax.
 user:
     push rbx
@@ -462,6 +457,30 @@ clock:
     jne clock
     ret
 
+# Looks at the clock all the time until there is a byte at the serial port; gives the longest gap
+# between two looks, in TSC ticks.
+watch_time:
+    xor r9d, r9d
+    rdtsc
+    shl rdx, 32
+    lea r8, [rdx + rax]
+1:  rdtsc
+    shl rdx, 32
+    or rax, rdx
+    mov r10, rax
+    sub r10, r8
+    cmp r10, r9
+    cmova r9, r10
+    mov r8, rax
+    mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jz 1b
+    mov edx, 0x3f8
+    in al, dx
+    mov rax, r9
+    ret
+
 # ---- Routines for CPL 3 ---------------------------------------------------------------------
 
 # Fills rdi to rsi with words made of their address and the seed rdx.
@@ -519,23 +538,6 @@ count_up:
     ud2
 3:  mov rax, -1
     ud2
-
-# Looks at the clock all the time, and keeps the longest gap between two looks in r9, in TSC ticks.
-# An interrupt with vector DUMP ends it.
-watch_time:
-    xor r9d, r9d
-    rdtsc
-    shl rdx, 32
-    lea r8, [rdx + rax]
-1:  rdtsc
-    shl rdx, 32
-    or rax, rdx
-    mov r10, rax
-    sub r10, r8
-    cmp r10, r9
-    cmova r9, r10
-    mov r8, rax
-    jmp 1b
 
 # ---- Exceptions and interrupts --------------------------------------------------------------
 

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::layout::{COUNTERS, DUMP, DUMP_VECTOR, MAILBOX_SIZE, MAILBOXES};
-use super::{apic, image};
+use super::image;
+use super::layout::{COUNTERS, MAILBOX_SIZE, MAILBOXES};
 
 /// How long the guest may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -41,8 +41,6 @@ pub enum Routine {
     Jump,
     /// Calls a routine for CPL 3 with three arguments.
     User,
-    /// The same for a routine that goes on until there is input; see [`Monitor::watch`].
-    UserListening,
     /// CPL 3: start, end, seed.
     Fill,
     /// CPL 3: start, end, seed.
@@ -51,7 +49,7 @@ pub enum Routine {
     FindNonzero,
     /// CPL 3: own counter, shared counter, stop word.
     CountUp,
-    /// CPL 3: until the dump interrupt.
+    /// Until a byte comes; see [`Monitor::watch`].
     WatchTime,
     /// Loads all registers and waits for the dump interrupt; the argument tells whether at CPL 3.
     Hold,
@@ -231,13 +229,15 @@ impl Monitor {
     /// Lets the guest look at the clock all the time while `meanwhile` is done; gives the longest
     /// gap between two looks, in TSC ticks.
     pub fn watch(&mut self, meanwhile: impl FnOnce()) -> u64 {
-        apic::enable(self);
-        apic::route(self, apic::SERIAL_PIN, DUMP_VECTOR);
-        self.start(Routine::UserListening, &[Routine::WatchTime as u64]);
+        self.start(Routine::WatchTime, &[]);
         meanwhile();
+        self.end_watch()
+    }
+
+    /// Ends a watch that goes on because the guest was revived in the middle of it.
+    pub fn end_watch(&mut self) -> u64 {
         self.send(b"!");
-        self.answer().unwrap();
-        self.peek(DUMP + 0x40)
+        self.answer().unwrap()
     }
 
     /// Fills memory with words made of their address and the seed, at native speed.
