@@ -18,6 +18,9 @@ const MIB: u64 = 1 << 20;
 /// RAM that the guest has and does not use, in MiB.
 const UNUSED: u64 = 128;
 
+/// What is left to QEMU's firmware, in bytes.
+const FIRMWARE: u64 = 16 * MIB;
+
 /// The seed of the pattern in memory.
 const SEED: u64 = 0x7461_7264;
 
@@ -70,11 +73,13 @@ pub(crate) fn measure(program: Program, used: u64, dir: &Path, report: &mut Repo
     std::fs::remove_file(&disk).unwrap();
 }
 
-/// Where the guest has so many MiB to fill.
+/// Where the guest has so many MiB to fill. QEMU's firmware has its own structures at the end of low
+/// RAM, among them the queue of the disk: they stay.
 fn used_ranges(used: u64) -> Vec<Range<u64>> {
+    let low_end = LOW_RAM_MAX - FIRMWARE;
     let end = FREE + used * MIB;
-    let above = end.saturating_sub(LOW_RAM_MAX);
-    let parts = [FREE..end.min(LOW_RAM_MAX), HIGH_RAM..HIGH_RAM + above];
+    let above = end.saturating_sub(low_end);
+    let parts = [FREE..end.min(low_end), HIGH_RAM..HIGH_RAM + above];
     parts.into_iter().filter(|range| !range.is_empty()).collect()
 }
 
