@@ -2,35 +2,47 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use tardigrade_tests::pattern;
+use tempfile::NamedTempFile;
 
-use crate::ROUNDS;
 use crate::report::Report;
 
 /// MiB written and read.
 const SIZE: u64 = 1024;
 
-pub(crate) fn measure(dir: &Path, report: &mut Report) {
-    let source = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    write_pattern(source.as_file());
-    let from = format!("if={}", source.path().display());
-    let file = dir.join("dd");
-    let (to, back) = (format!("of={}", file.display()), format!("if={}", file.display()));
-    for _ in 0..ROUNDS {
-        // A file that is there already would be overwritten in place, and not allocated.
-        let _ = std::fs::remove_file(&file);
+/// `dd`, with its data in memory.
+pub(crate) struct Dd {
+    source: NamedTempFile,
+    file: PathBuf,
+}
+
+impl Dd {
+    /// Makes the data; files are to be written in `dir`.
+    pub(crate) fn new(dir: &Path) -> Self {
+        let source = NamedTempFile::new_in("/dev/shm").unwrap();
+        write_pattern(source.as_file());
+        Self { source, file: dir.join("dd") }
+    }
+
+    /// One round. Files are new, so that writing them includes their allocation.
+    pub(crate) fn measure(&self, report: &mut Report) {
+        // Of a run that was stopped.
+        let _ = std::fs::remove_file(&self.file);
+        let from = format!("if={}", self.source.path().display());
+        let to = format!("of={}", self.file.display());
+        let back = format!("if={}", self.file.display());
         let time = dd(&[&from, &to, "bs=1M", "oflag=direct"]);
         report.add("dd write s", "direct", SIZE, time);
         let time = dd(&[&back, "of=/dev/null", "bs=1M", "iflag=direct"]);
         report.add("dd read s", "direct", SIZE, time);
-        std::fs::remove_file(&file).unwrap();
+        std::fs::remove_file(&self.file).unwrap();
         let time = dd(&[&from, &to, "bs=1M", "conv=fdatasync"]);
         report.add("dd write s", "fdatasync", SIZE, time);
-        std::fs::remove_file(&file).unwrap();
+        std::fs::remove_file(&self.file).unwrap();
     }
 }
 

@@ -34,9 +34,10 @@ fn main() {
     let mut report = Report::default();
     let programs = programs(&mut report);
 
-    disk::measure(&dir, &mut report);
+    let dd = disk::Dd::new(&dir);
     for used in sizes {
         for round in 0..ROUNDS {
+            dd.measure(&mut report);
             for program in &programs {
                 eprintln!("{} with {used} MiB in use, round {}", program.name(), round + 1);
                 checkpoint::measure(*program, used, &dir, &mut report);
