@@ -35,7 +35,7 @@ pub(crate) fn measure(program: Program, used: u64, dir: &Path, report: &mut Repo
     let ranges = used_ranges(used);
     let mut add = |what: &str, value| report.add(what, program.name(), used, value);
 
-    let mut machine = Machine::start(command(), &disk, dir);
+    let mut machine = Machine::start(program, command(), &disk, dir);
     let mut guest = machine.monitor();
     for range in ranges.clone() {
         guest.fill(range, SEED);
@@ -64,7 +64,7 @@ pub(crate) fn measure(program: Program, used: u64, dir: &Path, report: &mut Repo
     let start = Instant::now();
     let mut revive = command();
     revive.args(["--loadvm", "bench"]);
-    let machine = Machine::start(revive, &disk, dir);
+    let machine = Machine::start(program, revive, &disk, dir);
     let mut guest = Monitor::connect(machine.serial_path());
     guest.end_watch();
     add("revive s", start.elapsed().as_secs_f64());

@@ -16,6 +16,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 pub(crate) enum Program {
     Tardigrade,
     Qemu,
+    /// QEMU with O_DIRECT for the image, as our VM state is read and written.
+    QemuDirect,
 }
 
 impl Program {
@@ -23,6 +25,7 @@ impl Program {
         match self {
             Self::Tardigrade => "Tardigrade",
             Self::Qemu => "QEMU",
+            Self::QemuDirect => "QEMU direct",
         }
     }
 
@@ -30,7 +33,7 @@ impl Program {
     pub(crate) fn command(self, kernel: &Path, ram: u64) -> Command {
         let mut command = match self {
             Self::Tardigrade => Command::new(tardigrade()),
-            Self::Qemu => {
+            Self::Qemu | Self::QemuDirect => {
                 let mut command = Command::new("qemu-system-x86_64");
                 command.args(["-M", "microvm,pit=off,pic=off", "-accel", "kvm"]);
                 command.args(["-cpu", "host,-arch-capabilities"]);
@@ -41,6 +44,14 @@ impl Program {
         command.args(["-m", &format!("{ram}M")]).arg("--kernel").arg(kernel);
         command.stdin(Stdio::null()).stderr(Stdio::inherit());
         command
+    }
+
+    /// What the image's node has beyond its name and file.
+    fn cache_options(self) -> &'static str {
+        match self {
+            Self::Tardigrade | Self::Qemu => "",
+            Self::QemuDirect => ",cache.direct=on",
+        }
     }
 }
 
@@ -66,7 +77,7 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Starts it and waits until it can be talked to.
-    pub(crate) fn start(mut command: Command, image: &Path, dir: &Path) -> Self {
+    pub(crate) fn start(program: Program, mut command: Command, image: &Path, dir: &Path) -> Self {
         let (qmp, serial) = (dir.join("qmp"), dir.join("serial"));
         for socket in [&qmp, &serial] {
             // It may be the first.
@@ -75,8 +86,9 @@ impl Machine {
         let child = command
             .arg("--blockdev")
             .arg(format!(
-                "driver=qcow2,node-name=disk0,file.driver=file,file.filename={}",
-                image.display()
+                "driver=qcow2,node-name=disk0,file.driver=file,file.filename={}{}",
+                image.display(),
+                program.cache_options()
             ))
             .args(["--device", "virtio-blk-device,drive=disk0"])
             .args(["--qmp", &format!("unix:{},server=on,wait=off", qmp.display())])

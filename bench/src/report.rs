@@ -21,6 +21,7 @@ struct Measured {
 
 const OURS: &str = "Tardigrade";
 const QEMU: &str = "QEMU";
+const QEMU_DIRECT: &str = "QEMU direct";
 
 impl Report {
     pub(crate) fn add(&mut self, what: &str, who: &str, size: u64, value: f64) {
@@ -97,21 +98,24 @@ impl Report {
     fn rate_table(&self, text: &mut String, title: &str, what: &str, disk: Option<f64>) {
         let _ = writeln!(
             text,
-            "| {title}: RAM in use | ours, s | QEMU, s | ours, MiB/s | times QEMU | of the disk |\n\
-             |---|---:|---:|---:|---:|---:|"
+            "| {title}: RAM in use | ours, s | QEMU, s | QEMU direct, s | ours, MiB/s | times QEMU | times QEMU direct | of the disk |\n\
+             |---|---:|---:|---:|---:|---:|---:|---:|"
         );
         for size in self.sizes(what) {
             let (ours, qemu) = (self.median(what, OURS, size), self.median(what, QEMU, size));
             let rate = ours.map(|time| size as f64 / time);
-            let times = ours.zip(qemu).map(|(ours, qemu)| qemu / ours);
+            let direct = self.median(what, QEMU_DIRECT, size);
+            let times = |peer: Option<f64>| ours.zip(peer).map(|(ours, peer)| peer / ours);
             let share = rate.zip(disk).map(|(rate, disk)| 100.0 * rate / disk);
             let _ = writeln!(
                 text,
-                "| {size} MiB | {} | {} | {} | {} | {} % |",
+                "| {size} MiB | {} | {} | {} | {} | {} | {} | {} % |",
                 number(ours, 3),
                 number(qemu, 3),
+                number(direct, 3),
                 number(rate, 0),
-                number(times, 1),
+                number(times(qemu), 1),
+                number(times(direct), 1),
                 number(share, 0)
             );
         }
@@ -121,16 +125,17 @@ impl Report {
     fn pause_table(&self, text: &mut String) {
         let _ = writeln!(
             text,
-            "| Pause the guest sees: RAM in use | ours, ms | QEMU, ms | idle, ours, ms |\n\
-             |---|---:|---:|---:|"
+            "| Pause the guest sees: RAM in use | ours, ms | QEMU, ms | QEMU direct, ms | idle, ours, ms |\n\
+             |---|---:|---:|---:|---:|"
         );
         for size in self.sizes("pause ms") {
             let value = |what, who| number(self.median(what, who, size), 1);
             let _ = writeln!(
                 text,
-                "| {size} MiB | {} | {} | {} |",
+                "| {size} MiB | {} | {} | {} | {} |",
                 value("pause ms", OURS),
                 value("pause ms", QEMU),
+                value("pause ms", QEMU_DIRECT),
                 value("idle gap ms", OURS)
             );
         }

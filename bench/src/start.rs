@@ -34,7 +34,7 @@ pub(crate) fn measure(program: Program, dir: &Path, report: &mut Report) {
     }
     let disk = dir.join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "64M"]);
-    let machine = Machine::start(program.command(&kernel, RAM), &disk, dir);
+    let machine = Machine::start(program, program.command(&kernel, RAM), &disk, dir);
     machine.monitor();
     report.add("memory MiB", program.name(), RAM, beside_ram(machine.pid()));
     machine.quit();
