@@ -92,3 +92,22 @@ pub enum Error {
     #[error("Operation canceled")]
     Cancelled,
 }
+
+impl Error {
+    /// The error as the `errno` value that a guest's or a client's protocol can tell.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Open { source, .. } | Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::WriteZero => libc::ENOSPC,
+                _ => source.raw_os_error().unwrap_or(libc::EIO),
+            },
+            Self::Locked { .. } => libc::EBUSY,
+            Self::ReadOnly(_) => libc::EPERM,
+            Self::Invalid(_) | Self::OutOfRange { .. } => libc::EINVAL,
+            Self::NotSupported(_) => libc::ENOTSUP,
+            Self::NoSuchSnapshot { .. } => libc::ENOENT,
+            Self::Cancelled => libc::ECANCELED,
+            Self::NotFormat { .. } | Self::Corrupt { .. } => libc::EIO,
+        }
+    }
+}

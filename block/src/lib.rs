@@ -13,6 +13,7 @@ pub mod node;
 mod num;
 pub mod progress;
 pub mod qcow2;
+pub mod queue;
 pub mod raw;
 pub mod snapshot;
 pub mod storage;

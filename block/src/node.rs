@@ -1,5 +1,6 @@
 //! Named images.
 
+use std::fmt::{self, Debug, Formatter};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::format::Format;
@@ -82,5 +83,11 @@ impl Node {
     /// Who uses the node: devices and exports, not other nodes.
     pub(crate) fn users(&self) -> MutexGuard<'_, Vec<String>> {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Debug for Node {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("name", &self.name).finish_non_exhaustive()
     }
 }

@@ -1,0 +1,52 @@
+use super::*;
+use crate::raw::Raw;
+use crate::storage::memory::MemoryStorage;
+
+fn queue(bytes: Vec<u8>) -> (Arc<MemoryStorage>, Queue) {
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let raw = Raw::open(storage.clone(), false).unwrap();
+    let node = Arc::new(Node::new("d", Arc::new(raw)));
+    (storage, Queue::new(node).unwrap())
+}
+
+fn drained(queue: &mut Queue) -> Vec<Completion> {
+    let mut out = Vec::new();
+    queue.drain(&mut out);
+    out.sort_by_key(|c| c.id);
+    out
+}
+
+#[test]
+fn every_request_is_completed_once_with_its_buffers() {
+    let (storage, mut queue) = queue(vec![1; 8192]);
+    queue.submit(Request::read(1, 0, OwnedBufs::from_vec(vec![0; 512])));
+    queue.submit(Request::write(2, 4096, true, OwnedBufs::from_vec(vec![9; 512])));
+    queue.submit(Request::plain(3, Op::Flush));
+    queue.submit(Request::plain(
+        4,
+        Op::WriteZeroes { offset: 1024, len: 512, unmap: true, fua: false },
+    ));
+    queue.submit(Request::plain(5, Op::Discard { offset: 2048, len: 512 }));
+    assert_eq!(queue.in_flight(), 5);
+    let done = drained(&mut queue);
+    assert_eq!(queue.in_flight(), 0);
+    assert_eq!(done.iter().map(|c| c.id).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert!(done.iter().all(|c| c.result.is_ok()));
+    assert_eq!(done[0].bufs.as_slice().unwrap(), [1; 512]);
+    let bytes = storage.flushed_bytes();
+    assert_eq!(bytes[4096..4608], [9; 512]);
+}
+
+#[test]
+fn a_failed_request_gives_its_errno_and_its_buffers_back() {
+    let (storage, mut queue) = queue(vec![0; 4096]);
+    queue.submit(Request::read(1, 4096, OwnedBufs::from_vec(vec![0; 512])));
+    let done = drained(&mut queue);
+    assert_eq!(done[0].result.as_ref().unwrap_err().errno(), libc::EINVAL);
+    storage.set_capacity(Some(0));
+    storage.fail_after(Some(0), false);
+    queue.submit(Request::write(2, 0, false, OwnedBufs::from_vec(vec![1; 512])));
+    let done = drained(&mut queue);
+    assert_eq!(done[0].result.as_ref().unwrap_err().errno(), libc::EIO);
+    assert_eq!(done[0].bufs.len(), 512);
+}
