@@ -43,7 +43,8 @@ fn main() {
     for round in 0..3 {
         let new = NewSnapshot { tag: "x".into(), date_sec: 1, date_nsec: 1, vm_clock_nsec: 1 };
         let start = Instant::now();
-        let mut change = node.format().create_snapshot(&new).unwrap();
+        let format = node.format();
+        let mut change = format.create_snapshot(&new).unwrap();
         let writer = &*change;
         let parts: Vec<_> = memory.chunks(PART).enumerate().collect();
         std::thread::scope(|scope| {
@@ -66,7 +67,8 @@ fn main() {
         rate(&format!("save {round}"), len, start);
         let start = Instant::now();
         let id = &node.format().snapshots()[0].id.clone();
-        let state = node.format().open_vmstate(id).unwrap();
+        let format = node.format();
+        let state = format.open_vmstate(id).unwrap();
         let reader = &*state;
         std::thread::scope(|scope| {
             let mut rest = memory.chunks_mut(PART).enumerate().collect::<Vec<_>>();
@@ -82,7 +84,8 @@ fn main() {
         drop(state);
         rate(&format!("load {round}"), len, start);
         let start = Instant::now();
-        let mut change = node.format().delete_snapshot(id).unwrap();
+        let format = node.format();
+        let mut change = format.delete_snapshot(id).unwrap();
         change.prepare().unwrap();
         change.publish().unwrap();
         change.finish().unwrap();

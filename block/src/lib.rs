@@ -22,6 +22,6 @@ pub use error::{Error, Result};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo};
 pub use iobuf::{ReadBuf, WriteBuf};
-pub use node::Node;
+pub use node::{Access, Node, WriteObserver};
 pub use progress::Progress;
 pub use snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{Node, SnapshotInfo};
+use block::{Format, Node, SnapshotInfo};
 
 use crate::nodes::{NodesError, check_capable, find_tag, kept_tag};
 use crate::order::{ChangeError, NodeChange, all_or_none};
@@ -37,24 +37,24 @@ pub enum DeleteError {
 pub fn delete(nodes: &[Arc<Node>], tag: &str) -> Result<DeleteReport, DeleteError> {
     check_capable(nodes)?;
     let mut report = DeleteReport::default();
-    let mut found: Vec<(&Arc<Node>, SnapshotInfo)> = Vec::new();
+    let mut found: Vec<(&Node, Arc<dyn Format>, SnapshotInfo)> = Vec::new();
     for node in nodes {
         let name = node.name().to_owned();
         match find_tag(node, tag) {
             Some(snapshot) => {
                 report.deleted.push(name);
-                found.push((node, snapshot));
+                found.push((&**node, node.format(), snapshot));
             }
             None => report.absent.push(name),
         }
     }
     // The VM state goes first, as it came last: a crash in between leaves no tag that seems to be
     // a checkpoint and lacks a disk.
-    found.sort_by_key(|(_, snapshot)| snapshot.vm_state_size == 0);
+    found.sort_by_key(|(_, _, snapshot)| snapshot.vm_state_size == 0);
     let failed = |source| DeleteError::Delete { tag: kept_tag(tag).to_owned(), source };
     let mut changes = Vec::with_capacity(found.len());
-    for (node, snapshot) in &found {
-        match node.format().delete_snapshot(&snapshot.id) {
+    for (node, format, snapshot) in &found {
+        match format.delete_snapshot(&snapshot.id) {
             Ok(change) => changes.push(NodeChange { node: node.name(), change }),
             Err(source) => {
                 let error = ChangeError::at_begin(node.name(), source, &mut changes);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block::snapshot::VmStateRead;
-use block::{Node, Progress, ReadBuf, SnapshotInfo};
+use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, Difference, MachineConfig};
@@ -123,9 +123,11 @@ impl PreparedDisks<'_> {
     }
 }
 
-/// A node and its snapshot of the tag.
+/// A node, its image and the snapshot of the tag there. Whoever holds the image keeps a reopen from
+/// replacing it.
 struct Found {
     node: Arc<Node>,
+    format: Arc<dyn Format>,
     snapshot: SnapshotInfo,
 }
 
@@ -137,7 +139,7 @@ impl Checkpoint {
         let tag = kept_tag(tag).to_owned();
         let found = find(nodes, &tag)?;
         let vmstate = vmstate_index(nodes, vmstate)?;
-        let Found { node, snapshot } = &found[vmstate];
+        let Found { node, snapshot, .. } = &found[vmstate];
         if snapshot.vm_state_size == 0 {
             return Err(LoadError::DiskOnly);
         }
@@ -239,8 +241,8 @@ impl Checkpoint {
     pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, LoadError> {
         let mut changes = Vec::with_capacity(self.nodes.len());
         let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };
-        for Found { node, snapshot } in &self.nodes {
-            match node.format().revert_snapshot(&snapshot.id) {
+        for Found { node, format, snapshot } in &self.nodes {
+            match format.revert_snapshot(&snapshot.id) {
                 Ok(change) => changes.push(NodeChange { node: node.name(), change }),
                 Err(source) => {
                     let error = ChangeError::at_begin(node.name(), source, &mut changes);
@@ -261,7 +263,7 @@ impl Checkpoint {
         let mut reasons = Vec::new();
         for saved in &self.config.nodes {
             let here = self.nodes.iter().find(|n| n.node.name() == saved.node);
-            match here.map(|found| found.node.format().size()) {
+            match here.map(|found| found.format.size()) {
                 None => reasons.push(format!("'{}' belongs to it and is not given", saved.node)),
                 Some(size) if size != saved.size => reasons.push(format!(
                     "'{}' has {}, in the checkpoint {}",
@@ -307,7 +309,7 @@ impl Checkpoint {
 
 impl Found {
     fn open(&self) -> block::Result<Box<dyn VmStateRead + '_>> {
-        self.node.format().open_vmstate(&self.snapshot.id)
+        self.format.open_vmstate(&self.snapshot.id)
     }
 }
 
@@ -317,7 +319,9 @@ fn find(nodes: &[Arc<Node>], tag: &str) -> Result<Vec<Found>, LoadError> {
     let mut lacking = Vec::new();
     for node in nodes {
         match find_tag(node, tag) {
-            Some(snapshot) => found.push(Found { node: node.clone(), snapshot }),
+            Some(snapshot) => {
+                found.push(Found { node: node.clone(), format: node.format(), snapshot });
+            }
             None => lacking.push(node.name().to_owned()),
         }
     }
@@ -333,11 +337,11 @@ fn same_save(mut found: Vec<Found>, vmstate: usize, tag: &str) -> Result<Vec<Fou
     let stamp = |s: &SnapshotInfo| (s.date_sec, s.date_nsec, s.vm_clock_nsec);
     let wanted = stamp(&found[vmstate].snapshot);
     let carrier = found[vmstate].node.name().to_owned();
-    for Found { node, snapshot } in &mut found {
+    for Found { node, format, snapshot } in &mut found {
         if stamp(snapshot) == wanted {
             continue;
         }
-        let snapshots = node.format().snapshots();
+        let snapshots = format.snapshots();
         let same = |s: &SnapshotInfo| s.tag == tag && stamp(s) == wanted;
         *snapshot = snapshots.into_iter().find(same).ok_or_else(|| LoadError::NotTogether {
             tag: tag.to_owned(),
@@ -356,7 +360,8 @@ fn read_area(
         let what = what.to_owned();
         move |source| FormatError::Read { what, source: Box::new(source) }
     };
-    let vmstate = node.format().open_vmstate(&snapshot.id).map_err(unreadable("the VM state"))?;
+    let format = node.format();
+    let vmstate = format.open_vmstate(&snapshot.id).map_err(unreadable("the VM state"))?;
     let area = StateArea::read(vmstate.size(), |offset, buffer| {
         vmstate.read(offset.0, &[ReadBuf::new(buffer)])
     })?;

@@ -55,7 +55,7 @@ pub(crate) fn check_capable(nodes: &[Arc<Node>]) -> Result<(), NodesError> {
     no_repeats(nodes)?;
     for node in nodes {
         // QEMU says the same of read-only nodes, and clients look for these words.
-        if node.format().read_only() || !node.format().supports_snapshots() {
+        if node.read_only() || !node.format().supports_snapshots() {
             return Err(NodesError::NoSnapshots(node.name().to_owned()));
         }
     }
@@ -76,7 +76,7 @@ pub(crate) fn kept_tag(tag: &str) -> &str {
 /// The first snapshot of that tag in table order. Ids are never looked at: a tag is a tag.
 pub(crate) fn find_tag(node: &Node, tag: &str) -> Option<SnapshotInfo> {
     let tag = kept_tag(tag);
-    node.format().snapshots().into_iter().find(|s| s.tag == tag)
+    node.snapshots().into_iter().find(|s| s.tag == tag)
 }
 
 fn no_repeats(nodes: &[Arc<Node>]) -> Result<(), NodesError> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
+use block::{Format, NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
 use vm_memory::GuestMemoryMmap;
 
 use crate::capture::capture;
@@ -136,7 +136,8 @@ pub fn save(request: SaveRequest<'_>) -> Result<SaveReport, SaveError> {
     };
     progress.add_total(area.layout.ram_bytes());
 
-    let mut creates = begin(nodes, vmstate, &new)?;
+    let images = in_order(nodes, vmstate);
+    let mut creates = begin(&images, &new)?;
     let carrier = creates.last_mut();
     let written = carrier.map(|Begun { change, .. }| {
         let result = write_state(change.as_mut(), &area, ram, threads, progress);
@@ -172,16 +173,20 @@ impl<'a> Begun<'a> {
     }
 }
 
-/// Begins the snapshot on every node, the VM-state node last: see [`crate::order`].
+/// Every node with its image, the VM-state node last: see [`crate::order`].
+fn in_order<'a>(nodes: &'a [Arc<Node>], vmstate: &str) -> Vec<(&'a Node, Arc<dyn Format>)> {
+    let (carrier, others): (Vec<_>, Vec<_>) = nodes.iter().partition(|n| n.name() == vmstate);
+    others.into_iter().chain(carrier).map(|node| (&**node, node.format())).collect()
+}
+
+/// Begins the snapshot on every image in turn.
 fn begin<'a>(
-    nodes: &'a [Arc<Node>],
-    vmstate: &str,
+    images: &'a [(&'a Node, Arc<dyn Format>)],
     new: &NewSnapshot,
 ) -> Result<Vec<Begun<'a>>, SaveError> {
-    let (carrier, others): (Vec<_>, Vec<_>) = nodes.iter().partition(|n| n.name() == vmstate);
-    let mut begun: Vec<Begun<'_>> = Vec::with_capacity(nodes.len());
-    for node in others.into_iter().chain(carrier) {
-        match node.format().create_snapshot(new) {
+    let mut begun: Vec<Begun<'_>> = Vec::with_capacity(images.len());
+    for (node, format) in images {
+        match format.create_snapshot(new) {
             Ok(change) => begun.push(Begun { node: node.name(), change }),
             Err(source) => {
                 let mut changes: Vec<_> = begun.into_iter().map(Begun::into_change).collect();
@@ -232,10 +237,8 @@ fn state_area(
     sections: Vec<Section>,
     ram: &GuestMemoryMmap,
 ) -> Result<StateArea, FormatError> {
-    let node = |node: &Arc<Node>| CheckpointNode {
-        node: node.name().to_owned(),
-        size: node.format().size(),
-    };
+    let node =
+        |node: &Arc<Node>| CheckpointNode { node: node.name().to_owned(), size: node.size() };
     let config =
         CheckpointConfig { machine: config.clone(), nodes: nodes.iter().map(node).collect() };
     let mut all = vec![Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config)?];

@@ -132,7 +132,7 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
         .devices()
         .virtio()
         .filter_map(|slot| slot.disk().map(|(node, _)| Arc::clone(node)))
-        .filter(|node| !node.format().read_only())
+        .filter(|node| !node.read_only())
         .collect();
     if nodes.is_empty() {
         return Err(fail(
@@ -140,7 +140,7 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
         ));
     }
     let has_state = |node: &&Arc<Node>| {
-        let mut snapshots = node.format().snapshots().into_iter();
+        let mut snapshots = node.snapshots().into_iter();
         snapshots.any(|snapshot| snapshot.tag == tag && snapshot.vm_state_size > 0)
     };
     let vmstate = nodes.iter().find(has_state).or(nodes.first()).map(|node| node.name().to_owned());

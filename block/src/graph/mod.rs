@@ -38,7 +38,7 @@ impl State {
 
     /// The node that has `node` as its backing image.
     fn overlay_of(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
-        self.nodes.iter().find(|n| n.backing().is_some_and(|b| Arc::ptr_eq(b, node)))
+        self.nodes.iter().find(|n| n.backing().is_some_and(|b| Arc::ptr_eq(&b, node)))
     }
 
     /// Whether a format node keeps its bytes in `node`.

@@ -172,11 +172,11 @@ impl<'a> Opener<'a> {
         implicit: bool,
     ) -> Result<Arc<Node>> {
         let (file, storage) = self.open_child(file, flags)?;
-        self.enter_chain(file.filename())?;
+        self.enter_chain(&file.filename())?;
         let read_only = flags.read_only || storage.read_only();
         let probe = Probe::new(storage.clone())?;
         let full = match probe.backing_file() {
-            Some(name) => Some(resolve(file.filename(), name)?),
+            Some(name) => Some(resolve(&file.filename(), name)?),
             None => None,
         };
         // The place of this node in the list is before those of its backing chain.
@@ -196,9 +196,9 @@ impl<'a> Opener<'a> {
                 Some(self.open(options, flags, implicit)?)
             }
         };
-        let overridden = !matches!(backing, Backing::FromImage)
-            && below.as_ref().map(|n| n.filename()) != full.as_deref();
-        let filename = shown_name(file.filename(), overridden, below.as_deref());
+        let overridden =
+            !matches!(backing, Backing::FromImage) && below.as_ref().map(|n| n.filename()) != full;
+        let filename = shown_name(&file.filename(), overridden, below.as_deref());
         let format = below.as_ref().map(|node| node.format().clone());
         let image = Qcow2::open(probe, format, read_only)?.with_discard(flags.unmap);
         let image = Arc::new(image);

@@ -176,18 +176,17 @@ impl AsFd for Queue {
 
 /// Carries out a request, waiting for it.
 fn execute(node: &Node, op: Op, bufs: &mut OwnedBufs) -> Result<()> {
-    let format = node.format();
     match op {
-        Op::Read { offset } => format.read(offset, bufs.read_bufs()),
+        Op::Read { offset } => node.read(offset, bufs.read_bufs()),
         Op::Write { offset, fua } => {
-            format.write(offset, bufs.write_bufs())?;
-            if fua { format.flush() } else { Ok(()) }
+            node.write(offset, bufs.write_bufs())?;
+            if fua { node.flush() } else { Ok(()) }
         }
-        Op::Flush => format.flush(),
-        Op::Discard { offset, len } => format.discard(offset, len),
+        Op::Flush => node.flush(),
+        Op::Discard { offset, len } => node.discard(offset, len),
         Op::WriteZeroes { offset, len, unmap, fua } => {
-            format.write_zeroes(offset, len, unmap)?;
-            if fua { format.flush() } else { Ok(()) }
+            node.write_zeroes(offset, len, unmap)?;
+            if fua { node.flush() } else { Ok(()) }
         }
     }
 }

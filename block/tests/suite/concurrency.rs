@@ -20,7 +20,7 @@ fn threads_that_allocate_beside_one_another_and_snapshots_lose_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "16M", options);
         let (graph, node) = open(&image);
-        let format = &**node.format();
+        let format = &*node.format();
         let running = AtomicBool::new(true);
         // Not a multiple of any cluster size.
         let start = |thread: u64| thread * (PART + 1000);

@@ -50,7 +50,7 @@ fn a_chain_is_listed_told_and_removed_as_qemu_does() {
     let graph = Graph::new();
     let node =
         graph.add(&json!({"driver": "qcow2", "node-name": "d0", "file": file(&image)})).unwrap();
-    common::save(&**node.format(), "s1");
+    common::save(&*node.format(), "s1");
     let drivers: Vec<_> = graph.list().iter().map(|n| n.format().driver()).collect();
     assert_eq!(drivers, ["raw", "file", "qcow2", "file"]);
     let info = serde_json::to_value(node.info(false).unwrap()).unwrap();
@@ -95,12 +95,12 @@ fn backing_can_be_overridden_by_null_and_by_a_node() {
     let graph = Graph::new();
     let options = |name: &str, backing: Value| json!({"driver": "qcow2", "node-name": name, "read-only": true, "backing": backing, "file": file(&image)});
     let node = graph.add(&options("none", Value::Null)).unwrap();
-    assert_eq!(common::read(&**node.format(), 0, 1), [0]);
+    assert_eq!(common::read(&*node.format(), 0, 1), [0]);
     graph
         .add(&json!({"driver": "raw", "node-name": "o", "read-only": true, "file": file(&other)}))
         .unwrap();
     let node = graph.add(&options("other", json!("o"))).unwrap();
-    assert_eq!(common::read(&**node.format(), 0, 1), [8]);
+    assert_eq!(common::read(&*node.format(), 0, 1), [8]);
     assert!(node.filename().starts_with("json:{"), "{}", node.filename());
     assert_eq!(
         error_of(graph.remove("o")),
@@ -158,7 +158,7 @@ fn a_raw_node_reads_writes_and_has_no_snapshots() {
         let node = graph
             .add(&json!({"driver": "raw", "node-name": "r", "cache": {"direct": direct}, "file": file(&image)}))
             .unwrap();
-        let format = &**node.format();
+        let format = &*node.format();
         assert_eq!(format.size(), 1024);
         assert_eq!(common::read(format, 990, 34)[..12], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0, 0]);
         common::write(format, 100, &[9; 50]);

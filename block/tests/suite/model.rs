@@ -98,9 +98,9 @@ fn run(name: &str, options: &str, disk: Vec<u8>, create: impl Fn(&Path) -> std::
     for _ in 0..3 {
         let (_graph, node) = open(&image);
         for _ in 0..60 {
-            step(&mut random, &**node.format(), &mut model);
+            step(&mut random, &*node.format(), &mut model);
         }
-        assert!(common::read_all(&**node.format()) == model.disk);
+        assert!(common::read_all(&*node.format()) == model.disk);
         node.format().flush().unwrap();
         drop((_graph, node));
         compare_with_qemu(dir.path(), &image, &model);

@@ -51,7 +51,7 @@ fn vm_state_is_read_back_by_us_and_by_qemu_for_every_cluster_size() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "3M", &format!("cluster_size={cluster}"));
         let (graph, node) = open(&image);
-        let format = &**node.format();
+        let format = &*node.format();
         let size = 2 << 20;
         // A hole between two parts.
         let parts = [(0, vec![0x11; size]), (3 * size as u64, vec![0x22; size])];
@@ -81,7 +81,7 @@ fn vm_state_written_by_many_threads_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "3M", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     let bytes = Random(5).bytes(16 << 20);
     let mut change = format.create_snapshot(&new_snapshot("vm")).unwrap();
     let writer = &*change;
@@ -120,7 +120,7 @@ fn qemu_lists_applies_converts_and_deletes_our_snapshots() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "4M", options);
         let (graph, node) = open(&image);
-        let format = &**node.format();
+        let format = &*node.format();
         common::write(format, 0, &[1; 2 << 20]);
         save_with_state(format, "one", &[(0, vec![7; 1 << 20])]);
         common::write(format, 1 << 20, &[2; 2 << 20]);
@@ -140,7 +140,7 @@ fn qemu_lists_applies_converts_and_deletes_our_snapshots() {
         check(&image);
         // And ours again after QEMU's changes.
         let (graph, node) = open(&image);
-        let format = &**node.format();
+        let format = &*node.format();
         assert!(common::read_all(format) == two);
         delete(format, "two");
         drop((graph, node));
@@ -162,7 +162,7 @@ fn we_list_revert_and_delete_snapshots_of_qemu_with_vm_state() {
     qemu_img(&["snapshot", "-c", "two", &path(&image)]);
     qemu_io(&image, &["write -P 3 0 2M"]);
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     let tags: Vec<_> = format.snapshots().into_iter().map(|s| (s.id, s.tag)).collect();
     assert_eq!(tags, [("1".into(), "one".into()), ("2".into(), "two".into())]);
     load(format, "two");
@@ -188,7 +188,7 @@ fn rollback_at_every_step_leaves_the_image_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "8M", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     let before = Random(3).bytes(4 << 20);
     common::write(format, 0, &before);
     save_with_state(format, "keep", &[(0, vec![1; 1 << 20])]);
@@ -240,7 +240,7 @@ fn save_and_delete_rounds_do_not_grow_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "8M", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     let mut sizes = Vec::new();
     for round in 0..6u8 {
         common::write(format, 0, &vec![round; 8 << 20]);
@@ -297,7 +297,7 @@ fn writes_after_the_snapshot_point_stay_out_of_the_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "4M", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     common::write(format, 0, &[1; 1 << 20]);
     for landed in [false, true] {
         let mut change = format.create_snapshot(&new_snapshot("point")).unwrap();
@@ -328,7 +328,7 @@ fn tags_are_cut_at_255_bytes_between_characters() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     save(format, &"\u{e9}".repeat(200));
     assert_eq!(format.snapshots()[0].tag, "\u{e9}".repeat(127));
     drop((graph, node));
@@ -345,7 +345,7 @@ fn a_second_change_and_the_deletion_of_a_snapshot_being_read_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "");
     let (_graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     save_with_state(format, "vm", &[(0, vec![1; 65536])]);
     let change = format.create_snapshot(&new_snapshot("x")).unwrap();
     let error = format.delete_snapshot("1").err().unwrap().to_string();
@@ -367,7 +367,7 @@ fn one_bit_refcounts_refuse_a_snapshot_of_data_and_stay_clean() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "refcount_bits=1");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     common::write(format, 0, &[1; 1 << 20]);
     let mut change = format.create_snapshot(&new_snapshot("x")).unwrap();
     let error = change.prepare().unwrap_err().to_string();
@@ -388,7 +388,7 @@ fn bitmaps_of_an_image_that_was_written_here_count_as_out_of_date() {
     qemu_img(&["bitmap", "--add", &path(&image), "b0"]);
     assert!(qemu_img(&["info", &path(&image)]).contains("b0"));
     let (graph, node) = open(&image);
-    common::write(&**node.format(), 0, &[1; 4096]);
+    common::write(&*node.format(), 0, &[1; 4096]);
     drop((graph, node));
     common::check_leaks_only(&image);
     assert!(!qemu_img(&["info", &path(&image)]).contains("b0"));
@@ -402,7 +402,7 @@ fn a_disk_without_bytes_has_snapshots_that_leak_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "0", "");
     let (graph, node) = open(&image);
-    let format = &**node.format();
+    let format = &*node.format();
     save(format, "plain");
     save_with_state(format, "vm", &[(0, vec![3; 65536])]);
     load(format, "vm");

@@ -58,10 +58,10 @@ fn describe_virtio(slot: &VirtioSlot) -> DeviceConfig {
         queues,
         disk: slot.disk().map(|(node, serial)| DiskConfig {
             node: node.name().to_owned(),
-            size: node.format().size(),
-            read_only: node.format().read_only(),
+            size: node.size(),
+            read_only: node.read_only(),
             serial: serial.to_owned(),
-            format: node.format().driver().to_owned(),
+            format: node.driver().to_owned(),
             filename: node.filename().to_owned(),
         }),
     }

@@ -62,14 +62,14 @@ impl BlockHandler {
     fn read(&self, sector: u64, mem: &GuestMemory, to: &SegmentList) -> Outcome {
         let extent = self.extent(sector, to)?;
         let bufs = read_bufs(mem, to)?;
-        self.done("read", self.node.format().read(extent.offset, &bufs))
+        self.done("read", self.node.read(extent.offset, &bufs))
     }
 
     fn write(&self, sector: u64, mem: &GuestMemory, from: &SegmentList) -> Outcome {
         self.writable()?;
         let extent = self.extent(sector, from)?;
         let bufs = write_bufs(mem, from)?;
-        self.done("write", self.node.format().write(extent.offset, &bufs))?;
+        self.done("write", self.node.write(extent.offset, &bufs))?;
         self.flush_if_write_through()
     }
 
@@ -107,22 +107,21 @@ impl BlockHandler {
             let extent = range.extent(self.capacity).ok_or(Failure::IoError)?;
             todo.push((extent, range.unmap()));
         }
-        let format = self.node.format();
         for (Extent { offset, len }, unmap) in todo {
             if len == 0 {
                 continue;
             }
             if discard {
-                self.done("discard", format.discard(offset, len))?;
+                self.done("discard", self.node.discard(offset, len))?;
             } else {
-                self.done("write-zeroes", format.write_zeroes(offset, len, unmap))?;
+                self.done("write-zeroes", self.node.write_zeroes(offset, len, unmap))?;
             }
         }
         self.flush_if_write_through()
     }
 
     fn flush_node(&self) -> Outcome {
-        self.done("flush", self.node.format().flush())
+        self.done("flush", self.node.flush())
     }
 
     fn flush_if_write_through(&self) -> Outcome {
@@ -130,7 +129,7 @@ impl BlockHandler {
     }
 
     fn writable(&self) -> Outcome {
-        if self.node.format().read_only() {
+        if self.node.read_only() {
             return Err(Failure::IoError);
         }
         Ok(())
@@ -182,10 +181,10 @@ impl QueueHandler for BlockHandler {
     }
 
     fn flush(&mut self) -> ::block::Result<()> {
-        if self.node.format().read_only() {
+        if self.node.read_only() {
             return Ok(());
         }
-        self.node.format().flush()
+        self.node.flush()
     }
 }
 

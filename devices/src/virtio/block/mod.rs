@@ -74,8 +74,8 @@ impl BlockDevice {
         if !(1..=MAX_QUEUES).contains(&options.num_queues) {
             return Err(OptionsError::NumQueues(options.num_queues));
         }
-        let capacity = node.format().size() / SECTOR_SIZE;
-        let read_only = node.format().read_only();
+        let capacity = node.size() / SECTOR_SIZE;
+        let read_only = node.read_only();
         Ok(Self {
             config: config::space(capacity, options.num_queues, read_only),
             node,

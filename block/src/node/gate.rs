@@ -1,0 +1,167 @@
+//! Lets requests through to a node, or holds them back while the node is changed.
+//!
+//! ```text
+//!   enter ──> request in flight ──> leave          (any number at once)
+//!   close ──> new requests wait ──> the last in flight leaves ──> closed: one owner changes the node
+//! ```
+//!
+//! Gates are closed from the top of the graph down: a request in an overlay may have to enter the
+//! gate of its backing node before it can leave its own, so the overlay's must be empty first.
+//! Whoever carries several requests at once and completes them itself must not wait in
+//! [`Gate::enter`] with requests in flight, which could then never leave: it uses
+//! [`Gate::try_enter`], completes what it has, and waits only then.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+/// Set while the gate is closed or being closed; the other bits count requests in flight.
+const CLOSED: u64 = 1 << 63;
+
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    state: AtomicU64,
+    changed: Condvar,
+    lock: Mutex<()>,
+}
+
+/// A request in flight; over when dropped.
+#[derive(Debug)]
+pub(crate) struct Passage(Arc<Gate>);
+
+/// A closed gate; open again when dropped.
+#[derive(Debug)]
+pub(crate) struct Closed(Arc<Gate>);
+
+impl Gate {
+    /// Lets a request in, unless the gate is closed.
+    pub(crate) fn try_enter(self: &Arc<Self>) -> Option<Passage> {
+        // Acquire: what the last owner changed is seen.
+        if self.state.fetch_add(1, Ordering::Acquire) & CLOSED == 0 {
+            return Some(Passage(Arc::clone(self)));
+        }
+        self.leave();
+        None
+    }
+
+    /// Lets a request in, once the gate is open.
+    pub(crate) fn enter(self: &Arc<Self>) -> Passage {
+        loop {
+            if let Some(passage) = self.try_enter() {
+                return passage;
+            }
+            self.wait(|state| state & CLOSED == 0);
+        }
+    }
+
+    #[cfg_attr(not(test), expect(dead_code, reason = "for blockdev-reopen"))]
+    /// Holds new requests back and waits until those in flight are over.
+    pub(crate) fn close(self: &Arc<Self>) -> Closed {
+        while self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0 {
+            self.wait(|state| state & CLOSED == 0);
+        }
+        let closed = Closed(Arc::clone(self));
+        self.wait(|state| state == CLOSED);
+        closed
+    }
+
+    fn leave(&self) {
+        // Release: an owner sees what the request did.
+        if self.state.fetch_sub(1, Ordering::AcqRel) == CLOSED | 1 {
+            self.wake();
+        }
+    }
+
+    fn wait(&self, until: impl Fn(u64) -> bool) {
+        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while !until(self.state.load(Ordering::Acquire)) {
+            guard = self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn wake(&self) {
+        // With the lock, so that it does not come between a waiter's look and its sleep.
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.changed.notify_all();
+    }
+}
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.0.state.fetch_and(!CLOSED, Ordering::AcqRel);
+        self.0.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_gate_closes_when_the_last_request_is_over_and_holds_later_ones() {
+        let gate = Arc::new(Gate::default());
+        let first = gate.enter();
+        let (told, tells) = channel();
+        let closer = {
+            let (gate, told) = (gate.clone(), told.clone());
+            thread::spawn(move || {
+                let closed = gate.close();
+                told.send("closed").unwrap();
+                closed
+            })
+        };
+        while gate.try_enter().is_some() {
+            thread::yield_now();
+        }
+        assert!(tells.try_recv().is_err(), "closed with a request in flight");
+        drop(first);
+        let closed = closer.join().unwrap();
+        assert_eq!(tells.recv().unwrap(), "closed");
+        assert!(gate.try_enter().is_none());
+        let later = {
+            let gate = gate.clone();
+            thread::spawn(move || {
+                let _passage = gate.enter();
+                told.send("entered").unwrap();
+            })
+        };
+        assert!(tells.try_recv().is_err(), "entered a closed gate");
+        drop(closed);
+        assert_eq!(tells.recv().unwrap(), "entered");
+        later.join().unwrap();
+        drop(gate.close());
+    }
+
+    #[test]
+    fn requests_and_owners_of_many_threads_all_get_through() {
+        let gate = Arc::new(Gate::default());
+        let value = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for n in 0..8 {
+                let (gate, value) = (&gate, &value);
+                scope.spawn(move || {
+                    for _ in 0..300 {
+                        if n < 2 {
+                            let _closed = gate.close();
+                            let seen = value.load(Ordering::Relaxed);
+                            thread::yield_now();
+                            assert_eq!(value.load(Ordering::Relaxed), seen);
+                        } else {
+                            let _passage = gate.enter();
+                            value.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(value.load(Ordering::Relaxed), 6 * 300);
+    }
+}

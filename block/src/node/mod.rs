@@ -1,0 +1,284 @@
+//! Named images.
+
+use std::fmt::{self, Debug, Formatter};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use crate::format::Format;
+use crate::iobuf;
+use crate::qcow2::Qcow2;
+use crate::storage::Storage;
+use crate::{ReadBuf, Result, SnapshotInfo, WriteBuf};
+
+mod gate;
+
+use gate::{Gate, Passage};
+
+/// An image with a name: QEMU's block node. Devices, checkpoints and exports all go through it.
+///
+/// Requests go through the node's methods, or through an [`Access`]: so they are seen by those who
+/// watch writes, and are held back while the image below is replaced (blockdev-reopen).
+pub struct Node {
+    name: String,
+    gate: Arc<Gate>,
+    live: RwLock<Live>,
+    observers: RwLock<Vec<Arc<dyn WriteObserver>>>,
+    /// Their number: looked at by every write, nearly always 0.
+    observed: AtomicUsize,
+    users: Mutex<Vec<String>>,
+}
+
+/// What a reopen replaces.
+#[derive(Clone)]
+struct Live {
+    format: Arc<dyn Format>,
+    details: Arc<Details>,
+}
+
+/// What the graph knows of a node beyond its format.
+#[derive(Default)]
+pub(crate) struct Details {
+    pub(crate) filename: String,
+    pub(crate) storage: Option<Arc<dyn Storage>>,
+    pub(crate) qcow2: Option<Arc<Qcow2>>,
+    /// The protocol node below.
+    pub(crate) file: Option<Arc<Node>>,
+    /// The image below.
+    pub(crate) backing: Option<Arc<Node>>,
+    /// The backing file's name with its directory, if the image names one.
+    pub(crate) full_backing: Option<String>,
+    pub(crate) direct: bool,
+    pub(crate) no_flush: bool,
+    /// Made together with another node, and goes with it.
+    pub(crate) implicit: bool,
+}
+
+/// Is told of every change of a node's contents.
+pub trait WriteObserver: Send + Sync {
+    /// The guest range was written, zeroed or discarded, or that failed halfway. Comes before the
+    /// request completes, from the thread that carries it out; must not wait for I/O.
+    fn wrote(&self, offset: u64, len: u64);
+}
+
+/// The right to carry out one request: the image stays what it is until it is dropped.
+///
+/// For reads and for those who, like [`crate::Node`]'s own methods, call [`Node::note_write`].
+pub struct Access {
+    format: Arc<dyn Format>,
+    _passage: Passage,
+}
+
+impl Deref for Access {
+    type Target = dyn Format;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.format
+    }
+}
+
+impl Node {
+    /// Names an open image.
+    pub fn new(name: impl Into<String>, format: Arc<dyn Format>) -> Self {
+        Self::with_details(name.into(), format, Details::default())
+    }
+
+    pub(crate) fn with_details(name: String, format: Arc<dyn Format>, details: Details) -> Self {
+        Self {
+            name,
+            gate: Arc::default(),
+            live: RwLock::new(Live { format, details: Arc::new(details) }),
+            observers: RwLock::default(),
+            observed: AtomicUsize::new(0),
+            users: Mutex::default(),
+        }
+    }
+
+    /// The node's name, unique in its graph.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The image as it is now, for its snapshots and what it can do. Requests go through
+    /// [`Node::access`] or the methods below, which a reopen waits for.
+    pub fn format(&self) -> Arc<dyn Format> {
+        self.live().format
+    }
+
+    /// The right to carry out a request; waits while the image is being replaced. A thread that
+    /// has to complete other requests of its own meanwhile calls [`Node::try_access`] instead.
+    pub fn access(&self) -> Access {
+        let passage = self.gate.enter();
+        Access { format: self.format(), _passage: passage }
+    }
+
+    /// As [`Node::access`]; `None` while the image is being replaced.
+    pub fn try_access(&self) -> Option<Access> {
+        let passage = self.gate.try_enter()?;
+        Some(Access { format: self.format(), _passage: passage })
+    }
+
+    /// Size of the guest's disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.format().size()
+    }
+
+    /// The driver's QMP name: "qcow2", "raw", "file".
+    pub fn driver(&self) -> &'static str {
+        self.format().driver()
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.format().read_only()
+    }
+
+    /// The internal snapshots in table order.
+    pub fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.format().snapshots()
+    }
+
+    /// Reads `bufs` one after another from `offset`.
+    ///
+    /// # Errors
+    /// As [`Format::read`].
+    pub fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        self.access().read(offset, bufs)
+    }
+
+    /// Writes `bufs` one after another at `offset`. Durable only after [`Node::flush`].
+    ///
+    /// # Errors
+    /// As [`Format::write`].
+    pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        let result = self.access().write(offset, bufs);
+        self.note_write(offset, iobuf::total_len(bufs));
+        result
+    }
+
+    /// Makes every completed write durable.
+    ///
+    /// # Errors
+    /// As [`Format::flush`].
+    pub fn flush(&self) -> Result<()> {
+        self.access().flush()
+    }
+
+    /// Tells that the range is not needed. It reads as zeroes afterwards or as before.
+    ///
+    /// # Errors
+    /// As [`Format::discard`].
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let result = self.access().discard(offset, len);
+        self.note_write(offset, len);
+        result
+    }
+
+    /// Makes the range read as zeroes; with `unmap` its space may be given back.
+    ///
+    /// # Errors
+    /// As [`Format::write_zeroes`].
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let result = self.access().write_zeroes(offset, len, unmap);
+        self.note_write(offset, len);
+        result
+    }
+
+    /// Tells those who watch that a range was changed, or that an attempt failed: part of it may
+    /// have been written then. To be called before the request's completion is told to anybody.
+    pub fn note_write(&self, offset: u64, len: u64) {
+        if len == 0 || self.observed.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let observers = self.observers.read().unwrap_or_else(PoisonError::into_inner);
+        for observer in observers.iter() {
+            observer.wrote(offset, len);
+        }
+    }
+
+    /// Has every later change told to `observer`, until [`Node::unobserve`].
+    pub fn observe(&self, observer: Arc<dyn WriteObserver>) {
+        let mut observers = self.observers.write().unwrap_or_else(PoisonError::into_inner);
+        observers.push(observer);
+        self.observed.store(observers.len(), Ordering::Release);
+    }
+
+    /// Ends [`Node::observe`].
+    pub fn unobserve(&self, observer: &Arc<dyn WriteObserver>) {
+        let mut observers = self.observers.write().unwrap_or_else(PoisonError::into_inner);
+        observers.retain(|other| !Arc::ptr_eq(other, observer));
+        self.observed.store(observers.len(), Ordering::Release);
+    }
+
+    /// The file it is in, as QMP shows it; empty for a node outside a graph.
+    pub fn filename(&self) -> String {
+        self.details().filename.clone()
+    }
+
+    /// The image below this one.
+    pub fn backing(&self) -> Option<Arc<Node>> {
+        self.details().backing.clone()
+    }
+
+    fn live(&self) -> Live {
+        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn details(&self) -> Arc<Details> {
+        self.live().details
+    }
+
+    pub(crate) fn storage(&self) -> Option<Arc<dyn Storage>> {
+        self.details().storage.clone()
+    }
+
+    pub(crate) fn qcow2(&self) -> Option<Arc<Qcow2>> {
+        self.details().qcow2.clone()
+    }
+
+    /// Who uses the node: devices and exports, not other nodes.
+    pub(crate) fn users(&self) -> MutexGuard<'_, Vec<String>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Debug for Node {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raw::Raw;
+    use crate::storage::memory::MemoryStorage;
+
+    #[derive(Default)]
+    struct Seen(Mutex<Vec<(u64, u64)>>);
+
+    impl WriteObserver for Seen {
+        fn wrote(&self, offset: u64, len: u64) {
+            self.0.lock().unwrap().push((offset, len));
+        }
+    }
+
+    #[test]
+    fn every_change_is_told_and_nothing_after_unobserve() {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 8192]));
+        let node = Node::new("n", Arc::new(Raw::open(storage, false).unwrap()));
+        let seen = Arc::new(Seen::default());
+        let observer: Arc<dyn WriteObserver> = seen.clone();
+        node.observe(observer.clone());
+        node.write(512, &[WriteBuf::new(&[1; 10]), WriteBuf::new(&[2; 5])]).unwrap();
+        node.write_zeroes(1024, 512, true).unwrap();
+        node.discard(2048, 100).unwrap();
+        node.write(8000, &[WriteBuf::new(&[1; 500])]).unwrap_err();
+        node.read(0, &[ReadBuf::new(&mut [0; 512])]).unwrap();
+        node.flush().unwrap();
+        node.unobserve(&observer);
+        node.write(0, &[WriteBuf::new(&[1])]).unwrap();
+        let told = [(512, 15), (1024, 512), (2048, 100), (8000, 500)];
+        assert_eq!(*seen.0.lock().unwrap(), told);
+    }
+}
