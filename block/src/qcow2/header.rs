@@ -16,7 +16,7 @@ pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Most snapshots (QEMU's QCOW_MAX_SNAPSHOTS).
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 /// Most bytes of a backing file's name.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(super) const MAX_BACKING_NAME: u32 = 1023;
 
 /// Byte offsets of the header fields that change.
 pub(super) mod field {
@@ -67,6 +67,26 @@ pub(super) struct Header {
     pub(crate) compression: Compression,
     pub(crate) backing_file: Option<String>,
     pub(crate) backing_format: Option<String>,
+    /// All extensions in their order, those that are not known here too.
+    pub(crate) extensions: Vec<Extension>,
+    /// Bytes before the extensions.
+    pub(crate) length: u32,
+    /// Where the backing file's name is; 0 without one.
+    pub(crate) backing_offset: u64,
+}
+
+/// A header extension as it is in the image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Extension {
+    pub(crate) kind: u32,
+    pub(crate) data: Vec<u8>,
+}
+
+/// Kinds of header extensions.
+pub(super) mod extension {
+    pub(in crate::qcow2) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in crate::qcow2) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(in crate::qcow2) const BITMAPS: u32 = 0x2385_2875;
 }
 
 /// The result of a check; the error says which rule is broken.
@@ -139,6 +159,9 @@ impl Header {
             compression: Compression::Zlib,
             backing_file: None,
             backing_format: None,
+            extensions: Vec::new(),
+            length: header_length,
+            backing_offset: be64_at(&fixed, 8),
         };
         header.check_tables(file_len).map_err(corrupt)?;
         let mut first = vec![0; to_usize(header.geometry.cluster_size())];
@@ -227,18 +250,19 @@ impl Header {
             };
             match kind {
                 0 => break,
-                0xe279_2aca => {
+                extension::BACKING_FORMAT => {
                     self.backing_format = Some(String::from_utf8_lossy(data).into_owned());
                 }
-                0x6803_f857 => {
+                extension::FEATURE_NAMES => {
                     for entry in data.chunks_exact(48) {
                         let text = entry[2..].split(|b| *b == 0).next().unwrap_or_default();
                         names.push((entry[0], entry[1], String::from_utf8_lossy(text).into()));
                     }
                 }
-                // What is unknown is kept where it is and ignored, as the specification says.
+                // What is unknown is kept and ignored, as the specification says.
                 _ => {}
             }
+            self.extensions.push(Extension { kind, data: data.to_vec() });
             at += 8 + len.next_multiple_of(8);
         }
         Ok(names)

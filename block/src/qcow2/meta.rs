@@ -21,8 +21,11 @@ use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
-use super::header::{Header, field, incompatible};
+use super::corruption::{Corruption, Listener};
+use super::header::{Header, MAX_L1_BYTES, field, incompatible};
 use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Mapping, Run, push_run, table_of};
+use super::options::Options;
+use super::overlap::{OverlapCheck, Places, Ranges};
 use super::refcount::Refcounts;
 use super::snapshot::Entry;
 
@@ -54,11 +57,20 @@ pub(super) struct Meta {
     pub(crate) writable: bool,
     /// What made the image corrupt; writes are refused from then on.
     broken: Option<String>,
+    pub(crate) places: Places,
+    pub(crate) listener: Arc<Listener>,
+    /// Whether damage of a read-only image was told.
+    told: bool,
 }
 
 impl Meta {
     /// Reads the tables of an image.
-    pub(crate) fn open(storage: Arc<dyn Storage>, header: Header, writable: bool) -> Result<Self> {
+    pub(crate) fn open(
+        storage: Arc<dyn Storage>,
+        header: Header,
+        options: &Options,
+    ) -> Result<Self> {
+        let writable = !options.read_only;
         let refcounts = Refcounts::open(&storage, &header)?;
         if writable {
             refcounts.check_blocks()?;
@@ -67,7 +79,7 @@ impl Meta {
         check_l1(&*storage, header.geometry, "the L1 table", &l1)?;
         let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
         let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES);
-        Ok(Self {
+        let mut meta = Self {
             storage,
             header,
             l1,
@@ -82,7 +94,54 @@ impl Meta {
             readers: Vec::new(),
             writable,
             broken: None,
-        })
+            places: Places { check: options.overlap_check, ..Places::default() },
+            listener: Arc::default(),
+            told: false,
+        };
+        if writable {
+            meta.find_places()?;
+        }
+        Ok(meta)
+    }
+
+    /// Notes where tables are. Only an image that is written to needs it.
+    fn find_places(&mut self) -> Result<()> {
+        let geometry = self.geometry();
+        for table in self.l1.iter().copied().filter_map(table_of) {
+            self.places.l2.insert(geometry.cluster_of(table));
+        }
+        self.note_snapshots();
+        self.places.bitmap_directory = self.header.bitmap_directory().map(|(offset, bytes)| Run {
+            first: geometry.cluster_of(HostOffset(offset)),
+            count: geometry.clusters(bytes),
+        });
+        if self.places.check.contains(OverlapCheck::INACTIVE_L2) {
+            super::snapshot::note_inactive_l2(self)?;
+        }
+        // Blocks are written without further looks: no other table may be in one's place.
+        for block in self.refcounts.block_runs() {
+            let but = OverlapCheck::REFCOUNT_BLOCK;
+            if let Some(kind) = self.overlap(block, but) {
+                return Err(self.damaged(format!(
+                    "the refcount block at {:#x} overlaps with {}",
+                    geometry.offset_of(block.first),
+                    kind.title()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes the places of the snapshots' L1 tables, after these changed.
+    pub(crate) fn note_snapshots(&mut self) {
+        let geometry = self.geometry();
+        // A larger table than this is refused when the snapshot is used.
+        let runs = self.snapshots.iter().filter(|e| u64::from(e.l1_size) * 8 <= MAX_L1_BYTES);
+        let run = |e: &Entry| Run {
+            first: geometry.cluster_of(HostOffset(e.l1_offset)),
+            count: geometry.clusters(u64::from(e.l1_size) * 8),
+        };
+        self.places.inactive_l1 = Ranges::new(runs.map(run).collect());
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -101,14 +160,31 @@ impl Meta {
     /// The error for a broken rule. A writable image is marked, so that nobody writes to it before
     /// it is repaired (specification: incompatible feature bit 1).
     pub(crate) fn corrupt(&mut self, reason: impl Into<String>) -> Error {
+        self.corrupt_at(reason, None)
+    }
+
+    /// As [`Meta::corrupt`], for a write that was prevented.
+    fn corrupt_at(&mut self, reason: impl Into<String>, at: Option<Run>) -> Error {
         let reason = reason.into();
-        if self.writable && self.broken.is_none() {
+        let geometry = self.geometry();
+        let fatal = self.writable;
+        if if fatal { self.broken.is_none() } else { !std::mem::replace(&mut self.told, true) } {
+            self.listener.tell(&Corruption {
+                reason: reason.clone(),
+                offset: at.map(|run| geometry.offset_of(run.first).0),
+                size: at.map(|run| geometry.bytes_of(run.count)),
+                fatal,
+            });
+        }
+        if fatal && self.broken.is_none() {
             tracing::error!(image = self.storage.name(), %reason, "image is corrupt, writes are refused from now on");
             self.broken = Some(reason.clone());
-            if self.header.geometry.version >= 3 {
+            if geometry.version >= 3 {
                 self.header.incompatible |= incompatible::CORRUPT;
                 let bits = self.header.incompatible;
-                if let Err(e) = self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes()) {
+                // Durable at once: nobody may take the image for sound after a crash.
+                let marked = self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes());
+                if let Err(e) = marked.and_then(|()| self.storage.flush()) {
                     tracing::error!("could not mark the image as corrupt: {e}");
                 }
             }
@@ -143,37 +219,61 @@ impl Meta {
         }
     }
 
+    /// Changes what the header's first cluster holds besides the fixed fields: extensions, backing
+    /// file, feature bits. Durable when this returns; see [`Header::write`] for the order.
+    pub(crate) fn update_header(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let mut header = self.header.clone();
+        change(&mut header);
+        header.write(&*self.storage)?;
+        self.header = header;
+        Ok(())
+    }
+
     /// Writes bytes of the header.
     pub(crate) fn write_field(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.storage.write_at(at, &[WriteBuf::new(bytes)])
     }
 
-    /// Refuses a host cluster that holds the header or a top-level table.
+    /// The tables whose places the header gives.
+    fn top_tables(&self) -> [(OverlapCheck, Option<Run>); 5] {
+        [
+            (OverlapCheck::MAIN_HEADER, Some(Run::one(HostCluster(0)))),
+            (OverlapCheck::ACTIVE_L1, Some(self.l1_run())),
+            (OverlapCheck::REFCOUNT_TABLE, Some(self.refcounts.table_run())),
+            (OverlapCheck::SNAPSHOT_TABLE, self.snapshot_table),
+            (OverlapCheck::BITMAP_DIRECTORY, self.places.bitmap_directory),
+        ]
+    }
+
+    /// The kind of metadata that a run's clusters hold; `but` is not looked for.
+    fn overlap(&self, run: Run, but: OverlapCheck) -> Option<OverlapCheck> {
+        let wanted = self.places.check - but;
+        self.places.find(&self.top_tables(), run, wanted).or_else(|| {
+            let blocks = OverlapCheck::REFCOUNT_BLOCK;
+            (wanted.contains(blocks) && self.refcounts.has_block_in(run)).then_some(blocks)
+        })
+    }
+
+    /// Refuses a write to clusters that hold metadata of a kind that `overlap-check` has.
     pub(crate) fn check_overlap(&mut self, run: Run) -> Result<()> {
-        let header = Run::one(HostCluster(0));
-        let tables = [
-            Some((header, "the header")),
-            Some((self.l1_run(), "the L1 table")),
-            Some((self.refcounts.table_run(), "the refcount table")),
-            self.snapshot_table.map(|run| (run, "the snapshot table")),
-        ];
-        for (table, what) in tables.into_iter().flatten() {
-            if run.first < table.end() && table.first < run.end() {
-                return Err(self.corrupt(format!(
-                    "cluster {:#x} would be overwritten, but it holds {what}",
-                    run.first.max(table.first)
-                )));
-            }
+        self.check_overlap_but(run, OverlapCheck::empty())
+    }
+
+    /// As [`Meta::check_overlap`], for a write of metadata of one kind to its own place.
+    pub(crate) fn check_overlap_but(&mut self, run: Run, but: OverlapCheck) -> Result<()> {
+        match self.overlap(run, but) {
+            Some(kind) => Err(self.corrupt_at(kind.prevented(), Some(run))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Takes free clusters; see [`Refcounts::allocate`].
     pub(crate) fn allocate(&mut self, want: u64, exact: bool) -> Result<Run> {
-        let taken = self.refcounts.allocate(want, exact);
-        let run = self.noted(taken)?;
-        self.check_overlap(run)?;
-        Ok(run)
+        let top = self.top_tables();
+        let places = &self.places;
+        let taken =
+            self.refcounts.allocate(want, exact, &|run| places.find(&top, run, places.check));
+        self.noted(taken)
     }
 
     /// Adds a reference to each cluster.
@@ -185,9 +285,11 @@ impl Meta {
     /// Gives references back at once: for clusters that nothing on disk refers to.
     pub(crate) fn free(&mut self, run: Run) -> Result<()> {
         let geometry = self.geometry();
-        let (l2, freed) = (&mut self.l2, &mut self.freed);
+        let (l2, freed, places) = (&mut self.l2, &mut self.freed, &mut self.places);
         let given = self.refcounts.sub(run, |cluster| {
             l2.forget(geometry.offset_of(cluster));
+            places.l2.remove(cluster);
+            places.inactive_l2.remove(cluster);
             if freed.len() < MAX_PENDING_RUNS {
                 push_run(freed, Run::one(cluster));
             }
@@ -237,7 +339,7 @@ impl Meta {
             && let Some(offset) = old
         {
             let run = self.cluster_run(offset);
-            self.check_overlap(run)?;
+            self.check_overlap_but(run, OverlapCheck::ACTIVE_L2 | OverlapCheck::INACTIVE_L2)?;
             return self.l2.load(&*self.storage, offset);
         }
         let mut bytes = match self.l2_at(entry)? {
@@ -264,6 +366,9 @@ impl Meta {
 
     /// Changes an entry of the active L1 table.
     pub(crate) fn set_l1(&mut self, index: usize, entry: u64) {
+        if let Some(table) = table_of(entry) {
+            self.places.l2.insert(self.geometry().cluster_of(table));
+        }
         if let Some(slot) = self.l1.get_mut(index) {
             *slot = entry;
             self.l1_dirty = Some(match self.l1_dirty.take() {
@@ -275,6 +380,9 @@ impl Meta {
 
     /// Replaces the active L1 table by one that is on disk already.
     pub(crate) fn replace_l1(&mut self, l1: Vec<u64>, offset: u64, size: u32) {
+        for table in l1.iter().copied().filter_map(table_of) {
+            self.places.l2.insert(self.geometry().cluster_of(table));
+        }
         self.l1 = l1;
         self.l1_dirty = None;
         self.header.l1_offset = offset;
@@ -312,6 +420,9 @@ impl Meta {
 
     /// Writes all changes in the module's order; all of them, and the guest's data, are durable
     /// afterwards. A failure leaves what is unwritten in memory, to be tried again.
+    ///
+    /// In an image that was found corrupt this saves the writes from before: all tables in memory
+    /// are in places that were checked. Nothing is given back any more, as counts may be wrong.
     pub(crate) fn sync(&mut self) -> Result<()> {
         if !self.is_dirty() {
             return self.storage.flush();
@@ -320,6 +431,10 @@ impl Meta {
         self.storage.flush()?;
         self.write_tables()?;
         self.storage.flush()?;
+        if self.broken.is_some() {
+            self.pending.clear();
+            return Ok(());
+        }
         for run in std::mem::take(&mut self.pending) {
             self.free(run)?;
         }
@@ -331,6 +446,7 @@ impl Meta {
     /// Gives some of the host's space of free clusters back, unless they are in use again; says
     /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
     pub(crate) fn punch_some(&mut self) -> Result<bool> {
+        self.check_writable()?;
         let geometry = self.geometry();
         let mut left = geometry.clusters(PUNCH_BYTES).max(1);
         // Snapshots free in the order of the guest; few large calls are faster than many.
@@ -404,6 +520,7 @@ impl Meta {
     }
 
     fn cut_tail(&mut self) -> Result<()> {
+        self.check_writable()?;
         let Some(end) = self.refcounts.used_end()? else {
             return Ok(());
         };

@@ -3,10 +3,12 @@
 //! | file | what |
 //! |---|---|
 //! | `layout` | sizes, table entries |
-//! | `header` | the header, checked |
+//! | `header`, `header_write` | the header, checked; rewritten |
+//! | `options` | how an image is to be opened |
 //! | `cache` | L2 tables and refcount blocks in memory |
 //! | `refcount` | references to host clusters, allocation |
 //! | `meta` | all of these together, and the order in which they are written |
+//! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
 //! | `inflight` | which guest ranges are being worked on |
 //! | `read`, `compressed`, `write`, `zero` | requests |
 //! | `snapshot` | internal snapshots and VM state |
@@ -25,17 +27,24 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 
 mod cache;
 mod compressed;
+mod corruption;
 mod header;
+mod header_write;
 mod inflight;
 mod layout;
 mod meta;
+mod options;
+mod overlap;
 mod read;
 mod refcount;
 mod snapshot;
 mod write;
 mod zero;
 
+pub use corruption::Corruption;
 pub use header::Compression;
+pub use options::Options;
+pub use overlap::OverlapCheck;
 
 use header::{Header, field, incompatible};
 use inflight::InFlight;
@@ -118,8 +127,20 @@ impl Qcow2 {
     /// # Errors
     /// For writing: images that are marked as corrupt, or whose refcounts may be wrong.
     pub fn open(probe: Probe, backing: Option<Arc<dyn Format>>, read_only: bool) -> Result<Self> {
+        Self::open_with(probe, backing, Options { read_only, ..Options::default() })
+    }
+
+    /// As [`Qcow2::open`], with all options.
+    ///
+    /// # Errors
+    /// As for [`Qcow2::open`].
+    pub fn open_with(
+        probe: Probe,
+        backing: Option<Arc<dyn Format>>,
+        options: Options,
+    ) -> Result<Self> {
         let Probe { storage, header } = probe;
-        let writable = !read_only;
+        let writable = !options.read_only;
         if writable {
             check_marks(&storage, &header)?;
         }
@@ -127,13 +148,13 @@ impl Qcow2 {
         let mut image = Self {
             geometry: header.geometry,
             compression: header.compression,
-            meta: Mutex::new(Meta::open(storage.clone(), header, writable)?),
+            meta: Mutex::new(Meta::open(storage.clone(), header, &options)?),
             storage,
             in_flight: InFlight::default(),
             backing,
             size: AtomicU64::new(size),
             known_len: AtomicU64::new(0),
-            read_only,
+            read_only: options.read_only,
             unmap: true,
         };
         if writable {
@@ -147,6 +168,24 @@ impl Qcow2 {
     pub fn with_discard(mut self, unmap: bool) -> Self {
         self.unmap = unmap;
         self
+    }
+
+    /// Sets who is told when damage is found. It is called with the image's lock held: it must not
+    /// use the image.
+    pub fn on_corruption(&self, hook: impl Fn(&Corruption) + Send + Sync + 'static) {
+        self.meta().listener.set(Box::new(hook));
+    }
+
+    /// Changes the backing file that the image names, not the one that is open. Durable when this
+    /// returns; a crash leaves the old name or the new one.
+    ///
+    /// # Errors
+    /// If the name is longer than 1023 bytes or does not fit the header's cluster, or the image is
+    /// read-only.
+    pub fn set_backing(&self, name: Option<&str>, format: Option<&str>) -> Result<()> {
+        let mut meta = self.meta();
+        meta.check_writable()?;
+        meta.update_header(|header| header.set_backing(name, format))
     }
 
     /// Clears the bits of features that writes here do not keep up to date (persistent bitmaps),

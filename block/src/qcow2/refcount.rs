@@ -10,10 +10,14 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 use super::cache::{Table, TableCache};
 use super::header::{Header, MAX_REFTABLE_BYTES, field};
 use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run};
+use super::overlap::{ClusterSet, OverlapCheck};
 
 const CACHE_BYTES: u64 = 32 << 20;
 /// Refcount blocks without a count that are looked through for the end of the image.
 const MAX_EMPTY_BLOCKS: u32 = 65536;
+
+/// Tells which kind of metadata, if any, a run has.
+type Holds<'a> = &'a dyn Fn(Run) -> Option<OverlapCheck>;
 
 /// The refcount table and its blocks. Changes stay in memory until [`Refcounts::write_back`].
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub(super) struct Refcounts {
     table_run: Run,
     table_dirty: Option<Range<usize>>,
     blocks: TableCache,
+    /// Where the blocks are.
+    block_set: ClusterSet,
     /// No cluster below is free.
     hint: HostCluster,
 }
@@ -66,7 +72,12 @@ impl Refcounts {
         let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
         let mut bytes = vec![0; to_usize(len)];
         storage.read_at(header.refcount_table_offset, &[ReadBuf::new(&mut bytes)])?;
-        let table = bytes.chunks_exact(8).map(|entry| crate::num::be64(entry, 0)).collect();
+        let table: Vec<u64> =
+            bytes.chunks_exact(8).map(|entry| crate::num::be64(entry, 0)).collect();
+        let mut block_set = ClusterSet::default();
+        for entry in table.iter().filter(|entry| **entry != 0) {
+            block_set.insert(geometry.cluster_of(HostOffset(entry & OFFSET_MASK)));
+        }
         Ok(Self {
             storage: storage.clone(),
             geometry,
@@ -77,6 +88,7 @@ impl Refcounts {
             },
             table_dirty: None,
             blocks: TableCache::new(geometry.cluster_size(), CACHE_BYTES),
+            block_set,
             hint: HostCluster(1),
         })
     }
@@ -84,6 +96,17 @@ impl Refcounts {
     /// The clusters of the refcount table.
     pub(crate) fn table_run(&self) -> Run {
         self.table_run
+    }
+
+    /// The clusters of the blocks.
+    pub(crate) fn block_runs(&self) -> Vec<Run> {
+        let entries = self.table.iter().map(|entry| HostOffset(entry & OFFSET_MASK));
+        entries.filter(|at| at.0 != 0).map(|at| Run::one(self.geometry.cluster_of(at))).collect()
+    }
+
+    /// Whether a cluster of a run holds a block.
+    pub(crate) fn has_block_in(&self, run: Run) -> bool {
+        self.block_set.first_in(run).is_some()
     }
 
     fn corrupt(&self, reason: String) -> Error {
@@ -199,8 +222,9 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`.
-    pub(crate) fn allocate(&mut self, want: u64, exact: bool) -> Result<Run> {
+    /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`. `holds` knows
+    /// which hold metadata: counts that call such a cluster free are wrong.
+    pub(crate) fn allocate(&mut self, want: u64, exact: bool, holds: Holds<'_>) -> Result<Run> {
         let mut at = self.hint;
         loop {
             at = self.next_free(at)?;
@@ -219,8 +243,9 @@ impl Refcounts {
                     self.storage.name()
                 )));
             }
+            self.check_free(run, holds)?;
             // New blocks are placed in the ranges they describe, perhaps in this very run.
-            if self.ensure_blocks(run)? {
+            if self.ensure_blocks(run, holds)? {
                 continue;
             }
             for cluster in run.clusters() {
@@ -247,16 +272,26 @@ impl Refcounts {
         Ok(at)
     }
 
+    /// Refuses clusters that count as free but hold something.
+    fn check_free(&self, run: Run, holds: Holds<'_>) -> Result<()> {
+        let block = self.has_block_in(run).then_some(OverlapCheck::REFCOUNT_BLOCK);
+        match holds(run).or(block) {
+            Some(kind) => Err(self.corrupt(kind.prevented())),
+            None => Ok(()),
+        }
+    }
+
     /// Makes sure that all clusters of a run have a block; says whether any was missing.
-    fn ensure_blocks(&mut self, run: Run) -> Result<bool> {
+    fn ensure_blocks(&mut self, run: Run, holds: Holds<'_>) -> Result<bool> {
         let entries = self.geometry.block_entries();
         let mut made = false;
         for index in run.first.0 / entries..=(run.end().0 - 1) / entries {
             if index >= to_u64(self.table.len()) {
-                self.grow(index)?;
+                self.grow(index, holds)?;
                 made = true;
             }
             if self.table[to_usize(index)] == 0 {
+                self.check_free(Run::one(HostCluster(index * entries)), holds)?;
                 self.make_block(index, HostCluster(index * entries));
                 made = true;
             }
@@ -271,6 +306,7 @@ impl Refcounts {
         let bytes = vec![0; to_usize(self.geometry.cluster_size())];
         let order = self.geometry.refcount_order;
         let entries = self.geometry.block_entries();
+        self.block_set.insert(cluster);
         let table = self.blocks.insert(offset, bytes);
         if cluster.0 / entries == index {
             set(table, to_usize(cluster.0 % entries), order, 1);
@@ -288,7 +324,7 @@ impl Refcounts {
     /// The new table and blocks that describe it lie in ranges no block described before, hence
     /// free. Order: new blocks and table durable, then the header, then the old table is freed. A
     /// crash in between leaves the old table in force and nothing else on disk refers to the new.
-    fn grow(&mut self, index: u64) -> Result<()> {
+    fn grow(&mut self, index: u64, holds: Holds<'_>) -> Result<()> {
         let geometry = self.geometry;
         let entries = geometry.block_entries();
         let old_entries = to_u64(self.table.len());
@@ -317,6 +353,7 @@ impl Refcounts {
                 self.storage.name()
             )));
         }
+        self.check_free(Run { first: start, count: blocks + clusters }, holds)?;
         let old_table = self.table.clone();
         let old_dirty = self.table_dirty.clone();
         self.table.resize(to_usize(clusters * geometry.cluster_size() / 8), 0);
@@ -324,6 +361,7 @@ impl Refcounts {
         if result.is_err() {
             for n in 0..blocks {
                 self.blocks.forget(geometry.offset_of(start + n));
+                self.block_set.remove(start + n);
             }
             self.table = old_table;
             self.table_dirty = old_dirty;

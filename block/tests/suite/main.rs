@@ -12,6 +12,7 @@ mod faults;
 mod graph;
 mod headers;
 mod locks;
+mod metadata;
 mod model;
 mod races;
 mod snapshots;

@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 use super::Qcow2;
 use super::header::MAX_L1_BYTES;
-use super::layout::{HostOffset, Run};
+use super::layout::{HostOffset, Run, table_of};
 use super::meta::{Meta, check_l1, read_l1};
 
 /// How far a change is.
@@ -91,6 +91,33 @@ fn load_l1(meta: &Meta, entry: &Entry) -> Result<Vec<u64>> {
     let what = format!("the L1 table of snapshot '{}'", entry.info.id);
     check_l1(&*meta.storage, geometry, &what, &l1)?;
     Ok(l1)
+}
+
+/// Notes the places of all L2 tables of snapshots (`overlap-check.inactive-l2`). A snapshot whose L1
+/// table breaks a rule is left out: it is refused when it is used.
+pub(super) fn note_inactive_l2(meta: &mut Meta) -> Result<()> {
+    /// Many more than a sound image has; an image may name one large table very often.
+    const MOST: u64 = 1 << 26;
+    let sizes = meta.snapshots.iter().map(|entry| u64::from(entry.l1_size));
+    if sizes.fold(0, u64::saturating_add) > MOST {
+        return Err(Error::NotSupported(format!(
+            "Image '{}': its snapshots have too many tables for overlap-check.inactive-l2",
+            meta.storage.name()
+        )));
+    }
+    let geometry = meta.geometry();
+    for entry in meta.snapshots.clone() {
+        match load_l1(meta, &entry) {
+            Ok(l1) => {
+                for table in l1.into_iter().filter_map(table_of) {
+                    meta.places.inactive_l2.insert(geometry.cluster_of(table));
+                }
+            }
+            Err(Error::Corrupt { reason, .. }) => tracing::warn!("{reason}"),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// The clusters of a snapshot's L1 table.

@@ -169,6 +169,7 @@ impl TableSwitch {
         let old_entries = std::mem::replace(&mut meta.snapshots, self.new.clone());
         let old_run = std::mem::replace(&mut meta.snapshot_table, self.new_run);
         self.old = Some((old_entries, old_run));
+        meta.note_snapshots();
         Self::write_header(meta, &self.new, self.new_run)
     }
 
@@ -178,6 +179,7 @@ impl TableSwitch {
             Self::write_header(meta, entries, *run)?;
             meta.snapshots.clone_from(entries);
             meta.snapshot_table = *run;
+            meta.note_snapshots();
             self.old = None;
         }
         match self.new_run.take() {
