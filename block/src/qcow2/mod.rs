@@ -26,6 +26,7 @@ use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 mod cache;
+pub mod check;
 mod compressed;
 mod corruption;
 mod header;
