@@ -1,6 +1,7 @@
 //! What an image format must be able to do.
 
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::status::StatusExtent;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 /// An open image. All methods take `&self` and may be called from several threads at once; requests
@@ -31,6 +32,21 @@ pub trait Format: Send + Sync {
 
     /// Makes the range read as zeroes; with `unmap` its space may be given back.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// How a range is stored, in order. A call does a bounded amount of work: the list may end before
+    /// the range does, but has at least one extent unless the range is empty.
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
+        let size = self.size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(vec![StatusExtent::data(len)]),
+            _ => Err(Error::OutOfRange { offset, len, size }),
+        }
+    }
+
+    /// Whether [`Format::write_zeroes`] is faster than writing zeroes.
+    fn fast_zeroes(&self) -> bool {
+        true
+    }
 
     /// Whether the format has internal snapshots.
     fn supports_snapshots(&self) -> bool {

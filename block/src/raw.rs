@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::format::Format;
 use crate::iobuf;
+use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
@@ -81,6 +82,22 @@ impl Format for Raw {
     fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         self.check_write(offset, iobuf::total_len(bufs))?;
         self.storage.write_at(offset, bufs)
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
+        self.check(offset, len)?;
+        // A file with a hole in every page must not keep a caller waiting.
+        const MAX_EXTENTS: usize = 2048;
+        let (mut at, end) = (offset, offset + len);
+        let mut list = Vec::new();
+        while at < end && list.len() < MAX_EXTENTS {
+            let (data, n) = self.storage.find_data(at, end - at)?;
+            let n = n.clamp(1, end - at);
+            let extent = if data { StatusExtent::data(n) } else { StatusExtent::zero(n) };
+            extent.push_to(&mut list);
+            at += n;
+        }
+        Ok(list)
     }
 
     fn flush(&self) -> Result<()> {

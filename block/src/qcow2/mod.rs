@@ -11,6 +11,7 @@
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
 //! | `inflight` | which guest ranges are being worked on |
 //! | `read`, `compressed`, `write`, `zero` | requests |
+//! | `status` | what is data and what is zeroes |
 //! | `snapshot` | internal snapshots and VM state |
 //!
 //! Lock order: a range of [`inflight`] first, then a snapshot's own tables, then the metadata
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::format::Format;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
@@ -39,6 +41,7 @@ mod overlap;
 mod read;
 mod refcount;
 mod snapshot;
+mod status;
 mod write;
 mod zero;
 
@@ -338,6 +341,15 @@ impl Format for Qcow2 {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.zero_disk(offset, len, unmap && self.unmap)
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
+        self.disk_status(offset, len)
+    }
+
+    fn fast_zeroes(&self) -> bool {
+        // Version 2 has no zero clusters: over a backing file zeroes are written.
+        self.geometry.version >= 3
     }
 
     fn supports_snapshots(&self) -> bool {

@@ -7,6 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::SeekFrom;
+
 use super::Storage;
 use super::sys::{self, Allocate};
 use crate::iobuf::{self, Vectored};
@@ -268,8 +270,8 @@ impl Storage for FileStorage {
 
     fn len(&self) -> Result<u64> {
         if self.device {
-            use std::io::{Seek, SeekFrom};
-            return (&self.file).seek(SeekFrom::End(0)).map_err(|e| self.error("seek", 0, e));
+            return rustix::fs::seek(&self.file, SeekFrom::End(0))
+                .map_err(|e| self.error("seek", 0, e.into()));
         }
         Ok(self.file.metadata().map_err(|e| self.error("stat", 0, e))?.len())
     }
@@ -316,6 +318,25 @@ impl Storage for FileStorage {
             Err(e) if unsupported(&e) => Ok(()),
             Err(e) => Err(self.error("allocate", offset, e)),
         }
+    }
+
+    fn find_data(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        let seek = |to| match rustix::fs::seek(&self.file, to) {
+            // Nothing of the kind up to the end.
+            Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
+            other => other.map_err(|e| self.error("seek", offset, e.into())),
+        };
+        // The position this moves is used by nothing else.
+        let data = match seek(SeekFrom::Data(offset)) {
+            Err(_) if self.device => return Ok((true, len)),
+            other => other?,
+        };
+        if data > offset {
+            return Ok((false, len.min(data - offset)));
+        }
+        let hole = seek(SeekFrom::Hole(offset))?;
+        // What is cut off meanwhile counts as data: that is always right.
+        if hole <= offset { Ok((true, len)) } else { Ok((true, len.min(hole - offset))) }
     }
 
     fn read_only(&self) -> bool {

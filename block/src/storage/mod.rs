@@ -65,6 +65,12 @@ pub trait Storage: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Whether there is data at `offset`, as opposed to a hole that reads as zeroes, and for how many
+    /// of the next `len` bytes that is so. Where the host cannot tell, all is data.
+    fn find_data(&self, _offset: u64, len: u64) -> Result<(bool, u64)> {
+        Ok((true, len))
+    }
+
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
 }

@@ -1,0 +1,538 @@
+//! The transmission phase: one thread, one queue, many requests in flight.
+//!
+//! ```text
+//! receive ──> take requests ──> queue ──> completions ──> outbox ──> send
+//!    ▲                                                                │
+//!    └──────────── wait for the socket and the queue's event ◄────────┘
+//! ```
+//!
+//! One call receives whatever the client has sent, one kick starts all of it, and one call sends all
+//! replies. Replies leave in the order of completion. What a connection holds in memory is bounded by
+//! [`MAX_REQUESTS`] and [`MAX_HELD`]: beyond these nothing is received.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+
+use crate::node::Access;
+use crate::num::{to_u64, to_usize};
+use crate::queue::{AlignedBuf, Completion, Op, OwnedBufs, Queue, Request as QueueRequest};
+use crate::status::StatusExtent;
+
+use super::command::{Command, Limits, Refusal};
+use super::connection::Failure;
+use super::export::Export;
+use super::extents;
+use super::inbox::Inbox;
+use super::negotiate::{Offered, Session};
+use super::outbox::Outbox;
+use super::pool::Pool;
+use super::socket::{self, Moved, Socket};
+use super::wire::reply::To;
+use super::wire::request::{Request, header_len};
+use super::wire::{Errno, Mode};
+
+mod pending;
+mod slab;
+
+use pending::{Group, Pending, Work, errno_of};
+use slab::Slab;
+
+/// Requests in flight.
+const MAX_REQUESTS: usize = 256;
+/// Bytes of data in flight or waiting to be sent, beyond which no request is begun.
+const MAX_HELD: usize = 64 << 20;
+/// Payloads of at least this size are received straight to where they are written from.
+const DIRECT_PAYLOAD: u32 = 16 << 10;
+/// Reads of at least this size are looked at for holes.
+const SPARSE_READ: u32 = 32 << 10;
+/// Chunks of a read; what is left is one more.
+const MAX_CHUNKS: usize = 16;
+/// How long to look for the next request without sleeping, after one that came soon.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// What the next bytes of the stream are.
+enum Incoming {
+    /// A request.
+    Header,
+    /// The payload of a write.
+    Payload(Write),
+    /// The payload of a request that is refused after it.
+    Skip { to: To, left: u64, refusal: Refusal },
+}
+
+/// A write whose payload is on its way; the first `filled` bytes are there.
+struct Write {
+    to: To,
+    offset: u64,
+    len: u32,
+    fua: bool,
+    buf: AlignedBuf,
+    filled: usize,
+}
+
+/// See the module.
+pub(super) struct Transmission {
+    socket: Arc<Socket>,
+    inbox: Inbox,
+    outbox: Outbox,
+    pool: Pool,
+    mode: Mode,
+    contexts: Vec<u32>,
+    incoming: Incoming,
+    /// The last write was large: receive no more than a header ahead, its payload goes elsewhere.
+    large: bool,
+    /// All that was received has been looked at, and is no whole request.
+    starved: bool,
+    /// The socket had less than was asked for.
+    drained: bool,
+    /// The client said that it goes.
+    disconnected: bool,
+    /// The client has closed its side.
+    closed: bool,
+    /// Whether the last wait for a request was short.
+    soon: bool,
+    pending: Slab<Pending>,
+    groups: Slab<Group>,
+    /// Data bytes in flight.
+    held: usize,
+    completions: Vec<Completion>,
+    queue: Queue,
+    export: Arc<Export>,
+}
+
+impl Transmission {
+    pub(super) fn new(
+        socket: Arc<Socket>,
+        inbox: Inbox,
+        session: Session<Arc<Export>>,
+    ) -> Result<Self, Failure> {
+        Ok(Self {
+            socket,
+            inbox,
+            outbox: Outbox::default(),
+            pool: Pool::default(),
+            mode: session.mode,
+            contexts: session.contexts,
+            incoming: Incoming::Header,
+            large: false,
+            starved: false,
+            drained: false,
+            disconnected: false,
+            closed: false,
+            soon: false,
+            pending: Slab::default(),
+            groups: Slab::default(),
+            held: 0,
+            completions: Vec::new(),
+            queue: Queue::new(session.export.node().clone())?,
+            export: session.export,
+        })
+    }
+
+    /// Serves until the client disconnects or vanishes, or somebody shuts the socket down. Requests
+    /// under way are completed in any case.
+    pub(super) fn run(&mut self) -> Result<(), Failure> {
+        loop {
+            self.take_requests()?;
+            self.queue.kick();
+            self.finish_requests();
+            self.outbox.send(&self.socket, &mut self.pool)?;
+            let idle = self.queue.in_flight() == 0 && self.outbox.is_empty();
+            if idle && (self.disconnected || (self.closed && self.starved)) {
+                return Ok(());
+            }
+            let wants_input = self.starved || self.disconnected;
+            if wants_input || self.is_full() {
+                self.receive(idle)?;
+            }
+        }
+    }
+
+    /// Whether no further request may be begun.
+    fn is_full(&self) -> bool {
+        self.pending.len() >= MAX_REQUESTS || self.held + self.outbox.held() >= MAX_HELD
+    }
+
+    /// Begins the requests that have been received.
+    fn take_requests(&mut self) -> Result<(), Failure> {
+        self.starved = false;
+        while !self.disconnected && !self.is_full() {
+            if !self.take_one()? {
+                self.starved = true;
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says whether there was enough for anything.
+    fn take_one(&mut self) -> Result<bool, Failure> {
+        match &mut self.incoming {
+            Incoming::Header => {
+                let decoded = Request::decode(self.inbox.bytes(), self.mode);
+                let Some(request) = decoded.map_err(|e| Failure::Protocol(e.to_string()))? else {
+                    return Ok(false);
+                };
+                self.inbox.consume(header_len(self.mode));
+                self.begin(&request);
+            }
+            Incoming::Payload(write) => {
+                let len = write.len as usize;
+                write.filled += self.inbox.take(&mut write.buf[write.filled..len]);
+                if write.filled < len {
+                    return Ok(false);
+                }
+                if let Incoming::Payload(write) =
+                    std::mem::replace(&mut self.incoming, Incoming::Header)
+                {
+                    self.begin_write(write);
+                }
+            }
+            Incoming::Skip { to, left, refusal } => {
+                let n = self.inbox.bytes().len().min(to_usize(*left));
+                self.inbox.consume(n);
+                *left -= to_u64(n);
+                if *left > 0 {
+                    return Ok(false);
+                }
+                let (to, refusal) = (*to, *refusal);
+                self.incoming = Incoming::Header;
+                self.refuse(to, refusal);
+            }
+        }
+        Ok(true)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            size: self.export.node().size(),
+            read_only: self.export.read_only(),
+            mode: self.mode,
+            contexts: !self.contexts.is_empty(),
+        }
+    }
+
+    fn begin(&mut self, request: &Request) {
+        let to = To { mode: self.mode, cookie: request.cookie, offset: request.offset };
+        let payload = request.payload(self.mode);
+        let large = self.large;
+        self.large = false;
+        match self.limits().check(request) {
+            Err(refusal) if payload > 0 => {
+                self.incoming = Incoming::Skip { to, left: payload, refusal };
+            }
+            Err(refusal) => self.refuse(to, refusal),
+            Ok(Command::Write { offset, len, fua }) => {
+                self.large = len >= DIRECT_PAYLOAD || (large && len == 0);
+                let buf = self.pool.take(len as usize);
+                self.incoming = Incoming::Payload(Write { to, offset, len, fua, buf, filled: 0 });
+            }
+            Ok(Command::Read { offset, len: 0, .. }) => self.empty_read(to, offset),
+            Ok(Command::Read { offset, len, whole }) => self.begin_read(to, offset, len, whole),
+            Ok(Command::Flush) => self.submit(to, Work::Flush, Op::Flush, OwnedBufs::none()),
+            Ok(
+                Command::Trim { len: 0, .. }
+                | Command::WriteZeroes { len: 0, .. }
+                | Command::Cache { len: 0, .. },
+            ) => {
+                self.outbox.small(|out| to.ok(out));
+            }
+            Ok(Command::Trim { offset, len, fua }) => {
+                self.submit(to, Work::Trim { fua }, Op::Discard { offset, len }, OwnedBufs::none());
+            }
+            Ok(Command::WriteZeroes { fast: true, .. })
+                if !self.export.node().format().fast_zeroes() =>
+            {
+                self.refuse(to, Refusal(Errno::NotSup, "zeroes would be written"));
+            }
+            Ok(Command::WriteZeroes { offset, len, unmap, fua, .. }) => {
+                let op = Op::WriteZeroes { offset, len, unmap, fua };
+                self.submit(to, Work::Zero, op, OwnedBufs::none());
+            }
+            Ok(Command::Cache { offset, len }) => {
+                // The host's page cache has it afterwards.
+                let bufs = OwnedBufs::aligned_part(self.pool.take(len as usize), len as usize);
+                self.submit(to, Work::Cache, Op::Read { offset }, bufs);
+            }
+            Ok(Command::BlockStatus { offset, len, one }) => {
+                self.block_status(to, offset, len, one)
+            }
+            Ok(Command::Disconnect) => self.disconnected = true,
+        }
+    }
+
+    fn refuse(&mut self, to: To, Refusal(error, text): Refusal) {
+        self.outbox.small(|out| to.error(out, error, text));
+    }
+
+    /// Hands an operation to the queue.
+    fn submit(&mut self, to: To, work: Work, op: Op, bufs: OwnedBufs) {
+        self.held += to_usize(bufs.len());
+        let id = self.pending.insert(Pending { to, work });
+        self.queue.submit(QueueRequest { id: to_u64(id), op, bufs });
+    }
+
+    fn begin_write(&mut self, write: Write) {
+        let Write { to, offset, len, fua, buf, .. } = write;
+        if len == 0 {
+            self.pool.give(buf);
+            return self.outbox.small(|out| to.ok(out));
+        }
+        let bufs = OwnedBufs::aligned_part(buf, len as usize);
+        self.submit(to, Work::Write, Op::Write { offset, fua }, bufs);
+    }
+
+    /// A chunk must have at least one byte.
+    fn empty_read(&mut self, to: To, offset: u64) {
+        self.outbox.small(|out| match to.mode {
+            Mode::Simple => to.data(out, true, offset, 0),
+            Mode::Structured | Mode::Extended => to.end(out),
+        });
+    }
+
+    fn begin_read(&mut self, to: To, offset: u64, len: u32, whole: bool) {
+        if whole || len < SPARSE_READ || to.mode == Mode::Simple {
+            return self.read_part(to, offset, u64::from(len), None);
+        }
+        // An error shows again, at the right place, when the data is read.
+        let access = self.export.node().try_access();
+        let status = access.map(|format| format.block_status(offset, u64::from(len)));
+        let status = status.and_then(Result::ok).unwrap_or_default();
+        let parts = chunks(offset, u64::from(len), &status);
+        if let [part] = parts[..]
+            && !part.hole
+        {
+            return self.read_part(to, offset, u64::from(len), None);
+        }
+        let reads = parts.iter().filter(|part| !part.hole).count();
+        for part in parts.iter().filter(|part| part.hole) {
+            let done = reads == 0 && parts.len() == 1;
+            let len = u32::try_from(part.len).unwrap_or(u32::MAX);
+            self.outbox.small(|out| to.hole(out, done, part.offset, len));
+        }
+        if reads > 0 {
+            let group = self.groups.insert(Group { left: reads, error: None });
+            for part in parts.iter().filter(|part| !part.hole) {
+                self.read_part(to, part.offset, part.len, Some(group));
+            }
+        }
+    }
+
+    fn read_part(&mut self, to: To, offset: u64, len: u64, group: Option<usize>) {
+        let len = to_usize(len);
+        let bufs = OwnedBufs::aligned_part(self.pool.take(len), len);
+        self.submit(to, Work::Read { offset, group }, Op::Read { offset }, bufs);
+    }
+
+    fn block_status(&mut self, to: To, offset: u64, len: u64, one: bool) {
+        let format = self.access();
+        let mut lists = Vec::with_capacity(self.contexts.len());
+        for id in &self.contexts {
+            let Some(context) = self.export.context(*id) else {
+                continue;
+            };
+            match extents::describe(&*format, &context, offset, len, one) {
+                Ok(list) => lists.push((*id, list)),
+                Err(e) => {
+                    let error = errno_of(&e);
+                    tracing::debug!(export = self.export.name(), "block status failed: {e}");
+                    return self.outbox.small(|out| to.error(out, error, "block status failed"));
+                }
+            }
+        }
+        drop(format);
+        let last = lists.len().saturating_sub(1);
+        for (n, (id, list)) in lists.into_iter().enumerate() {
+            self.outbox.small(|out| to.status(out, n == last, id, &list));
+        }
+    }
+
+    /// The image. While it is being replaced, whoever does that waits for our requests in flight.
+    fn access(&mut self) -> Access {
+        let node = self.export.node().clone();
+        node.try_access().unwrap_or_else(|| {
+            self.queue.drain(&mut self.completions);
+            node.access()
+        })
+    }
+
+    /// Answers everything that is completed.
+    fn finish_requests(&mut self) {
+        let mut completions = std::mem::take(&mut self.completions);
+        loop {
+            self.queue.reap(&mut completions);
+            if completions.is_empty() {
+                break;
+            }
+            for completion in completions.drain(..) {
+                self.finish(completion);
+            }
+            // A flush after a trim, say.
+            self.queue.kick();
+        }
+        self.completions = completions;
+    }
+
+    fn finish(&mut self, completion: Completion) {
+        let Completion { id, result, bufs } = completion;
+        self.held -= to_usize(bufs.len());
+        let Some(Pending { to, work }) = self.pending.remove(to_usize(id)) else {
+            return;
+        };
+        if let Err(e) = &result {
+            tracing::debug!(export = self.export.name(), "an NBD {} failed: {e}", work.name());
+        }
+        let error = result.err().map(|e| errno_of(&e));
+        match (work, error) {
+            (Work::Read { offset, group }, error) => {
+                self.finish_read(to, offset, group, error, bufs)
+            }
+            (Work::Trim { fua: true }, None) => {
+                self.submit(to, Work::Flush, Op::Flush, OwnedBufs::none());
+            }
+            (_, None) => {
+                self.outbox.small(|out| to.ok(out));
+                self.pool.give_bufs(bufs);
+            }
+            (work, Some(error)) => {
+                self.outbox.small(|out| to.error(out, error, work.failure()));
+                self.pool.give_bufs(bufs);
+            }
+        }
+    }
+
+    fn finish_read(
+        &mut self,
+        to: To,
+        offset: u64,
+        group: Option<usize>,
+        error: Option<Errno>,
+        bufs: OwnedBufs,
+    ) {
+        // Of a request in parts, the last part ends the reply, with the first error if there was one.
+        let (last, first_error) =
+            match group.and_then(|group| Some((group, self.groups.get_mut(group)?))) {
+                Some((at, group)) => {
+                    group.left -= 1;
+                    group.error = group.error.or(error);
+                    let (last, first_error) = (group.left == 0, group.error);
+                    if last {
+                        self.groups.remove(at);
+                    }
+                    (last, first_error)
+                }
+                None => (true, error),
+            };
+        if error.is_none() {
+            let done = last && first_error.is_none();
+            let len = to_usize(bufs.len());
+            self.outbox.small(|out| to.data(out, done, offset, len));
+            self.outbox.data(bufs);
+        } else {
+            self.pool.give_bufs(bufs);
+        }
+        if last && let Some(error) = first_error {
+            self.outbox.small(|out| to.error(out, error, "read failed"));
+        }
+    }
+
+    /// Receives what there is, after waiting for whatever can happen next.
+    fn receive(&mut self, idle: bool) -> Result<(), Failure> {
+        let wanted = self.starved && !self.disconnected && !self.closed;
+        if wanted && idle {
+            return self.receive_waiting();
+        }
+        if wanted && !self.drained && self.fill(false)? {
+            return Ok(());
+        }
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, wanted);
+        flags.set(PollFlags::OUT, !self.outbox.is_empty());
+        let mut fds = Vec::with_capacity(2);
+        if !flags.is_empty() {
+            // Not otherwise: that the client hung up would end each wait at once.
+            fds.push((self.socket.as_fd(), flags));
+        }
+        if self.queue.in_flight() > 0 {
+            fds.push((self.queue.event(), PollFlags::IN));
+        }
+        socket::wait(&fds, None)?;
+        self.drained = false;
+        Ok(())
+    }
+
+    /// Waits for the next request with nothing else to do. A client that waits for each reply sends
+    /// again at once: sleeping and waking would take longer than looking for a while.
+    fn receive_waiting(&mut self) -> Result<(), Failure> {
+        let start = Instant::now();
+        if self.soon {
+            while start.elapsed() < SPIN {
+                if self.fill(false)? {
+                    return Ok(());
+                }
+                std::thread::yield_now();
+            }
+        }
+        self.fill(true)?;
+        self.soon = start.elapsed() < SPIN;
+        Ok(())
+    }
+
+    /// Says whether anything came; the end counts.
+    fn fill(&mut self, wait: bool) -> Result<bool, Failure> {
+        let header = header_len(self.mode);
+        let ahead = if self.large { header } else { usize::MAX };
+        let (first, most) = match &mut self.incoming {
+            Incoming::Payload(write) => (&mut write.buf[write.filled..write.len as usize], ahead),
+            Incoming::Header => (&mut [][..], ahead),
+            Incoming::Skip { .. } => (&mut [][..], usize::MAX),
+        };
+        let wished = first.len().saturating_add(most);
+        let (moved, direct) = self.inbox.fill(&self.socket, first, most, wait)?;
+        if let Incoming::Payload(write) = &mut self.incoming {
+            write.filled += direct;
+        }
+        match moved {
+            Moved::Bytes(n) => self.drained = n < wished,
+            Moved::Nothing => self.drained = true,
+            Moved::End => self.closed = true,
+        }
+        Ok(moved != Moved::Nothing)
+    }
+}
+
+/// A part of a read's reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Chunk {
+    offset: u64,
+    len: u64,
+    hole: bool,
+}
+
+/// Cuts a range into data and holes by the status of a prefix of it.
+fn chunks(offset: u64, len: u64, status: &[StatusExtent]) -> Vec<Chunk> {
+    let mut list: Vec<Chunk> = Vec::new();
+    let (mut at, end) = (offset, offset + len);
+    for extent in status {
+        let n = extent.len.min(end - at);
+        let full = list.len() >= MAX_CHUNKS;
+        match list.last_mut() {
+            Some(last) if last.hole == extent.zero => last.len += n,
+            _ if full => break,
+            _ => list.push(Chunk { offset: at, len: n, hole: extent.zero }),
+        }
+        at += n;
+    }
+    match list.last_mut() {
+        Some(last) if !last.hole => last.len += end - at,
+        _ if at < end => list.push(Chunk { offset: at, len: end - at, hole: false }),
+        _ => {}
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests;
