@@ -4,6 +4,7 @@
 //! bytes (`raw`, `qcow2`), and below that a storage holds them. This crate knows nothing of KVM,
 //! guest memory or QMP: requests come as offsets and [`iobuf`] buffers.
 
+pub mod bitmap;
 pub mod error;
 pub mod format;
 pub mod graph;

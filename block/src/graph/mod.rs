@@ -143,6 +143,10 @@ impl Graph {
         }
         if !node.read_only() {
             node.format().flush()?;
+            // Here an error can be told; at the end of the last handle it could only be logged.
+            if let Some(image) = node.qcow2() {
+                image.store_bitmaps()?;
+            }
         }
         state.nodes.retain(|n| !Arc::ptr_eq(n, &node));
         // Children that only this node had go with it, top-down.

@@ -205,6 +205,7 @@ impl<'a> Opener<'a> {
         let details = Details {
             filename,
             storage: Some(storage),
+            bitmaps: image.bitmaps().clone(),
             qcow2: Some(image.clone()),
             file: Some(file),
             backing: below,

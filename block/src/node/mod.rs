@@ -5,6 +5,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::bitmap::BitmapSet;
 use crate::format::Format;
 use crate::iobuf;
 use crate::qcow2::Qcow2;
@@ -52,6 +53,8 @@ pub(crate) struct Details {
     pub(crate) no_flush: bool,
     /// Made together with another node, and goes with it.
     pub(crate) implicit: bool,
+    /// The image's bitmaps where it stores them, with those in memory only.
+    pub(crate) bitmaps: Arc<BitmapSet>,
 }
 
 /// Is told of every change of a node's contents.
@@ -151,7 +154,8 @@ impl Node {
     /// # Errors
     /// As [`Format::write`].
     pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        let result = self.access().write(offset, bufs);
+        let access = self.access();
+        let result = access.write(offset, bufs);
         self.note_write(offset, iobuf::total_len(bufs));
         result
     }
@@ -169,7 +173,8 @@ impl Node {
     /// # Errors
     /// As [`Format::discard`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        let result = self.access().discard(offset, len);
+        let access = self.access();
+        let result = access.discard(offset, len);
         self.note_write(offset, len);
         result
     }
@@ -179,15 +184,21 @@ impl Node {
     /// # Errors
     /// As [`Format::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let result = self.access().write_zeroes(offset, len, unmap);
+        let access = self.access();
+        let result = access.write_zeroes(offset, len, unmap);
         self.note_write(offset, len);
         result
     }
 
     /// Tells those who watch that a range was changed, or that an attempt failed: part of it may
-    /// have been written then. To be called before the request's completion is told to anybody.
+    /// have been written then. To be called before the request's completion is told to anybody, and
+    /// before its [`Access`] is dropped: the image's bitmaps are stored when the image is replaced.
     pub fn note_write(&self, offset: u64, len: u64) {
-        if len == 0 || self.observed.load(Ordering::Acquire) == 0 {
+        if len == 0 {
+            return;
+        }
+        self.details().bitmaps.note(offset, len);
+        if self.observed.load(Ordering::Acquire) == 0 {
             return;
         }
         let observers = self.observers.read().unwrap_or_else(PoisonError::into_inner);

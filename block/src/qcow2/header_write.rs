@@ -35,11 +35,13 @@ impl Header {
         self.set_extension(extension::BACKING_FORMAT, format.map(|f| f.as_bytes().to_vec()));
     }
 
-    /// Host offset and bytes of the directory of persistent bitmaps.
+    /// Host offset and bytes of the directory of persistent bitmaps. Without the autoclear bit the
+    /// extension counts for nothing: its clusters may have been given to others.
     pub(crate) fn bitmap_directory(&self) -> Option<(u64, u64)> {
         /// QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE.
         const MOST: u64 = 64 << 20;
-        let data = self.extension(extension::BITMAPS)?;
+        let valid = self.autoclear & super::bitmaps::AUTOCLEAR != 0;
+        let data = self.extension(extension::BITMAPS).filter(|_| valid)?;
         let (bytes, offset) = (be64_at(data, 8), be64_at(data, 16));
         (offset != 0 && bytes <= MOST).then_some((offset, bytes))
     }

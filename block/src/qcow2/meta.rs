@@ -58,6 +58,8 @@ pub(super) struct Meta {
     /// What made the image corrupt; writes are refused from then on.
     broken: Option<String>,
     pub(crate) places: Places,
+    /// The directory of persistent bitmaps, as it is on disk.
+    pub(crate) bitmaps: super::bitmaps::Directory,
     pub(crate) listener: Arc<Listener>,
     /// Whether damage of a read-only image was told.
     told: bool,
@@ -95,6 +97,7 @@ impl Meta {
             writable,
             broken: None,
             places: Places { check: options.overlap_check, ..Places::default() },
+            bitmaps: super::bitmaps::Directory::default(),
             listener: Arc::default(),
             told: false,
         };

@@ -13,6 +13,7 @@
 //! | `read`, `compressed`, `write`, `zero` | requests |
 //! | `status` | what is data and what is zeroes |
 //! | `snapshot` | internal snapshots and VM state |
+//! | `bitmaps` | persistent dirty bitmaps |
 //!
 //! Lock order: a range of [`inflight`] first, then a snapshot's own tables, then the metadata
 //! mutex. No guest data is transferred while the metadata mutex is held.
@@ -21,12 +22,14 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::bitmap::BitmapSet;
 use crate::format::Format;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
+mod bitmaps;
 mod cache;
 pub mod check;
 mod compressed;
@@ -45,6 +48,7 @@ mod status;
 mod write;
 mod zero;
 
+pub use bitmaps::StoredBitmap;
 pub use corruption::Corruption;
 pub use header::Compression;
 pub use options::Options;
@@ -118,6 +122,8 @@ pub struct Qcow2 {
     meta: Mutex<Meta>,
     in_flight: InFlight,
     backing: Option<Arc<dyn Format>>,
+    /// The node's bitmaps, those in memory only too.
+    bitmaps: Arc<BitmapSet>,
     size: AtomicU64,
     /// A length the file had at some time.
     known_len: AtomicU64,
@@ -156,11 +162,14 @@ impl Qcow2 {
             storage,
             in_flight: InFlight::default(),
             backing,
+            bitmaps: Arc::default(),
             size: AtomicU64::new(size),
             known_len: AtomicU64::new(0),
             read_only: options.read_only,
             unmap: true,
         };
+        let meta = image.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
+        image.bitmaps = Arc::new(bitmaps::load(meta)?);
         if writable {
             image.clear_autoclear()?;
         }
@@ -192,17 +201,23 @@ impl Qcow2 {
         meta.update_header(|header| header.set_backing(name, format))
     }
 
-    /// Clears the bits of features that writes here do not keep up to date (persistent bitmaps),
-    /// so that their data counts as out of date ("autoclear_features").
+    /// Clears the bits of features that writes here do not keep up to date, so that their data counts
+    /// as out of date ("autoclear_features"). That of bitmaps stays if they were read.
     fn clear_autoclear(&mut self) -> Result<()> {
         let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if meta.header.autoclear != 0 {
-            meta.write_field(field::AUTOCLEAR, &[0; 8])?;
+        let kept = meta.bitmaps.autoclear();
+        if meta.header.autoclear != kept {
+            meta.write_field(field::AUTOCLEAR, &kept.to_be_bytes())?;
             // Before any data: a power failure must not keep new data and the old bits.
             meta.storage.flush()?;
-            meta.header.autoclear = 0;
+            meta.header.autoclear = kept;
         }
         Ok(())
+    }
+
+    /// The bitmaps of the disk.
+    pub(crate) fn bitmaps(&self) -> &Arc<BitmapSet> {
+        &self.bitmaps
     }
 
     /// What the header tells.
@@ -294,6 +309,13 @@ impl Drop for Qcow2 {
             && let Err(e) = meta.sync()
         {
             tracing::error!(image = self.storage.name(), "changes are lost: {e}");
+            return;
+        }
+        if let Err(e) = self.store_bitmaps() {
+            tracing::error!(
+                image = self.storage.name(),
+                "bitmaps are out of date from now on: {e}"
+            );
         }
     }
 }

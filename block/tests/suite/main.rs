@@ -6,6 +6,7 @@
     reason = "tests fail by panicking, and their numbers are small"
 )]
 
+mod bitmaps;
 mod check;
 mod common;
 mod concurrency;

@@ -379,22 +379,6 @@ fn one_bit_refcounts_refuse_a_snapshot_of_data_and_stay_clean() {
 }
 
 #[test]
-fn bitmaps_of_an_image_that_was_written_here_count_as_out_of_date() {
-    if !have_qemu_img("bitmaps") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let image = create(dir.path(), "a.qcow2", "1M", "");
-    qemu_img(&["bitmap", "--add", &path(&image), "b0"]);
-    assert!(qemu_img(&["info", &path(&image)]).contains("b0"));
-    let (graph, node) = open(&image);
-    common::write(&*node.format(), 0, &[1; 4096]);
-    drop((graph, node));
-    common::check_leaks_only(&image);
-    assert!(!qemu_img(&["info", &path(&image)]).contains("b0"));
-}
-
-#[test]
 fn a_disk_without_bytes_has_snapshots_that_leak_nothing() {
     if !have_qemu_img("empty disk") {
         return;

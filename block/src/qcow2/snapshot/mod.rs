@@ -135,7 +135,7 @@ fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
 }
 
 /// Writes bytes, padded to whole clusters, to fresh clusters in a row.
-fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>) -> Result<Run> {
+pub(super) fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>) -> Result<Run> {
     use crate::num::{to_u64, to_usize};
     let geometry = meta.geometry();
     let count = geometry.clusters(to_u64(bytes.len()));

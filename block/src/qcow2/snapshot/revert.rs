@@ -5,6 +5,9 @@
 //! publish: one header write switches size, L1 offset and L1 size.
 //! finish:  references of the old disk's tree are given back.
 //!
+//! Dirty bitmaps that follow writes have the whole disk afterwards. (QEMU refuses to go back where
+//! there is a bitmap.)
+//!
 //! The VM state of the snapshot stays the snapshot's: the active table maps the disk only.
 
 use std::sync::atomic::Ordering;
@@ -111,6 +114,8 @@ impl SnapshotChange for Revert<'_> {
         self.stage.expect(Stage::Begun)?;
         let mut meta = self.image.meta();
         meta.check_writable()?;
+        // Those of another size would not fit the disk after a crash behind `publish`.
+        self.image.bitmaps_before_resize(&mut meta, self.entry.info.disk_size)?;
         tree::add_refs(&mut meta, &self.l1)?;
         self.taken = true;
         self.run = Some(write_l1(&mut meta, &self.l1)?);
@@ -140,6 +145,7 @@ impl SnapshotChange for Revert<'_> {
             }
             return Err(e);
         }
+        self.image.bitmaps_after_revert(new.disk_size);
         self.old = Some(old);
         self.stage = Stage::Published;
         Ok(())
@@ -176,6 +182,7 @@ impl SnapshotChange for Revert<'_> {
             meta.sync()?;
             l1.clone_from(&meta.l1);
             self.switch(&mut meta, &old)?;
+            self.image.bitmaps_after_revert(old.disk_size);
         }
         if self.taken || self.run.is_some() {
             self.undo_prepare(&mut meta, &l1)?;

@@ -1,0 +1,407 @@
+//! Dirty bitmaps: QEMU's tools make them and we read and keep them, and the other way round.
+
+use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use block::bitmap::NewBitmap;
+use block::{Node, WriteBuf};
+
+use crate::common::{self, Random, check, create, have_qemu_img, open, path, qemu_img, qemu_io};
+
+/// A storage daemon with the image as node "d".
+struct Daemon {
+    child: std::process::Child,
+    answers: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Daemon {
+    fn start(image: &Path, options: &str) -> Self {
+        let node = format!(
+            "driver=qcow2,node-name=d,file.driver=file,file.filename={}{options}",
+            image.display()
+        );
+        let mut child = Command::new("qemu-storage-daemon")
+            .args(["--chardev", "stdio,id=m", "--monitor", "m", "--blockdev", &node])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut this = Self { child, answers };
+        this.answers.next().unwrap().unwrap();
+        this.run("qmp_capabilities", &json!({}));
+        this
+    }
+
+    /// The answer to a command: what it returns or its error.
+    fn run(&mut self, command: &str, arguments: &Value) -> Value {
+        // In one piece: the daemon ends at the brace of `quit`.
+        let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.child.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
+        loop {
+            let text = self.answers.next().expect("the daemon goes on").unwrap();
+            let answer: Value = serde_json::from_str(&text).unwrap();
+            if answer.get("event").is_none() {
+                return answer;
+            }
+        }
+    }
+
+    fn bitmaps(&mut self) -> Value {
+        let nodes = self.run("query-named-block-nodes", &json!({"flat": true}));
+        let nodes = nodes["return"].as_array().unwrap();
+        nodes.iter().find(|node| node["node-name"] == "d").unwrap()["dirty-bitmaps"].clone()
+    }
+
+    fn quit(mut self) {
+        self.run("quit", &json!({}));
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+/// What is dirty in a bitmap, as QEMU tells it over NBD.
+fn qemu_dirty(dir: &Path, image: &Path, bitmap: &str) -> Vec<Range<u64>> {
+    let mut daemon = Daemon::start(image, ",read-only=on");
+    let socket = dir.join("nbd.sock");
+    let addr = json!({"addr": {"type": "unix", "data": {"path": path(&socket)}}});
+    let started = daemon.run("nbd-server-start", &addr);
+    assert_eq!(started["return"], json!({}), "{started}");
+    daemon.run("block-dirty-bitmap-disable", &json!({"node": "d", "name": bitmap}));
+    let export = json!({"type": "nbd", "id": "e", "node-name": "d", "bitmaps": [bitmap]});
+    let added = daemon.run("block-export-add", &export);
+    assert_eq!(added["return"], json!({}), "{added}");
+    let uri = format!(
+        "driver=nbd,server.type=unix,server.path={},export=d,x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}",
+        socket.display()
+    );
+    let map = qemu_img(&["map", "--output=json", "--image-opts", &uri]);
+    daemon.quit();
+    let map: Value = serde_json::from_str(&map).unwrap();
+    // "data" is false where the bitmap is dirty.
+    let dirty = map.as_array().unwrap().iter().filter(|e| e["data"] == false);
+    joined(dirty.map(|e| {
+        let start = e["start"].as_u64().unwrap();
+        start..start + e["length"].as_u64().unwrap()
+    }))
+}
+
+fn joined(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+    let mut all: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => all.push(range),
+        }
+    }
+    all
+}
+
+/// What is dirty in a bitmap of ours.
+fn dirty(node: &Node, bitmap: &str) -> Vec<Range<u64>> {
+    let bitmap = node.bitmaps().get(bitmap).unwrap();
+    let mut all = Vec::new();
+    let mut at = 0;
+    // In steps, as an NBD client would ask.
+    while at < node.size() {
+        let extents = bitmap.extents(at, node.size() - at, 3);
+        at = extents.last().map(|e| e.offset + e.len).unwrap();
+        all.extend(extents);
+    }
+    joined(all.into_iter().filter(|e| e.dirty).map(|e| e.offset..e.offset + e.len))
+}
+
+fn write(node: &Node, offset: u64, bytes: &[u8]) {
+    node.write(offset, &[WriteBuf::new(bytes)]).unwrap();
+}
+
+fn add(node: &Node, name: &str, granularity: u64) {
+    let granularity = Some(granularity);
+    node.add_bitmap(&NewBitmap { name, granularity, persistent: true, disabled: false }).unwrap();
+}
+
+fn close(opened: (block::Graph, Arc<Node>)) {
+    let (graph, node) = opened;
+    drop(node);
+    graph.remove("d").unwrap();
+}
+
+#[test]
+fn what_qemu_stored_is_read_followed_and_read_by_qemu_at_all_granularities() {
+    if !have_qemu_img("bitmaps of QEMU") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (cluster, granularity) in
+        [(512, 512), (4096, 512), (65536, 512), (65536, 65536), (65536, 1 << 20), (2 << 20, 4096)]
+    {
+        let options = format!("cluster_size={cluster}");
+        let image = create(dir.path(), "a.qcow2", "70000K", &options);
+        let (at, bytes) = (path(&image), granularity.to_string());
+        qemu_img(&["bitmap", "--add", "-g", &bytes, &at, "b0"]);
+        qemu_img(&["bitmap", "--add", "--disable", &at, "off"]);
+        qemu_io(&image, &["write 1M 64k", "write 33M 3M", "write 69999K 1K"]);
+        let before = qemu_dirty(dir.path(), &image, "b0");
+        assert!(before.len() > 1);
+        let opened = open(&image);
+        assert_eq!(dirty(&opened.1, "b0"), before, "{cluster} {granularity}");
+        assert_eq!(dirty(&opened.1, "off"), []);
+        write(&opened.1, 5 << 20, &[7; 100]);
+        opened.1.write_zeroes(40 << 20, 5 << 20, true).unwrap();
+        opened.1.discard(50 << 20, 1 << 20).unwrap();
+        let ours = dirty(&opened.1, "b0");
+        assert!(ours.len() > before.len());
+        close(opened);
+        check(&image);
+        assert_eq!(qemu_dirty(dir.path(), &image, "b0"), ours, "{cluster} {granularity}");
+        assert_eq!(qemu_dirty(dir.path(), &image, "off"), []);
+        std::fs::remove_file(&image).unwrap();
+    }
+}
+
+#[test]
+fn bitmaps_of_ours_are_stored_and_qemu_goes_on_with_them() {
+    if !have_qemu_img("bitmaps of ours") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(0x5eed);
+    for (cluster, backing) in [(512, false), (65536, false), (65536, true)] {
+        let base = create(dir.path(), "base.qcow2", "64M", "");
+        let mut options = format!("cluster_size={cluster}");
+        if backing {
+            options += &format!(",backing_file={},backing_fmt=qcow2", path(&base));
+        }
+        let image = create(dir.path(), "a.qcow2", "64M", &options);
+        let opened = open(&image);
+        for shift in [9, 12, 16, 20, 25, 31] {
+            add(&opened.1, &format!("g{shift}"), 1 << shift);
+        }
+        for _ in 0..40 {
+            let len = 1 + random.below(300_000);
+            write(&opened.1, random.below((64 << 20) - len), &random.bytes(len));
+        }
+        let ours: Vec<_> = [9, 12, 16, 20, 25, 31]
+            .map(|shift| (format!("g{shift}"), dirty(&opened.1, &format!("g{shift}"))))
+            .into();
+        close(opened);
+        check(&image);
+        for (name, ranges) in &ours {
+            assert_eq!(&qemu_dirty(dir.path(), &image, name), ranges, "{cluster} {name}");
+        }
+        // QEMU writes, removes one and adds one; we read what it stored, and write over again.
+        qemu_img(&["bitmap", "--remove", &path(&image), "g12"]);
+        qemu_img(&["bitmap", "--add", &path(&image), "theirs"]);
+        qemu_io(&image, &["write 63M 100k"]);
+        let opened = open(&image);
+        assert!(opened.1.bitmaps().get("g12").is_err());
+        assert_eq!(dirty(&opened.1, "theirs").len(), 1);
+        opened.1.clear_bitmap("g9").unwrap();
+        opened.1.enable_bitmap("g16", false).unwrap();
+        write(&opened.1, 512, &[1; 512]);
+        assert_eq!(dirty(&opened.1, "g9"), [512..1024]);
+        close(opened);
+        check(&image);
+        assert_eq!(qemu_dirty(dir.path(), &image, "g9"), [512..1024]);
+        let mut daemon = Daemon::start(&image, "");
+        let told = daemon.bitmaps();
+        let g16 = told.as_array().unwrap().iter().find(|b| b["name"] == "g16").unwrap();
+        assert_eq!(g16["recording"], false);
+        daemon.quit();
+        check(&image);
+        // The last one takes the directory along.
+        let opened = open(&image);
+        for name in ["g9", "g16", "g20", "g25", "g31", "theirs"] {
+            opened.1.remove_bitmap(name).unwrap();
+        }
+        close(opened);
+        check(&image);
+        let info = qemu_img(&["info", "--output=json", &path(&image)]);
+        let info: Value = serde_json::from_str(&info).unwrap();
+        assert!(info["format-specific"]["data"].get("bitmaps").is_none());
+        std::fs::remove_file(&image).unwrap();
+    }
+}
+
+#[test]
+fn an_opening_without_writes_leaves_the_stored_bitmap_valid_and_in_place() {
+    if !have_qemu_img("bitmaps in place") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    qemu_img(&["bitmap", "--add", &path(&image), "b"]);
+    qemu_io(&image, &["write 1M 64k"]);
+    let before = std::fs::read(&image).unwrap();
+    let opened = open(&image);
+    let marked = std::fs::read(&image).unwrap();
+    assert_ne!(marked, before, "marked as in use while it is open for writing");
+    close(opened);
+    assert!(std::fs::read(&image).unwrap() == before, "the mark is gone, nothing else changed");
+}
+
+#[test]
+fn an_image_that_was_not_closed_has_its_bitmaps_in_use_and_they_can_be_removed() {
+    if !have_qemu_img("bitmaps in use") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    for (name, flag) in [("b", "--enable"), ("off", "--disable")] {
+        qemu_img(&["bitmap", "--add", flag, &path(&image), name]);
+    }
+    qemu_io(&image, &["write 1M 64k"]);
+    // Both programs die: with a copy of the file, as a kill would leave it, and a real kill.
+    let opened = open(&image);
+    write(&opened.1, 7 << 20, &[1; 512]);
+    opened.1.flush().unwrap();
+    let killed = dir.path().join("killed.qcow2");
+    std::fs::copy(&image, &killed).unwrap();
+    close(opened);
+    check(&killed);
+    // The daemon marks all of them while it has the image, the disabled one too.
+    let mut daemon = Daemon::start(&killed, ",read-only=on");
+    let told = daemon.bitmaps();
+    let of = |name| told.as_array().unwrap().iter().find(|b| b["name"] == name).unwrap();
+    assert_eq!(of("b")["inconsistent"], true);
+    assert_eq!(of("off").get("inconsistent"), None, "it does not follow writes");
+    daemon.quit();
+    let opened = open(&killed);
+    let infos = serde_json::to_value(opened.1.bitmaps().infos()).unwrap();
+    assert_eq!(infos, {
+        let mut told = told.clone();
+        told.as_array_mut().unwrap().sort_by_key(|b| b["name"] != "off");
+        told
+    });
+    let refused = "Bitmap 'b' is inconsistent and cannot be used";
+    assert_eq!(opened.1.clear_bitmap("b").unwrap_err().to_string(), refused);
+    assert_eq!(opened.1.enable_bitmap("b", false).unwrap_err().to_string(), refused);
+    let b = opened.1.bitmaps().get("b").unwrap();
+    assert_eq!(b.hold().unwrap_err().to_string(), refused);
+    assert_eq!(opened.1.merge_bitmaps("off", &[b]).unwrap_err().to_string(), refused);
+    opened.1.remove_bitmap("b").unwrap();
+    close(opened);
+    check(&killed);
+    assert_eq!(qemu_dirty(dir.path(), &killed, "off"), []);
+}
+
+#[test]
+fn going_back_to_a_snapshot_makes_everything_dirty_and_follows_the_size() {
+    if !have_qemu_img("bitmaps and snapshots") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    qemu_img(&["snapshot", "-c", "small", &path(&image)]);
+    qemu_img(&["resize", "-q", &path(&image), "96M"]);
+    for (name, flag) in [("b", "--enable"), ("off", "--disable")] {
+        qemu_img(&["bitmap", "--add", flag, &path(&image), name]);
+    }
+    let opened = open(&image);
+    common::load(&*opened.1.format(), "small");
+    assert_eq!(opened.1.size(), 64 << 20);
+    assert_eq!(dirty(&opened.1, "b"), [0..64 << 20]);
+    assert_eq!(dirty(&opened.1, "off"), []);
+    close(opened);
+    check(&image);
+    assert_eq!(qemu_dirty(dir.path(), &image, "b"), [0..64 << 20]);
+    assert_eq!(qemu_dirty(dir.path(), &image, "off"), []);
+}
+
+#[test]
+fn refusals_have_the_texts_of_qemu() {
+    if !have_qemu_img("refusals of bitmaps") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "1M", "");
+    let other = create(dir.path(), "o.qcow2", "1M", "");
+    let old = create(dir.path(), "old.qcow2", "64M", "compat=0.10");
+    let mut daemon = Daemon::start(&other, "");
+    let opened = open(&image);
+    let long = "x".repeat(1024);
+    for (name, granularity, persistent) in [
+        ("", None, true),
+        ("b", Some(1000), false),
+        ("b", Some(256), false),
+        ("b", None, true),
+        ("b", None, false),
+        ("b", None, true),
+        (&long, None, false),
+        (&long, None, true),
+        ("g", Some(1 << 31), true),
+    ] {
+        let mut arguments = json!({"node": "d", "name": name, "persistent": persistent});
+        if let Some(granularity) = granularity {
+            arguments["granularity"] = granularity.into();
+        }
+        let theirs = daemon.run("block-dirty-bitmap-add", &arguments);
+        let ours =
+            opened.1.add_bitmap(&NewBitmap { name, granularity, persistent, disabled: false });
+        let ours = ours.err().map(|e| e.to_string());
+        assert_eq!(ours.as_deref(), theirs["error"]["desc"].as_str(), "{arguments}");
+    }
+    let theirs = daemon.bitmaps();
+    assert_eq!(serde_json::to_value(opened.1.bitmaps().infos()).unwrap(), theirs);
+    for command in ["clear", "remove", "enable", "disable"] {
+        let name = format!("block-dirty-bitmap-{command}");
+        let theirs = daemon.run(&name, &json!({"node": "d", "name": "no"}));
+        let ours = match command {
+            "clear" => opened.1.clear_bitmap("no"),
+            "remove" => opened.1.remove_bitmap("no"),
+            other => opened.1.enable_bitmap("no", other == "enable"),
+        };
+        assert_eq!(ours.unwrap_err().to_string(), theirs["error"]["desc"].as_str().unwrap());
+    }
+    daemon.quit();
+    let hold = opened.1.bitmaps().get("b").unwrap().hold().unwrap();
+    let busy = "Bitmap 'b' is currently in use by another operation and cannot be used";
+    assert_eq!(opened.1.remove_bitmap("b").unwrap_err().to_string(), busy);
+    assert_eq!(hold.bitmap().hold().unwrap_err().to_string(), busy);
+    drop(hold);
+    opened.1.remove_bitmap("b").unwrap();
+    close(opened);
+    check(&image);
+    let opened = open(&old);
+    let new = NewBitmap { name: "b", persistent: true, ..NewBitmap::default() };
+    assert_eq!(
+        opened.1.add_bitmap(&new).unwrap_err().to_string(),
+        "Can't make bitmap 'b' persistent in 'd': Cannot store dirty bitmaps in qcow2 v2 files"
+    );
+}
+
+#[test]
+fn a_disk_of_10_tib_has_bitmaps_in_bounded_memory() {
+    if !have_qemu_img("large bitmaps") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "10T", "");
+    let opened = open(&image);
+    add(&opened.1, "fine", 4096);
+    add(&opened.1, "usual", 65536);
+    for n in 0..100 {
+        write(&opened.1, n * (100 << 30), &[1; 4096]);
+    }
+    let error = opened.1.add_bitmap(&NewBitmap {
+        name: "too-fine",
+        granularity: Some(512),
+        persistent: true,
+        disabled: false,
+    });
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "Can't make bitmap 'too-fine' persistent in 'd': Too much space will be occupied by the bitmap. Use larger granularity"
+    );
+    let (fine, usual) = (dirty(&opened.1, "fine"), dirty(&opened.1, "usual"));
+    assert_eq!((fine.len(), usual.len()), (100, 100));
+    close(opened);
+    check(&image);
+    assert_eq!(qemu_dirty(dir.path(), &image, "fine"), fine);
+    let opened = open(&image);
+    assert_eq!(dirty(&opened.1, "usual"), usual);
+}
