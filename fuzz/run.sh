@@ -1,0 +1,47 @@
+#!/bin/sh
+# Builds the fuzzers and runs them side by side.
+#
+#   fuzz/run.sh SECONDS [TARGET...]    all targets, if none is named
+#
+# Coverage and the address sanitizer need options that the stable compiler keeps for nightly builds;
+# RUSTC_BOOTSTRAP takes them all the same. What is found stays in target/fuzz/TARGET/, as do the
+# corpora, which the next run goes on from. `cargo fuzz run TARGET --features libfuzzer` works too.
+set -eu
+cd "$(dirname "$0")/.."
+seconds=${1:?seconds}
+shift
+[ $# -gt 0 ] || set -- open read write
+
+triple=$(rustc -vV | sed -n 's/^host: //p')
+out=${CARGO_TARGET_DIR:-target}
+out=$(mkdir -p "$out" && cd "$out" && pwd)/fuzz
+export CARGO_TARGET_DIR="$out/build"
+cargo build --quiet --locked --package tardigrade-fuzz --bin seeds
+coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
+    -Cllvm-args=-sanitizer-coverage-trace-compares"
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="--cfg fuzzing $coverage -Zsanitizer=address" \
+    cargo build --quiet --locked --profile fuzz --target "$triple" \
+    --package tardigrade-fuzz --features libfuzzer --bins
+
+pids=""
+for target in "$@"; do
+    dir=$out/$target
+    mkdir -p "$dir/corpus" "$dir/seeds" "$dir/found"
+    "$CARGO_TARGET_DIR/debug/seeds" write "$target" "$dir/seeds"
+    (
+        cd "$dir"
+        exec "$CARGO_TARGET_DIR/$triple/fuzz/$target" corpus seeds -artifact_prefix=found/ \
+            -max_total_time="$seconds" -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+            -max_len=262144 -len_control=0 -print_final_stats=1 >log 2>&1
+    ) &
+    pids="$pids $!"
+done
+trap 'kill $pids 2>/dev/null || true' INT TERM
+failed=0
+for pid in $pids; do wait "$pid" || failed=1; done
+for target in "$@"; do
+    echo "$target: $(sed -n 's/^stat::number_of_executed_units: *//p' "$out/$target/log") executions"
+    ls "$out/$target/found" | sed "s|^|  found: $out/$target/found/|"
+done
+exit $failed

@@ -1,0 +1,69 @@
+//! The targets. Each takes any bytes; it returns, or panics where the block engine broke a promise.
+
+use std::sync::Arc;
+
+use block::qcow2::{Probe, Qcow2};
+use block::raw::Raw;
+use block::storage::Storage;
+use block::{Format, Result};
+
+use crate::alloc::Limit;
+use crate::mutate::Body;
+use crate::storage::Sparse;
+
+mod open;
+mod read;
+mod write;
+
+/// A target.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// Its program's name.
+    pub name: &'static str,
+    /// What it does with an input.
+    pub run: fn(&[u8]),
+    /// What its inputs are made of.
+    pub body: Body,
+}
+
+/// All targets.
+pub const ALL: &[Target] = &[
+    Target { name: "open", run: open::run, body: Body::Image },
+    Target { name: "read", run: read::run, body: Body::OpsAndImage },
+    Target { name: "write", run: write::run, body: Body::OpsAndImage },
+];
+
+/// The target of a name.
+pub fn by_name(name: &str) -> Option<&'static Target> {
+    ALL.iter().find(|target| target.name == name)
+}
+
+/// Bytes of the backing file that images get which name one.
+const BACKING: u64 = 96 << 10;
+
+/// The backing file: every sector tells its number.
+fn backing() -> Result<Arc<dyn Format>> {
+    let file = Sparse::default();
+    for sector in 0..BACKING / 512 {
+        file.put(sector * 512, &[u8::try_from(sector % 251).unwrap_or(0) + 1; 512]);
+    }
+    Ok(Arc::new(Raw::open(Arc::new(file), true)?))
+}
+
+/// Opens an image as a node would be: with a backing file if it names one.
+fn open(file: &Arc<Sparse>, read_only: bool) -> Result<Qcow2> {
+    let storage: Arc<dyn Storage> = file.clone();
+    let probe = Probe::new(storage)?;
+    let backing = match probe.backing_file() {
+        Some(_) => Some(backing()?),
+        None => None,
+    };
+    Qcow2::open(probe, backing, read_only)
+}
+
+/// The limits of memory for work on a file: tables and caches have fixed bounds, everything else
+/// that is allocated at once must be in the file.
+fn limit(file: &Sparse) -> Limit {
+    let len = usize::try_from(file.len().unwrap_or(0)).unwrap_or(0).min(64 << 20);
+    Limit::set((6 << 20) + 2 * len, (224 << 20) + 2 * len)
+}

@@ -1,0 +1,30 @@
+//! Any bytes as an image: opened both ways, and everything asked that can be asked without I/O by
+//! a guest.
+
+use block::{Format, Result};
+
+use super::{limit, open};
+use crate::input;
+
+pub(super) fn run(input: &[u8]) {
+    let file = input::unpack(input);
+    let _limit = limit(&file);
+    for read_only in [true, false] {
+        // A refusal is as good as an image.
+        let _ = look(&file, read_only);
+    }
+}
+
+fn look(file: &std::sync::Arc<crate::storage::Sparse>, read_only: bool) -> Result<()> {
+    let image = open(file, read_only)?;
+    let info = image.info();
+    assert!(info.cluster_size.is_power_of_two(), "{info:?}");
+    assert_eq!(image.read_only(), read_only);
+    let _ = image.size();
+    for snapshot in image.snapshots() {
+        if let Ok(state) = image.open_vmstate(&snapshot.id) {
+            let _ = state.extents(0, state.size().min(1 << 20));
+        }
+    }
+    image.flush()
+}
