@@ -2,7 +2,8 @@
 # make test    all set-up, then every test
 # make check   format and lints
 # make bench   the benchmark, beside QEMU and the disk itself
-.PHONY: all demo test check lint bench guest clean
+# make fuzz    the fuzzers, SECONDS=60 each, side by side
+.PHONY: all demo test check lint bench fuzz guest clean
 
 all:
 	@scripts/setup.sh build
@@ -34,6 +35,11 @@ bench:
 	@scripts/setup.sh bench
 	cargo build --release --locked
 	cargo run --release --locked --package bench
+
+SECONDS = 60
+fuzz:
+	@scripts/setup.sh build
+	fuzz/run.sh $(SECONDS)
 
 # The guest's kernel and initramfs are in the repository; this makes them anew.
 guest:

@@ -39,3 +39,8 @@ fn reading_survives_seeds_regressions_and_mutations() {
 fn writing_survives_seeds_regressions_and_mutations() {
     replay("write");
 }
+
+#[test]
+fn checking_survives_seeds_regressions_and_mutations() {
+    replay("check");
+}

@@ -1,6 +1,6 @@
 //! The targets. Each takes any bytes; it returns, or panics where the block engine broke a promise.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use block::qcow2::{Probe, Qcow2};
 use block::raw::Raw;
@@ -11,6 +11,8 @@ use crate::alloc::Limit;
 use crate::mutate::Body;
 use crate::storage::Sparse;
 
+mod check;
+mod model;
 mod open;
 mod read;
 mod write;
@@ -31,6 +33,7 @@ pub const ALL: &[Target] = &[
     Target { name: "open", run: open::run, body: Body::Image },
     Target { name: "read", run: read::run, body: Body::OpsAndImage },
     Target { name: "write", run: write::run, body: Body::OpsAndImage },
+    Target { name: "check", run: check::run, body: Body::Image },
 ];
 
 /// The target of a name.
@@ -66,4 +69,12 @@ fn open(file: &Arc<Sparse>, read_only: bool) -> Result<Qcow2> {
 fn limit(file: &Sparse) -> Limit {
     let len = usize::try_from(file.len().unwrap_or(0)).unwrap_or(0).min(64 << 20);
     Limit::set((6 << 20) + 2 * len, (224 << 20) + 2 * len)
+}
+
+/// Tells what is done, if FUZZ_TRACE is in the environment.
+fn trace(text: impl FnOnce() -> String) {
+    static WANTED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_TRACE").is_some());
+    if *WANTED {
+        eprintln!("{}", text());
+    }
 }

@@ -192,7 +192,9 @@ impl<'a> Walk<'a> {
     /// All L2 tables, in the order of the file.
     fn tables(&mut self) -> Result<()> {
         let image = self.image;
-        self.progress.add_total(to_u64(self.l2.len()) << image.cluster_bits);
+        // Those of the active disk are read again for their flags.
+        let again = self.l2.values().filter(|uses| uses.active > 0).count();
+        self.progress.add_total(to_u64(self.l2.len() + again) << image.cluster_bits);
         let mut bytes = vec![0; to_usize(image.cluster_size())];
         let tables = std::mem::take(&mut self.l2);
         for (at, uses) in &tables {
