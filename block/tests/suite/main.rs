@@ -17,4 +17,5 @@ mod locks;
 mod metadata;
 mod model;
 mod races;
+mod repair;
 mod snapshots;

@@ -113,6 +113,7 @@ fn one(
     }
     if stored < references {
         report.rebuild |= stored == 0;
+        report.count_errors += 1;
         report.corruption(1, || {
             format!("cluster {cluster} refcount={stored} reference={references}")
         });
@@ -173,6 +174,7 @@ pub(super) fn flags(
                 continue;
             };
             if (refcount == 1) != (l2_entry & COPIED != 0) {
+                report.flag_errors += *times;
                 report.corruption(*times, || {
                     format!("OFLAG_COPIED data cluster: l2_entry={l2_entry:x} refcount={refcount}")
                 });

@@ -74,6 +74,40 @@ pub(super) fn l2(
     Refers::Cluster(offset)
 }
 
+/// An L2 entry as it should be, if it breaks a rule or refers to a place that cannot be: what can be
+/// told from the rest of the entry is kept, else the guest reads zeroes.
+pub(super) fn mended_l2(image: &Image<'_>, entry: u64, bitmap: u64) -> Option<(u64, u64)> {
+    let mut bad = false;
+    let refers = l2(image, entry, bitmap, |_| bad = true);
+    let zeroes = match (image.extended(), image.version) {
+        (true, _) => (0, ALL_ALLOCATED << 32),
+        (false, 3..) => (ZERO, 0),
+        (false, _) => (0, 0),
+    };
+    match refers {
+        Refers::Impossible => Some(zeroes),
+        Refers::Compressed(host, len) => {
+            // Nothing but the header is in the first cluster.
+            if host < image.cluster_size() || image.is_outside(host, len) {
+                Some(zeroes)
+            } else {
+                bad.then_some((entry & !COPIED, bitmap))
+            }
+        }
+        Refers::Cluster(host) => {
+            let outside = !image.data_file() && image.is_outside(host, image.cluster_size());
+            if !image.aligned(host) || outside {
+                Some(zeroes)
+            } else {
+                // A subcluster cannot be both: what is stored wins over zeroes.
+                let bitmap = bitmap & !((bitmap & ALL_ALLOCATED) << 32);
+                bad.then_some((entry & !L2_RESERVED, bitmap))
+            }
+        }
+        Refers::Nothing => bad.then_some((entry & !L2_RESERVED, bitmap & !ALL_ALLOCATED)),
+    }
+}
+
 /// The place whose refcount decides about an L2 entry's COPIED flag; `None` if the flag is free.
 pub(super) fn flagged(image: &Image<'_>, entry: u64) -> Option<u64> {
     let offset = entry & OFFSET;

@@ -8,7 +8,7 @@ use crate::{Error, ReadBuf, Result};
 use super::super::header::{MAX_L1_BYTES, MAX_REFTABLE_BYTES, incompatible};
 
 /// Autoclear bit: the bitmaps extension is up to date.
-const BITMAPS_VALID: u64 = 1;
+pub(super) const BITMAPS_VALID: u64 = 1;
 const BITMAPS_EXTENSION: u32 = 0x2385_2875;
 /// Most bitmaps, and most bytes of their directory (QEMU's QCOW2_MAX_BITMAPS and
 /// QCOW2_MAX_BITMAP_DIRECTORY_SIZE).
@@ -41,6 +41,7 @@ pub(super) struct Image<'a> {
     pub(super) snapshots: u32,
     pub(super) snapshots_offset: u64,
     pub(super) incompatible: u64,
+    pub(super) autoclear: u64,
     pub(super) bitmaps: Option<Bitmaps>,
 }
 
@@ -81,6 +82,7 @@ impl<'a> Image<'a> {
             snapshots: be32_at(&fixed, 60),
             snapshots_offset: be64_at(&fixed, 64),
             incompatible: features(72),
+            autoclear: features(88),
             bitmaps: None,
         };
         let known = incompatible::DIRTY
@@ -102,7 +104,7 @@ impl<'a> Image<'a> {
         image
             .check_sizes(header_length)
             .map_err(|reason| Error::Corrupt { filename: filename(), reason })?;
-        image.read_extensions(header_length, features(88), be64_at(&fixed, 8))?;
+        image.read_extensions(header_length, be64_at(&fixed, 8))?;
         Ok(image)
     }
 
@@ -118,8 +120,12 @@ impl<'a> Image<'a> {
         if self.refcount_order > 6 {
             return Err(format!("refcount_order is {}, must be 0 to 6", self.refcount_order));
         }
-        let table_bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
-        self.check_table("refcount table", self.reftable_offset, table_bytes, MAX_REFTABLE_BYTES)?;
+        self.check_table(
+            "refcount table",
+            self.reftable_offset,
+            self.reftable_bytes(),
+            MAX_REFTABLE_BYTES,
+        )?;
         let l1_bytes = u64::from(self.l1_size) * 8;
         self.check_table("L1 table", self.l1_offset, l1_bytes, MAX_L1_BYTES)?;
         let coverage = self.cluster_bits + self.cluster_bits - if self.extended() { 4 } else { 3 };
@@ -147,7 +153,7 @@ impl<'a> Image<'a> {
         Ok(())
     }
 
-    fn read_extensions(&mut self, header_length: u32, autoclear: u64, end: u64) -> Result<()> {
+    fn read_extensions(&mut self, header_length: u32, end: u64) -> Result<()> {
         let mut first = vec![0; to_usize(self.cluster_size())];
         self.storage.read_at(0, &[ReadBuf::new(&mut first)])?;
         if end != 0 {
@@ -162,7 +168,8 @@ impl<'a> Image<'a> {
             let Some(data) = first.get(at + 8..).and_then(|rest| rest.get(..len)) else {
                 return Err(self.corrupt(format!("header extension {kind:#x} is too large")));
             };
-            if kind == BITMAPS_EXTENSION && autoclear & BITMAPS_VALID != 0 && self.version >= 3 {
+            if kind == BITMAPS_EXTENSION && self.autoclear & BITMAPS_VALID != 0 && self.version >= 3
+            {
                 self.bitmaps = Some(self.bitmaps_of(data)?);
             }
             at += 8 + len.next_multiple_of(8);
@@ -252,5 +259,19 @@ impl<'a> Image<'a> {
         let host = entry & ((1 << offset_bits) - 1);
         let sectors = ((entry & ((1 << 62) - 1)) >> offset_bits) + 1;
         (host, sectors * 512 - host % 512)
+    }
+
+    /// Whether a range goes past the end of the file by a cluster or more: the last cluster may be
+    /// cut short, nothing may start after it.
+    pub(super) fn is_outside(&self, offset: u64, len: u64) -> bool {
+        match len.checked_sub(1).map(|n| offset.saturating_add(n)) {
+            Some(last) => last >= self.file_len && last - self.file_len + 1 >= self.cluster_size(),
+            None => false,
+        }
+    }
+
+    /// Bytes of the refcount table.
+    pub(super) fn reftable_bytes(&self) -> u64 {
+        u64::from(self.reftable_clusters) << self.cluster_bits
     }
 }

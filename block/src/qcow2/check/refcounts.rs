@@ -26,6 +26,22 @@ pub(super) fn get(block: &[u8], index: u64, order: u32) -> u64 {
     block[index * len..][..len].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
+/// Sets the refcount at `index` of a block; gives the bytes it is in.
+pub(super) fn set(block: &mut [u8], index: u64, order: u32, value: u64) -> std::ops::Range<usize> {
+    let width = 1usize << order;
+    let index = to_usize(index);
+    if order < 3 {
+        let (at, shift) = (index * width / 8, index * width % 8);
+        let mask = ((1u8 << width) - 1) << shift;
+        let [low, ..] = value.to_le_bytes();
+        block[at] = (block[at] & !mask) | (low << shift & mask);
+        return at..at + 1;
+    }
+    let range = index * width / 8..(index + 1) * width / 8;
+    block[range.clone()].copy_from_slice(&value.to_be_bytes()[8 - width / 8..]);
+    range
+}
+
 /// What the table has for a range of clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Block {
@@ -49,9 +65,8 @@ pub(super) struct DiskRefcounts {
 impl DiskRefcounts {
     /// Reads the table.
     pub(super) fn open(image: &Image<'_>) -> Result<Self> {
-        let bytes = u64::from(image.reftable_clusters) << image.cluster_bits;
         Ok(Self {
-            table: image.read_table(image.reftable_offset, bytes / 8)?,
+            table: image.read_table(image.reftable_offset, image.reftable_bytes() / 8)?,
             blocks: HashMap::new(),
             most: to_usize((CACHE_BYTES >> image.cluster_bits).max(4)),
         })
@@ -95,5 +110,10 @@ impl DiskRefcounts {
                 self.load(image, at).ok().map(|bytes| get(bytes, cluster % entries, order))
             }
         }
+    }
+
+    /// Forgets blocks that were read, because they were changed in the file.
+    pub(super) fn forget(&mut self) {
+        self.blocks.clear();
     }
 }

@@ -82,6 +82,12 @@ pub struct Report {
     /// Whether the refcounts are so wrong that only a rebuild helps.
     #[serde(skip)]
     pub(super) rebuild: bool,
+    /// Those of the corruptions that are counts which are too low.
+    #[serde(skip)]
+    pub(super) count_errors: u64,
+    /// Those of the corruptions that are wrong COPIED flags.
+    #[serde(skip)]
+    pub(super) flag_errors: u64,
 }
 
 impl Report {
@@ -119,6 +125,11 @@ impl Report {
     pub(super) fn unchecked(&mut self, text: impl FnOnce() -> String) {
         self.check_errors += 1;
         self.note(Severity::Unchecked, text);
+    }
+
+    /// Something was put right.
+    pub(super) fn repaired(&mut self, text: impl FnOnce() -> String) {
+        self.note(Severity::Repaired, text);
     }
 
     /// The text of `qemu-img check` for people.

@@ -7,12 +7,12 @@ use super::image::Image;
 use super::report::Report;
 
 /// Most snapshots, bytes of the table, bytes of extra data of an entry (QEMU's limits).
-const MAX_SNAPSHOTS: u64 = 65536;
-const MAX_TABLE: u64 = 64 << 20;
-const MAX_EXTRA: u32 = 1024;
-const FIXED: u64 = 40;
+pub(super) const MAX_SNAPSHOTS: u64 = 65536;
+pub(super) const MAX_TABLE: u64 = 64 << 20;
+pub(super) const MAX_EXTRA: u32 = 1024;
+pub(super) const FIXED: u64 = 40;
 /// Extra data that every entry of a version 3 image has: VM-state size and disk size.
-const NEEDED_EXTRA: u32 = 16;
+pub(super) const NEEDED_EXTRA: u32 = 16;
 
 /// Where a snapshot's L1 table is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -60,8 +60,13 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Counts everything; says whether it could be counted at all.
-    pub(super) fn run(&mut self, snapshots: &SnapshotTable, disk: &DiskRefcounts) -> Result<bool> {
+    /// Counts everything, the refcount structures of `disk` too if given; says whether it could be
+    /// counted at all.
+    pub(super) fn run(
+        &mut self,
+        snapshots: &SnapshotTable,
+        disk: Option<&DiskRefcounts>,
+    ) -> Result<bool> {
         let image = self.image;
         self.fixed("the header", 0, image.cluster_size(), true);
         let active = self.l1("the L1 table", image.l1_offset, image.l1_size.into(), 1, true)?;
@@ -90,14 +95,17 @@ impl<'a> Walk<'a> {
         }
         self.tables()?;
         self.fixed("the snapshot table", image.snapshots_offset, snapshots.bytes, false);
-        let bytes = u64::from(image.reftable_clusters) << image.cluster_bits;
-        self.fixed("the refcount table", image.reftable_offset, bytes, true);
+        if disk.is_some() {
+            self.fixed("the refcount table", image.reftable_offset, image.reftable_bytes(), true);
+        }
         if let Some(bitmaps) = image.bitmaps
             && !self.bitmaps(bitmaps)?
         {
             return Ok(false);
         }
-        self.refcount_blocks(disk);
+        if let Some(disk) = disk {
+            self.refcount_blocks(disk);
+        }
         Ok(true)
     }
 
@@ -107,8 +115,7 @@ impl<'a> Walk<'a> {
         let Some(last) = len.checked_sub(1).map(|n| offset.saturating_add(n)) else {
             return;
         };
-        // The last cluster of the file may be cut short; nothing may start after it.
-        if last >= image.file_len && last - image.file_len + 1 >= image.cluster_size() {
+        if image.is_outside(offset, len) {
             self.report.corruption(times, || {
                 format!("counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x}")
             });
@@ -249,7 +256,7 @@ impl<'a> Walk<'a> {
     }
 
     /// The bitmap directory and what it leads to; says whether it could be read.
-    fn bitmaps(&mut self, bitmaps: Bitmaps) -> Result<bool> {
+    pub(super) fn bitmaps(&mut self, bitmaps: Bitmaps) -> Result<bool> {
         self.fixed("the bitmap directory", bitmaps.offset, bitmaps.bytes, false);
         let directory = self.image.read_part(bitmaps.offset, bitmaps.bytes)?;
         let Some(tables) = bitmap_tables(self.image, bitmaps, &directory) else {
