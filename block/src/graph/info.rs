@@ -198,7 +198,7 @@ impl Node {
                 "lazy-refcounts": own.lazy_refcounts,
                 "refcount-bits": own.refcount_bits,
                 "corrupt": own.corrupt,
-                "extended-l2": false,
+                "extended-l2": own.extended_l2,
             }}));
         }
         if !flat && let Some(backing) = self.backing() {

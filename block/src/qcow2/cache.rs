@@ -16,6 +16,8 @@ pub(super) struct Table {
     /// Bytes that differ from the disk.
     dirty: Option<Range<usize>>,
     used: u64,
+    /// Words of 64 bits of an entry.
+    words: usize,
 }
 
 impl Table {
@@ -33,15 +35,29 @@ impl Table {
         &mut self.bytes[range]
     }
 
-    /// Entry of a table of big-endian u64.
+    /// Entry of a table of big-endian u64, the first word if it has two.
     pub(crate) fn entry(&self, index: u64) -> u64 {
-        be64(&self.bytes, to_usize(index))
+        be64(&self.bytes, to_usize(index) * self.words)
     }
 
-    /// Sets an entry of a table of big-endian u64.
+    /// The second word of an extended L2 entry; 0 for others.
+    pub(crate) fn bitmap(&self, index: u64) -> u64 {
+        if self.words == 1 { 0 } else { be64(&self.bytes, to_usize(index) * 2 + 1) }
+    }
+
+    /// Sets an entry of a table of big-endian u64; the second word stays.
     pub(crate) fn set_entry(&mut self, index: u64, value: u64) {
-        let at = to_usize(index) * 8;
+        let at = to_usize(index) * self.words * 8;
         self.bytes_mut(at..at + 8).copy_from_slice(&value.to_be_bytes());
+    }
+
+    /// Sets an entry with its bitmap, which entries of one word do not have.
+    pub(crate) fn set_both(&mut self, index: u64, (entry, bitmap): (u64, u64)) {
+        self.set_entry(index, entry);
+        if self.words == 2 {
+            let at = to_usize(index) * 16 + 8;
+            self.bytes_mut(at..at + 8).copy_from_slice(&bitmap.to_be_bytes());
+        }
     }
 }
 
@@ -53,6 +69,7 @@ pub(super) struct TableCache {
     table_len: usize,
     limit: usize,
     clock: u64,
+    words: usize,
 }
 
 impl TableCache {
@@ -63,7 +80,14 @@ impl TableCache {
             table_len: to_usize(table_len),
             limit: to_usize((bytes / table_len).max(8)),
             clock: 0,
+            words: 1,
         }
+    }
+
+    /// As it is, for tables whose entries have `words` words.
+    pub(crate) fn with_entry_words(mut self, words: usize) -> Self {
+        self.words = words;
+        self
     }
 
     /// The table at `offset`, read if it is not here.
@@ -74,7 +98,7 @@ impl TableCache {
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let mut bytes = vec![0; self.table_len];
                 storage.read_at(offset.0, &[ReadBuf::new(&mut bytes)])?;
-                entry.insert(Table { bytes, dirty: None, used: 0 })
+                entry.insert(Table { bytes, dirty: None, used: 0, words: self.words })
             }
         };
         table.used = self.clock;
@@ -84,7 +108,8 @@ impl TableCache {
     /// Puts a new table at `offset`, wholly dirty.
     pub(crate) fn insert(&mut self, offset: HostOffset, bytes: Vec<u8>) -> &mut Table {
         self.clock += 1;
-        let table = Table { dirty: Some(0..bytes.len()), bytes, used: self.clock };
+        let words = self.words;
+        let table = Table { dirty: Some(0..bytes.len()), bytes, used: self.clock, words };
         self.tables.entry(offset).insert_entry(table).into_mut()
     }
 

@@ -15,6 +15,8 @@ pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Most snapshots (QEMU's QCOW_MAX_SNAPSHOTS).
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
+/// Extended L2 entries need clusters of 16 KiB, so that a subcluster is no less than a sector.
+const MIN_EXTENDED_BITS: u32 = 14;
 /// Most bytes of a backing file's name.
 pub(super) const MAX_BACKING_NAME: u32 = 1023;
 
@@ -39,6 +41,12 @@ pub(super) mod incompatible {
     pub(in crate::qcow2) const DATA_FILE: u64 = 4;
     pub(in crate::qcow2) const COMPRESSION: u64 = 8;
     pub(in crate::qcow2) const EXTENDED_L2: u64 = 16;
+}
+
+/// Autoclear feature bits.
+pub(super) mod autoclear {
+    /// The external data file is what the guest sees, readable as a raw image.
+    pub(in crate::qcow2) const RAW_DATA: u64 = 2;
 }
 
 /// How compressed clusters are compressed.
@@ -87,6 +95,7 @@ pub(super) mod extension {
     pub(in crate::qcow2) const BACKING_FORMAT: u32 = 0xe279_2aca;
     pub(in crate::qcow2) const FEATURE_NAMES: u32 = 0x6803_f857;
     pub(in crate::qcow2) const BITMAPS: u32 = 0x2385_2875;
+    pub(in crate::qcow2) const DATA_FILE: u32 = 0x4441_5441;
 }
 
 /// The result of a check; the error says which rule is broken.
@@ -144,8 +153,18 @@ impl Header {
             n => return Err(corrupt(format!("unknown encryption method {n}"))),
         }
         let features = |at| if v3 { be64_at(&fixed, at) } else { 0 };
+        let incompatible = features(72);
+        let extended = incompatible & incompatible::EXTENDED_L2 != 0;
+        if extended && cluster_bits < MIN_EXTENDED_BITS {
+            return Err(corrupt(format!(
+                "it has extended L2 entries and clusters of {} bytes, fewer than 16384",
+                1u64 << cluster_bits
+            )));
+        }
+        let external = incompatible & incompatible::DATA_FILE != 0;
+        let geometry = Geometry { cluster_bits, refcount_order, version, extended, external };
         let mut header = Self {
-            geometry: Geometry { cluster_bits, refcount_order, version },
+            geometry,
             size: be64_at(&fixed, 24),
             l1_size: get_u32(&fixed, 36),
             l1_offset: be64_at(&fixed, 40),
@@ -153,7 +172,7 @@ impl Header {
             refcount_table_clusters: get_u32(&fixed, 56),
             snapshots: get_u32(&fixed, 60),
             snapshots_offset: be64_at(&fixed, 64),
-            incompatible: features(72),
+            incompatible,
             compatible: features(80),
             autoclear: features(88),
             compression: Compression::Zlib,
@@ -271,18 +290,16 @@ impl Header {
     /// Refuses incompatible features that are not done here, by name.
     fn check_features(&self, names: &[(u8, u8, String)]) -> Check<()> {
         use incompatible::{COMPRESSION, CORRUPT, DATA_FILE, DIRTY, EXTENDED_L2};
-        let known = DIRTY | CORRUPT | COMPRESSION;
+        let known = DIRTY | CORRUPT | COMPRESSION | DATA_FILE | EXTENDED_L2;
         let unknown = self.incompatible & !known;
         if unknown == 0 {
             return Ok(());
         }
         let name_of = |bit: u8| {
             let listed = names.iter().find(|(kind, b, _)| *kind == 0 && *b == bit);
-            match (1 << bit, listed) {
-                (DATA_FILE, _) => "external data file".to_owned(),
-                (EXTENDED_L2, _) => "extended L2 entries".to_owned(),
-                (_, Some((_, _, name))) => name.clone(),
-                (_, None) => format!("unknown incompatible feature {bit}"),
+            match listed {
+                Some((_, _, name)) => name.clone(),
+                None => format!("unknown incompatible feature {bit}"),
             }
         };
         let list: Vec<_> = (0..64).filter(|bit| unknown >> bit & 1 != 0).map(name_of).collect();

@@ -46,6 +46,12 @@ impl Header {
         (offset != 0 && bytes <= MOST).then_some((offset, bytes))
     }
 
+    /// The external data file's name.
+    pub(crate) fn data_file(&self) -> Option<String> {
+        let data = self.extension(extension::DATA_FILE)?;
+        Some(String::from_utf8_lossy(data).into_owned())
+    }
+
     /// The extensions as they are in the image, with the end mark.
     fn encode_extensions(&self) -> Vec<u8> {
         let mut out = Vec::new();

@@ -10,6 +10,8 @@ pub(super) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeroes (version 3).
 pub(super) const ZERO: u64 = 1;
+/// Parts of a cluster with extended L2 entries.
+const SUBCLUSTERS: u32 = 32;
 /// Host offsets have 56 bits in table entries.
 pub(super) const MAX_HOST: u64 = 1 << 56;
 
@@ -64,6 +66,10 @@ pub(super) struct Geometry {
     pub(crate) refcount_order: u32,
     /// Format version, 2 or 3.
     pub(crate) version: u32,
+    /// L2 entries have a second word: a bitmap of 32 subclusters.
+    pub(crate) extended: bool,
+    /// Data clusters are in a file of their own, at the guest's offsets and without refcounts.
+    pub(crate) external: bool,
 }
 
 impl Geometry {
@@ -74,7 +80,27 @@ impl Geometry {
 
     /// log2 of the entries of an L2 table.
     pub(crate) fn l2_bits(self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - 3 - u32::from(self.extended)
+    }
+
+    /// Words of 64 bits of an L2 entry.
+    pub(crate) fn entry_words(self) -> usize {
+        if self.extended { 2 } else { 1 }
+    }
+
+    /// Parts of a cluster that are mapped on their own.
+    pub(crate) fn subclusters(self) -> u32 {
+        if self.extended { SUBCLUSTERS } else { 1 }
+    }
+
+    /// Bytes of such a part.
+    pub(crate) fn subcluster_size(self) -> u64 {
+        self.cluster_size() / u64::from(self.subclusters())
+    }
+
+    /// The offset within its subcluster.
+    pub(crate) fn in_subcluster(self, offset: u64) -> u64 {
+        offset & (self.subcluster_size() - 1)
     }
 
     /// Entries of an L2 table.
@@ -211,6 +237,9 @@ impl Mapping {
     /// Decodes an L2 entry; the error says which rule it breaks.
     pub(crate) fn decode(entry: u64, geometry: Geometry) -> Result<Self, &'static str> {
         if entry & COMPRESSED != 0 {
+            if geometry.external {
+                return Err("Compressed cluster entry found in image with external data file");
+            }
             let offset_bits = 62 - (geometry.cluster_bits - 8);
             let host = entry & ((1 << offset_bits) - 1);
             let sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
@@ -223,17 +252,20 @@ impl Mapping {
             });
         }
         let host = entry & OFFSET_MASK;
-        let copied = entry & COPIED != 0;
+        // A data file of its own has the guest's data only: nothing is ever shared there.
+        let copied = entry & COPIED != 0 || (geometry.external && host != 0);
         if geometry.in_cluster(host) != 0 {
             return Err("data cluster offset is not cluster aligned");
         }
-        if entry & ZERO != 0 {
+        if entry & ZERO != 0 && !geometry.extended {
             if geometry.version < 3 {
                 return Err("zero cluster in a version 2 image");
             }
             return Ok(Self::Zero { host: (host != 0).then_some(HostOffset(host)), copied });
         }
         Ok(match host {
+            // In a data file of its own, offset 0 is the guest's first cluster.
+            0 if geometry.external && copied => Self::Data { host: HostOffset(0), copied },
             0 => Self::Unallocated,
             host => Self::Data { host: HostOffset(host), copied },
         })
@@ -242,6 +274,7 @@ impl Mapping {
     /// The host clusters that the entry holds a reference to.
     pub(crate) fn run(self, geometry: Geometry) -> Option<Run> {
         match self {
+            _ if geometry.external => None,
             Self::Unallocated | Self::Zero { host: None, .. } => None,
             Self::Zero { host: Some(host), .. } | Self::Data { host, .. } => {
                 Some(Run::one(geometry.cluster_of(host)))

@@ -23,11 +23,12 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 use super::cache::{Table, TableCache};
 use super::corruption::{Corruption, Listener};
 use super::header::{Header, MAX_L1_BYTES, field, incompatible};
-use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Mapping, Run, push_run, table_of};
+use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Run, push_run, table_of};
 use super::options::Options;
 use super::overlap::{OverlapCheck, Places, Ranges};
 use super::refcount::Refcounts;
 use super::snapshot::Entry;
+use super::subcluster::Cluster;
 
 const L2_CACHE_BYTES: u64 = 32 << 20;
 /// Clusters waiting to be given back before a sync is due.
@@ -40,6 +41,8 @@ const PUNCH_BYTES: u64 = 32 << 20;
 #[derive(Debug)]
 pub(super) struct Meta {
     pub(crate) storage: Arc<dyn Storage>,
+    /// Where data clusters are, if not in `storage`.
+    data: Option<Arc<dyn Storage>>,
     pub(crate) header: Header,
     pub(crate) l1: Vec<u64>,
     l1_dirty: Option<Range<usize>>,
@@ -80,9 +83,11 @@ impl Meta {
         let l1 = read_l1(&*storage, header.l1_offset, header.l1_size)?;
         check_l1(&*storage, header.geometry, "the L1 table", &l1)?;
         let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
-        let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES);
+        let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES)
+            .with_entry_words(header.geometry.entry_words());
         let mut meta = Self {
             storage,
+            data: options.data_file.clone(),
             header,
             l1,
             l1_dirty: None,
@@ -350,7 +355,7 @@ impl Meta {
             None => vec![0; to_usize(self.geometry().cluster_size())],
         };
         // The old table goes on referring to the same clusters: none is ours alone.
-        for entry in bytes.chunks_exact_mut(8) {
+        for entry in bytes.chunks_exact_mut(8 * self.geometry().entry_words()) {
             entry[0] &= 0x7f;
         }
         let run = self.allocate(1, true)?;
@@ -393,24 +398,24 @@ impl Meta {
     }
 
     /// Decodes the L2 entry of a guest offset below the L1 entry given.
-    pub(crate) fn mapping_below(&mut self, l1_entry: u64, guest: u64) -> Result<Mapping> {
+    pub(crate) fn cluster_below(&mut self, l1_entry: u64, guest: u64) -> Result<Cluster> {
         let geometry = self.geometry();
         let index = geometry.l2_index(guest);
-        let Some(table) = self.l2_at(l1_entry)? else {
-            return Ok(Mapping::Unallocated);
+        let (entry, bitmap) = match self.l2_at(l1_entry)? {
+            Some(table) => (table.entry(index), table.bitmap(index)),
+            None => (0, 0),
         };
-        let entry = table.entry(index);
-        Mapping::decode(entry, geometry).map_err(|reason| {
+        Cluster::decode(entry, bitmap, guest, geometry).map_err(|reason| {
             self.damaged(format!("L2 entry {entry:#x} of guest offset {guest:#x}: {reason}"))
         })
     }
 
-    /// How the active disk maps a guest offset.
-    pub(crate) fn mapping(&mut self, guest: u64) -> Result<Mapping> {
+    /// How the active disk maps the cluster of a guest offset.
+    pub(crate) fn cluster(&mut self, guest: u64) -> Result<Cluster> {
         let index = to_usize(self.geometry().l1_index(guest));
         let entry = self.l1.get(index).copied().unwrap_or(0);
-        let mapping = self.mapping_below(entry, guest);
-        self.noted(mapping)
+        let cluster = self.cluster_below(entry, guest);
+        self.noted(cluster)
     }
 
     /// Whether anything in memory differs from the disk.
@@ -427,6 +432,9 @@ impl Meta {
     /// In an image that was found corrupt this saves the writes from before: all tables in memory
     /// are in places that were checked. Nothing is given back any more, as counts may be wrong.
     pub(crate) fn sync(&mut self) -> Result<()> {
+        if let Some(data) = &self.data {
+            data.flush()?;
+        }
         if !self.is_dirty() {
             return self.storage.flush();
         }

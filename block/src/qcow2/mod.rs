@@ -10,6 +10,7 @@
 //! | `meta` | all of these together, and the order in which they are written |
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
 //! | `inflight` | which guest ranges are being worked on |
+//! | `subcluster` | what an L2 entry says of the parts of its cluster |
 //! | `read`, `compressed`, `write`, `zero` | requests |
 //! | `status` | what is data and what is zeroes |
 //! | `snapshot` | internal snapshots and VM state |
@@ -45,6 +46,7 @@ mod read;
 mod refcount;
 mod snapshot;
 mod status;
+mod subcluster;
 mod write;
 mod zero;
 
@@ -54,7 +56,7 @@ pub use header::Compression;
 pub use options::Options;
 pub use overlap::OverlapCheck;
 
-use header::{Header, field, incompatible};
+use header::{Header, autoclear, field, incompatible};
 use inflight::InFlight;
 use layout::Geometry;
 use meta::Meta;
@@ -85,6 +87,16 @@ impl Probe {
         self.header.backing_file.as_deref()
     }
 
+    /// Whether data clusters are in another file, which must be opened too.
+    pub fn needs_data_file(&self) -> bool {
+        self.header.geometry.external
+    }
+
+    /// That file's name as the image has it, if it has one.
+    pub fn data_file(&self) -> Option<String> {
+        self.header.data_file()
+    }
+
     /// The backing file's format, where the image tells it.
     pub fn backing_format(&self) -> Option<&str> {
         self.header.backing_format.as_deref()
@@ -108,6 +120,12 @@ pub struct Qcow2Info {
     pub dirty: bool,
     /// Cluster size in bytes.
     pub cluster_size: u64,
+    /// Whether L2 entries have subclusters.
+    pub extended_l2: bool,
+    /// External data file as the image has it.
+    pub data_file: Option<String>,
+    /// Whether the external data file is kept as a raw image; `None` without one.
+    pub data_file_raw: Option<bool>,
     /// Backing file as the image has it.
     pub backing_file: Option<String>,
     /// Backing file's format as the image has it.
@@ -117,6 +135,10 @@ pub struct Qcow2Info {
 /// An open qcow2 image.
 pub struct Qcow2 {
     storage: Arc<dyn Storage>,
+    /// Where data clusters are that are not compressed: `storage`, or an external data file.
+    data: Arc<dyn Storage>,
+    /// The external data file is kept as a raw image of what the guest sees.
+    raw_data: bool,
     geometry: Geometry,
     compression: Compression,
     meta: Mutex<Meta>,
@@ -154,8 +176,11 @@ impl Qcow2 {
         if writable {
             check_marks(&storage, &header)?;
         }
+        check_data_file(&header, &options)?;
         let size = header.size;
         let mut image = Self {
+            data: options.data_file.clone().unwrap_or_else(|| storage.clone()),
+            raw_data: header.geometry.external && header.autoclear & autoclear::RAW_DATA != 0,
             geometry: header.geometry,
             compression: header.compression,
             meta: Mutex::new(Meta::open(storage.clone(), header, &options)?),
@@ -205,7 +230,8 @@ impl Qcow2 {
     /// as out of date ("autoclear_features"). That of bitmaps stays if they were read.
     fn clear_autoclear(&mut self) -> Result<()> {
         let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let kept = meta.bitmaps.autoclear();
+        let raw = if self.raw_data { autoclear::RAW_DATA } else { 0 };
+        let kept = meta.bitmaps.autoclear() | (meta.header.autoclear & raw);
         if meta.header.autoclear != kept {
             meta.write_field(field::AUTOCLEAR, &kept.to_be_bytes())?;
             // Before any data: a power failure must not keep new data and the old bits.
@@ -232,6 +258,9 @@ impl Qcow2 {
             corrupt: header.incompatible & incompatible::CORRUPT != 0,
             dirty: header.incompatible & incompatible::DIRTY != 0,
             cluster_size: header.geometry.cluster_size(),
+            extended_l2: header.geometry.extended,
+            data_file: header.data_file(),
+            data_file_raw: header.geometry.external.then_some(self.raw_data),
             backing_file: header.backing_file.clone(),
             backing_format: header.backing_format.clone(),
         }
@@ -301,6 +330,17 @@ fn check_marks(storage: &Arc<dyn Storage>, header: &Header) -> Result<()> {
     Ok(())
 }
 
+/// An image with an external data file needs it; others must not have one. QEMU's texts.
+fn check_data_file(header: &Header, options: &Options) -> Result<()> {
+    match (header.geometry.external, &options.data_file) {
+        (true, None) => Err(Error::Invalid("'data-file' is required for this image".to_owned())),
+        (false, Some(_)) => Err(Error::Invalid(
+            "'data-file' can only be set for images with an external data file".to_owned(),
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -350,6 +390,9 @@ impl Format for Qcow2 {
             return meta.sync();
         }
         drop(meta);
+        if self.geometry.external {
+            self.data.flush()?;
+        }
         self.storage.flush()
     }
 
@@ -375,7 +418,7 @@ impl Format for Qcow2 {
     }
 
     fn supports_snapshots(&self) -> bool {
-        true
+        !self.geometry.external
     }
 
     fn snapshots(&self) -> Vec<SnapshotInfo> {

@@ -63,22 +63,37 @@ pub(super) fn map(
     let mut extents: Vec<Extent> = Vec::new();
     let mut at = guest;
     let end = guest + len;
+    let push = |extents: &mut Vec<Extent>, guest, len, source| match extents.last_mut() {
+        Some(last) if last.source.continues(last.len, source) => last.len += len,
+        _ => extents.push(Extent { guest, len, source }),
+    };
     while at < end {
         let entry = l1(meta, geometry.l1_index(at));
-        let in_cluster = geometry.in_cluster(at);
-        let (n, source) = if table_of(entry).is_none() {
+        if table_of(entry).is_none() {
             // No table: one step for all that it would map.
-            (geometry.l2_coverage() - at % geometry.l2_coverage(), Source::Backing)
-        } else {
-            let source = Source::of(meta.mapping_below(entry, at)?, in_cluster);
-            (geometry.cluster_size() - in_cluster, source)
-        };
-        let n = n.min(end - at);
-        match extents.last_mut() {
-            Some(last) if last.source.continues(last.len, source) => last.len += n,
-            _ => extents.push(Extent { guest: at, len: n, source }),
+            let n = (geometry.l2_coverage() - at % geometry.l2_coverage()).min(end - at);
+            push(&mut extents, at, n, Source::Backing);
+            at += n;
+            continue;
         }
-        at += n;
+        let cluster = meta.cluster_below(entry, at)?;
+        let stop = (geometry.cluster_start(at) + geometry.cluster_size()).min(end);
+        for index in geometry.touched(at, stop - at) {
+            let n = (geometry.subcluster_size() - geometry.in_subcluster(at)).min(stop - at);
+            let source = Source::of(cluster.at(index), geometry.in_cluster(at));
+            // One compressed cluster is unpacked once, however many subclusters it would have.
+            match extents.last_mut() {
+                Some(last)
+                    if matches!(source, Source::Compressed(..))
+                        && last.source == source
+                        && geometry.in_cluster(at) != 0 =>
+                {
+                    last.len += n;
+                }
+                _ => push(&mut extents, at, n, source),
+            }
+            at += n;
+        }
     }
     Ok(extents)
 }
@@ -108,8 +123,8 @@ impl Qcow2 {
             match extent.source {
                 Source::Zero => iobuf::fill_zero(&part),
                 Source::Backing => self.read_backing(extent.guest, extent.len, &part)?,
-                Source::Host(host) if bulk => self.storage.read_bulk(host.0, &part)?,
-                Source::Host(host) => self.storage.read_at(host.0, &part)?,
+                Source::Host(host) if bulk => self.data.read_bulk(host.0, &part)?,
+                Source::Host(host) => self.data.read_at(host.0, &part)?,
                 Source::Compressed(host, len) => {
                     let cluster = self.read_compressed(host, len)?;
                     let skip = to_usize(self.geometry.in_cluster(extent.guest));
@@ -133,13 +148,13 @@ impl Qcow2 {
         if last < self.known_len.load(Ordering::Acquire) {
             return Ok(());
         }
-        let file_len = self.storage.len()?;
+        let file_len = self.data.len()?;
         self.known_len.store(file_len, Ordering::Release);
         if last < file_len {
             return Ok(());
         }
         Err(Error::Corrupt {
-            filename: self.storage.name().to_owned(),
+            filename: self.data.name().to_owned(),
             reason: format!(
                 "a data cluster is at {last:#x}, beyond the end of the file ({file_len} bytes); is the file truncated?"
             ),

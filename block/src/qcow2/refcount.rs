@@ -481,7 +481,14 @@ mod tests {
             let mut cache = TableCache::new(512, 0);
             let storage = MemoryStorage::default();
             let table = cache.load(&storage, HostOffset(0)).unwrap();
-            let most = Geometry { cluster_bits: 9, refcount_order: order, version: 3 }.max_refcount();
+            let most = Geometry {
+                cluster_bits: 9,
+                refcount_order: order,
+                version: 3,
+                extended: false,
+                external: false,
+            }
+            .max_refcount();
             let mut model: Vec<u64> = values.iter().map(|v| v & most).collect();
             for (index, value) in model.iter().enumerate() {
                 set(table, index, order, *value);

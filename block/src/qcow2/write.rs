@@ -1,13 +1,16 @@
 //! Writing: in place where the cluster is ours alone, else into a new cluster (copy on write).
 
+use std::ops::Range;
+
 use crate::iobuf;
 use crate::num::{to_u64, to_usize};
 use crate::{ReadBuf, Result, WriteBuf};
 
 use super::Qcow2;
-use super::layout::{COPIED, HostOffset, Mapping, Run};
+use super::layout::{Geometry, HostOffset, Run};
 use super::meta::Meta;
 use super::read::{Source, map};
+use super::subcluster::{Cluster, mask};
 
 /// A run of guest clusters to be written to a run of host clusters.
 #[derive(Debug)]
@@ -18,13 +21,21 @@ struct Target {
     len: u64,
     /// Host offset of `guest`.
     host: HostOffset,
-    /// For each cluster of a new place: what the guest cluster was mapped to. Empty if in place.
-    old: Vec<Mapping>,
+    /// Bytes before and after that must be written too, with what they read as now.
+    head: u64,
+    tail: u64,
+    /// What each cluster was mapped to, if entries change. Empty if data goes where it is already.
+    old: Vec<Cluster>,
 }
 
 impl Target {
     fn is_new(&self) -> bool {
         !self.old.is_empty()
+    }
+
+    /// The guest range that is written, with `head` and `tail`.
+    fn whole(&self) -> Range<u64> {
+        self.guest - self.head..self.guest + self.len + self.tail
     }
 }
 
@@ -63,7 +74,7 @@ impl Qcow2 {
         let mut done = 0;
         for target in targets {
             let part = iobuf::slice_write(bufs, done, target.len);
-            self.storage.write_at(target.host.0, &part)?;
+            self.data.write_at(target.host.0, &part)?;
             done += target.len;
         }
         Ok(true)
@@ -94,7 +105,7 @@ impl Qcow2 {
                 if target.is_new() {
                     self.write_new(target, &part)?;
                 } else {
-                    self.storage.write_at(target.host.0, &part)?;
+                    self.data.write_at(target.host.0, &part)?;
                 }
                 done += target.len;
             }
@@ -113,36 +124,30 @@ impl Qcow2 {
 
     /// Frees the new clusters of targets that were not committed.
     fn give_back(&self, targets: &[Target]) {
+        if self.geometry.external {
+            return;
+        }
         let mut meta = self.meta();
         for target in targets.iter().filter(|t| t.is_new()) {
             let first = meta.geometry().cluster_of(target.host);
             for (n, old) in target.old.iter().enumerate() {
-                let cluster = first + to_u64(n);
-                let kept = matches!(old, Mapping::Zero { host: Some(h), copied: true }
-                    if meta.geometry().cluster_of(*h) == cluster);
+                let run = Run::one(first + to_u64(n));
                 // A commit that failed half-way may have put some entries in place already.
                 let guest = meta.geometry().cluster_start(target.guest)
                     + to_u64(n) * meta.geometry().cluster_size();
-                let in_use = matches!(meta.mapping(guest), Ok(Mapping::Data { host, .. })
-                    if meta.geometry().cluster_of(host) == cluster);
-                if !kept && !in_use {
-                    meta.free_after_error(&[Run::one(cluster)]);
+                let now = meta.cluster(guest).ok().and_then(|c| c.mapping.run(self.geometry));
+                if old.mapping.run(self.geometry) != Some(run) && now != Some(run) {
+                    meta.free_after_error(&[run]);
                 }
             }
         }
     }
 
-    /// Writes whole new clusters: the request's bytes, and around them what the clusters held.
+    /// Writes the request's bytes, and around them what was there.
     fn write_new(&self, target: &Target, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        let geometry = self.geometry;
-        let head = geometry.in_cluster(target.guest);
-        let end = target.guest + target.len;
-        let tail = match geometry.in_cluster(end) {
-            0 => 0,
-            used => geometry.cluster_size() - used,
-        };
+        let (head, tail) = (target.head, target.tail);
         let before = self.old_contents(target.guest - head, head)?;
-        let after = self.old_contents(end, tail)?;
+        let after = self.old_contents(target.guest + target.len, tail)?;
         let mut all = Vec::with_capacity(bufs.len() + 2);
         if head > 0 {
             all.push(WriteBuf::new(&before));
@@ -151,7 +156,7 @@ impl Qcow2 {
         if tail > 0 {
             all.push(WriteBuf::new(&after));
         }
-        self.storage.write_at(target.host.0 - head, &all)
+        self.data.write_at(target.host.0 - head, &all)
     }
 
     /// What the guest would read, past the end of the disk too.
@@ -168,7 +173,7 @@ impl Qcow2 {
 }
 
 /// Finds a place for every cluster of a range. Without `allocate` it ends with `false` at the first
-/// cluster that needs a new place.
+/// cluster whose entry would have to change.
 fn plan(
     meta: &mut Meta,
     guest: u64,
@@ -183,25 +188,78 @@ fn plan(
     while at < end {
         let in_cluster = geometry.in_cluster(at);
         let n = (size - in_cluster).min(end - at);
-        match meta.mapping(at)? {
-            Mapping::Data { host, copied: true } => {
-                let run = meta.cluster_run(host);
-                meta.check_overlap(run)?;
-                push_target(targets, at, n, host + in_cluster, None);
+        let old = meta.cluster(at)?;
+        let wanted = mask(geometry.touched(at, n));
+        match old.own_place() {
+            Some(host) if old.allocated & wanted == wanted => {
+                check_place(meta, host)?;
+                push_target(
+                    targets,
+                    Target {
+                        guest: at,
+                        len: n,
+                        host: host + in_cluster,
+                        head: 0,
+                        tail: 0,
+                        old: Vec::new(),
+                    },
+                );
                 at += n;
             }
             _ if !allocate => return Ok(false),
-            old @ Mapping::Zero { host: Some(host), copied: true } => {
+            Some(host) => {
                 meta.l2_for_write(geometry.l1_index(at))?;
-                let run = meta.cluster_run(host);
-                meta.check_overlap(run)?;
-                push_target(targets, at, n, host + in_cluster, Some(old));
+                check_place(meta, host)?;
+                let (head, tail) = around(geometry, at, n, &old, true);
+                push_target(
+                    targets,
+                    Target {
+                        guest: at,
+                        len: n,
+                        host: host + in_cluster,
+                        head,
+                        tail,
+                        old: vec![old],
+                    },
+                );
                 at += n;
             }
-            _ => at = plan_new(meta, at, end, targets)?,
+            None => at = plan_new(meta, at, end, targets)?,
         }
     }
     Ok(true)
+}
+
+/// Refuses to write guest data over metadata. An external data file has none.
+fn check_place(meta: &mut Meta, host: HostOffset) -> Result<()> {
+    if meta.geometry().external {
+        return Ok(());
+    }
+    let run = meta.cluster_run(host);
+    meta.check_overlap(run)
+}
+
+/// How many bytes before and after a write within one cluster must be written with it: up to the
+/// bounds of its subclusters where these hold no data yet, and in a new place (not `stays`) all
+/// that the old place holds.
+fn around(geometry: Geometry, guest: u64, len: u64, old: &Cluster, stays: bool) -> (u64, u64) {
+    let size = geometry.subcluster_size();
+    let touched = geometry.touched(guest, len);
+    let (from, to) = (geometry.in_cluster(guest), geometry.in_cluster(guest) + len);
+    let mut range = u64::from(touched.start) * size..u64::from(touched.end) * size;
+    if stays {
+        // What is allocated already is there.
+        if old.allocated >> touched.start & 1 != 0 {
+            range.start = from;
+        }
+        if old.allocated >> (touched.end - 1) & 1 != 0 {
+            range.end = to;
+        }
+    } else if let Some(stored) = old.stored(geometry) {
+        range.start = range.start.min(u64::from(stored.start) * size);
+        range.end = range.end.max(u64::from(stored.end) * size);
+    }
+    (from - range.start, range.end - to)
 }
 
 /// Allocates for as many clusters from `at` on as need it and come in a row on the host; gives the
@@ -212,12 +270,8 @@ fn plan_new(meta: &mut Meta, at: u64, end: u64, targets: &mut Vec<Target>) -> Re
     let mut olds = Vec::new();
     let mut next = at;
     while next < end {
-        let old = meta.mapping(next)?;
-        let keeps_place = matches!(
-            old,
-            Mapping::Data { copied: true, .. } | Mapping::Zero { host: Some(_), copied: true }
-        );
-        if keeps_place {
+        let old = meta.cluster(next)?;
+        if old.own_place().is_some() {
             break;
         }
         // The table must be there (and ours) before data is written, so that lack of space shows.
@@ -225,51 +279,62 @@ fn plan_new(meta: &mut Meta, at: u64, end: u64, targets: &mut Vec<Target>) -> Re
         olds.push(old);
         next = geometry.cluster_start(next) + size;
     }
-    let run = meta.allocate(to_u64(olds.len()), false)?;
+    let (first, count) = if geometry.external {
+        // There, every cluster's place is the guest's own.
+        (HostOffset(geometry.cluster_start(at)), to_u64(olds.len()))
+    } else {
+        let run = meta.allocate(to_u64(olds.len()), false)?;
+        (geometry.offset_of(run.first), run.count)
+    };
     let mut guest = at;
-    for (n, old) in olds.into_iter().take(to_usize(run.count)).enumerate() {
+    for (n, old) in olds.into_iter().take(to_usize(count)).enumerate() {
         let in_cluster = geometry.in_cluster(guest);
         let len = (size - in_cluster).min(end - guest);
-        let host = geometry.offset_of(run.first + to_u64(n)) + in_cluster;
-        push_target(targets, guest, len, host, Some(old));
+        let host = first + (geometry.bytes_of(to_u64(n)) + in_cluster);
+        let (head, tail) = around(geometry, guest, len, &old, false);
+        push_target(targets, Target { guest, len, host, head, tail, old: vec![old] });
         guest += len;
     }
     Ok(guest)
 }
 
 /// Adds a cluster to the last target where it continues it, else makes a new one.
-fn push_target(
-    targets: &mut Vec<Target>,
-    guest: u64,
-    len: u64,
-    host: HostOffset,
-    old: Option<Mapping>,
-) {
+fn push_target(targets: &mut Vec<Target>, next: Target) {
     match targets.last_mut() {
-        Some(last) if last.host + last.len == host && last.is_new() == old.is_some() => {
-            last.len += len;
-            last.old.extend(old);
+        Some(last)
+            if last.host + last.len == next.host
+                && last.is_new() == next.is_new()
+                && (last.tail, next.head) == (0, 0) =>
+        {
+            last.len += next.len;
+            last.tail = next.tail;
+            last.old.extend(next.old);
         }
-        _ => targets.push(Target { guest, len, host, old: old.into_iter().collect() }),
+        _ => targets.push(next),
     }
 }
 
 /// Points the guest's clusters to their new place.
 fn commit(meta: &mut Meta, target: &Target) -> Result<()> {
     let geometry = meta.geometry();
+    let whole = target.whole();
     let mut guest = geometry.cluster_start(target.guest);
-    let mut cluster = geometry.cluster_of(target.host);
+    let mut host = HostOffset(target.host.0 - geometry.in_cluster(target.guest));
     for old in &target.old {
-        let index = geometry.l2_index(guest);
+        let next = guest + geometry.cluster_size();
+        let from = whole.start.max(guest);
+        let written = mask(geometry.touched(from, whole.end.min(next) - from));
+        let (allocated, zero) = (old.allocated | written, old.zero & !written);
+        let entry = Cluster::encode(Some(host), allocated, zero, geometry);
         let table = meta.l2_for_write(geometry.l1_index(guest))?;
-        table.set_entry(index, geometry.offset_of(cluster).0 | COPIED);
-        if let Some(run) = old.run(geometry)
-            && run.first != cluster
+        table.set_both(geometry.l2_index(guest), entry);
+        if let Some(run) = old.mapping.run(geometry)
+            && run.first != geometry.cluster_of(host)
         {
             meta.defer_free(run);
         }
-        guest += geometry.cluster_size();
-        cluster = cluster + 1;
+        guest = next;
+        host = host + geometry.cluster_size();
     }
     Ok(())
 }

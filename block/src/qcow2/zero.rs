@@ -4,8 +4,9 @@ use crate::num::to_usize;
 use crate::{Result, WriteBuf};
 
 use super::Qcow2;
-use super::layout::{COPIED, Mapping, ZERO};
+use super::layout::Mapping;
 use super::meta::Meta;
+use super::subcluster::{Cluster, mask};
 
 /// What shall become of whole clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,13 +20,13 @@ enum Wish {
 }
 
 impl Qcow2 {
-    /// Whole clusters are given back; parts of clusters are left as they are.
+    /// Whole subclusters are given back; parts of them are left as they are.
     pub(super) fn discard_disk(&self, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
-        let size = self.geometry.cluster_size();
+        let size = self.geometry.subcluster_size();
         let start = offset.next_multiple_of(size);
-        let mut end = self.geometry.cluster_start(offset + len);
-        // The last cluster of the disk may be cut short by its end.
+        let mut end = offset + len - self.geometry.in_subcluster(offset + len);
+        // The last one of the disk may be cut short by its end.
         if offset + len == self.disk_size() {
             end = (offset + len).next_multiple_of(size);
         }
@@ -34,16 +35,15 @@ impl Qcow2 {
 
     pub(super) fn zero_disk(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_range(offset, len)?;
-        let size = self.geometry.cluster_size();
+        let size = self.geometry.subcluster_size();
         let end = offset + len;
         let wish = if unmap { Wish::Unmap } else { Wish::Keep };
         let at_disk_end = end == self.disk_size();
         let mut at = offset;
         while at < end {
-            let cluster = self.geometry.cluster_start(at);
             let whole_from = at.next_multiple_of(size);
             if at != whole_from {
-                let n = (cluster + size).min(end) - at;
+                let n = whole_from.min(end) - at;
                 self.zero_part(at, n)?;
                 at += n;
                 continue;
@@ -51,7 +51,7 @@ impl Qcow2 {
             let whole_to = if at_disk_end {
                 end.next_multiple_of(size)
             } else {
-                self.geometry.cluster_start(end)
+                end - self.geometry.in_subcluster(end)
             };
             if whole_to <= at {
                 self.zero_part(at, end - at)?;
@@ -61,7 +61,7 @@ impl Qcow2 {
             let stop = self.change_clusters(at, whole_to, wish)?;
             at = stop.min(end);
             if at < whole_to.min(end) {
-                let n = size.min(end - at);
+                let n = (self.geometry.cluster_size() - self.geometry.in_cluster(at)).min(end - at);
                 self.zero_part(at, n)?;
                 at += n;
             }
@@ -83,60 +83,94 @@ impl Qcow2 {
         self.write_allocating(guest, len, &[WriteBuf::new(&zeroes)])
     }
 
-    /// Changes the entries of whole clusters; gives the guest offset at which it had to stop, `end`
-    /// if it did not.
+    /// Changes the entries of whole subclusters; gives the guest offset at which it had to stop,
+    /// `end` if it did not.
     fn change_clusters(&self, start: u64, end: u64, wish: Wish) -> Result<u64> {
-        let coverage = self.geometry.l2_coverage();
+        let geometry = self.geometry;
+        let coverage = geometry.l2_coverage();
         let mut at = start;
         while at < end {
+            let from = at;
             let stop = (at + 1).next_multiple_of(coverage).min(end);
-            let _held = self.in_flight.exclusive(at..stop);
-            let mut meta = self.meta();
-            meta.check_writable()?;
-            meta.trim()?;
-            while at < stop {
-                if !self.change_cluster(&mut meta, at, wish)? {
-                    return Ok(at);
+            let _held = self.in_flight.exclusive(self.clusters_of(at, stop - at));
+            if self.raw_data {
+                // Whoever reads the data file as a raw image sees what the guest sees: first there.
+                self.meta().check_writable()?;
+                self.zero_data(at, stop, wish)?;
+            }
+            let mut whole = true;
+            {
+                let mut meta = self.meta();
+                meta.check_writable()?;
+                meta.trim()?;
+                while at < stop && whole {
+                    let next = (geometry.cluster_start(at) + geometry.cluster_size()).min(stop);
+                    whole = self.change_cluster(&mut meta, at, next - at, wish)?;
+                    at = if whole { next } else { at };
                 }
-                at += self.geometry.cluster_size();
+            }
+            if geometry.external && !self.raw_data && wish != Wish::Keep {
+                // Entries say zero already: what they said before is zero or as it was.
+                self.zero_data(from, at, wish)?;
+            }
+            if !whole {
+                return Ok(at);
             }
         }
         Ok(end)
     }
 
-    /// Says whether it could do it.
-    fn change_cluster(&self, meta: &mut Meta, guest: u64, wish: Wish) -> Result<bool> {
+    /// Zeroes a range of the external data file; its space goes unless it shall stay.
+    fn zero_data(&self, start: u64, end: u64, wish: Wish) -> Result<()> {
+        let end = end.min(self.disk_size());
+        if start >= end {
+            return Ok(());
+        }
+        self.data.write_zeroes(start, end - start, wish != Wish::Keep)
+    }
+
+    /// Changes the subclusters of a range within one cluster. Says whether it could do it.
+    fn change_cluster(&self, meta: &mut Meta, guest: u64, len: u64, wish: Wish) -> Result<bool> {
         let geometry = self.geometry;
-        let old = meta.mapping(guest)?;
+        let old = meta.cluster(guest)?;
+        let bare = self.backing.is_none();
+        let set = mask(geometry.touched(guest, len));
+        let every = set == mask(0..geometry.subclusters());
+        let run = old.mapping.run(geometry);
+        let has_host = run.is_some();
+        if old.reads_zero(set, bare) && (!has_host || wish == Wish::Keep || !every) {
+            return Ok(true);
+        }
+        if wish == Wish::Discard && old.mapping == Mapping::Unallocated {
+            return Ok(true);
+        }
+        if !every && matches!(old.mapping, Mapping::Compressed { .. }) {
+            // A part of it cannot be zero on its own.
+            return Ok(wish == Wish::Discard);
+        }
         let v3 = geometry.version >= 3;
-        let reads_zero = match old {
-            Mapping::Unallocated => self.backing.is_none(),
-            Mapping::Zero { .. } => true,
-            _ => false,
-        };
-        let has_host = old.run(geometry).is_some();
-        if reads_zero && (!has_host || wish == Wish::Keep) {
-            return Ok(true);
-        }
-        if wish == Wish::Discard && old == Mapping::Unallocated {
-            return Ok(true);
-        }
-        let entry = match old {
-            Mapping::Data { host, copied: true } if wish == Wish::Keep && v3 => {
-                host.0 | ZERO | COPIED
-            }
-            // Without an entry the backing file would show through.
-            _ if v3 => ZERO,
-            _ if self.backing.is_none() => 0,
+        if !v3 && !bare {
             // Version 2 over a backing file: a discarded cluster reads as before.
-            _ => return Ok(wish == Wish::Discard),
-        };
+            return Ok(wish == Wish::Discard);
+        }
+        let (allocated, zero) = (old.allocated & !set, old.zero | set);
         let table = meta.l2_for_write(geometry.l1_index(guest))?;
-        table.set_entry(geometry.l2_index(guest), entry);
-        if let Some(run) = old.run(geometry)
-            && Mapping::decode(entry, geometry).ok().and_then(|m| m.run(geometry)) != Some(run)
-        {
-            meta.defer_free(run);
+        let index = geometry.l2_index(guest);
+        // A place is kept for what is still in it, and for later writes if the space shall stay.
+        let keeps = allocated != 0 || (wish == Wish::Keep && old.own_place().is_some() && v3);
+        if keeps && !geometry.external && old.own_place().is_none() {
+            // Snapshots use the cluster too: it stays where it is, and not ours.
+            let entry = table.entry(index);
+            let (_, bitmap) = Cluster::encode(None, allocated, zero, geometry);
+            table.set_both(index, (entry, bitmap));
+        } else if keeps {
+            table.set_both(index, Cluster::encode(old.own_place(), allocated, zero, geometry));
+        } else {
+            let zero = if v3 { zero } else { 0 };
+            table.set_both(index, Cluster::encode(None, 0, zero, geometry));
+            if let Some(run) = run {
+                meta.defer_free(run);
+            }
         }
         Ok(true)
     }

@@ -64,8 +64,7 @@ fn absurd_header_fields_are_named() {
         (60, &[0xff; 4], "snapshots are too many"),
         (60, &[0, 0, 0xff, 0xff], "beyond the end of the file"),
         (64, &[0, 0, 0, 0, 0, 0, 0, 1], "snapshot table offset"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "external data file"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 16], "extended L2 entries"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "'data-file' is required"),
         (72, &[0x40, 0, 0, 0, 0, 0, 0, 0], "unknown incompatible feature 62"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 1], "dirty bit"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 2], "marked as corrupt"),
@@ -94,6 +93,17 @@ fn a_refcount_block_that_is_there_twice_is_refused_for_writing() {
     let error = open(bad.clone(), false).err().unwrap().to_string();
     assert!(error.contains("two refcount table entries"), "{error}");
     open(bad, true).unwrap();
+}
+
+#[test]
+fn extended_l2_entries_in_clusters_below_16_kib_are_refused() {
+    if !have_qemu_img("extended L2, small clusters") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = std::fs::read(create(dir.path(), "a.qcow2", "1M", "cluster_size=8k")).unwrap();
+    let error = open(patched(&image, 79, &[16]), true).err().unwrap().to_string();
+    assert!(error.contains("extended L2 entries and clusters of 8192 bytes"), "{error}");
 }
 
 #[test]

@@ -131,6 +131,11 @@ fresh_images! {
     refcount_8: "refcount_bits=8,cluster_size=8k";
     refcount_32: "refcount_bits=32,cluster_size=1k";
     refcount_64: "refcount_bits=64,cluster_size=512";
+    extended_16k: "extended_l2=on,cluster_size=16k";
+    extended_64k: "extended_l2=on";
+    extended_128k: "extended_l2=on,cluster_size=128k,refcount_bits=8";
+    extended_2m: "extended_l2=on,cluster_size=2M";
+    extended_preallocated: "extended_l2=on,cluster_size=64k,preallocation=metadata";
     lazy_refcounts: "lazy_refcounts=on,cluster_size=16k";
     preallocated: "preallocation=metadata,cluster_size=32k";
 }
@@ -162,18 +167,21 @@ fn over_a_short_raw_backing_file() {
 
 #[test]
 fn over_a_qcow2_backing_file_by_relative_name() {
-    run("qcow2 backing", "", padded(3 << 20), |dir| {
-        let (raw, _) = base(dir, 3 << 20);
-        let mid = dir.join("mid.qcow2");
-        common::qemu_img(&["convert", "-O", "qcow2", &path(&raw), &path(&mid)]);
-        create(dir, "a.qcow2", &SIZE.to_string(), "backing_file=mid.qcow2,backing_fmt=qcow2")
-    });
+    for kind in ["", "extended_l2=on,cluster_size=16k", "extended_l2=on,cluster_size=1M"] {
+        run("qcow2 backing", kind, padded(3 << 20), |dir| {
+            let (raw, _) = base(dir, 3 << 20);
+            let mid = dir.join("mid.qcow2");
+            common::qemu_img(&["convert", "-O", "qcow2", &path(&raw), &path(&mid)]);
+            let options = format!("backing_file=mid.qcow2,backing_fmt=qcow2,{kind}");
+            create(dir, "a.qcow2", &SIZE.to_string(), options.trim_end_matches(','))
+        });
+    }
 }
 
 #[test]
 fn over_compressed_clusters() {
     for kind in ["zlib", "zstd"] {
-        for size in ["4k", "64k", "2M"] {
+        for size in ["4k", "64k", "2M", "64k,extended_l2=on"] {
             let options = format!("compression_type={kind},cluster_size={size}");
             let mut bytes = Random(99).bytes(SIZE / 2);
             // Compressible and incompressible parts.

@@ -140,7 +140,12 @@ impl<'a> Create<'a> {
         let mut l1 = Vec::new();
         let area = self.area.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (index, entries) in &area.tables {
-            let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+            // Clusters of VM state are written whole: all their subclusters are allocated.
+            let all = |entry: u64| u64::from(if entry == 0 { 0 } else { u32::MAX });
+            let words =
+                |entry: &u64| [*entry, all(*entry)].into_iter().take(geometry.entry_words());
+            let bytes: Vec<u8> =
+                entries.iter().flat_map(words).flat_map(u64::to_be_bytes).collect();
             let run = write_fresh(meta, bytes)?;
             self.own.push(run);
             l1.resize(to_usize(*index), 0);

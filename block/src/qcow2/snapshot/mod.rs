@@ -46,6 +46,13 @@ impl Stage {
 /// Starts a change: one at a time for an image.
 fn begin_change(image: &Qcow2) -> Result<()> {
     let mut meta = image.meta();
+    if image.geometry.external {
+        // The other file has no counts: what a snapshot keeps could not be told from the rest.
+        return Err(Error::NotSupported(format!(
+            "Image '{}' has an external data file: internal snapshots are not supported with it",
+            meta.storage.name()
+        )));
+    }
     meta.check_writable()?;
     if meta.changing {
         return Err(Error::Invalid(format!(
