@@ -177,13 +177,15 @@ impl Qcow2 {
             check_marks(&storage, &header)?;
         }
         check_data_file(&header, &options)?;
-        let size = header.size;
+        let (geometry, compression, size) = (header.geometry, header.compression, header.size);
+        let raw_data = geometry.external && header.autoclear & autoclear::RAW_DATA != 0;
+        let meta = Meta::open(storage.clone(), header, &options)?;
         let mut image = Self {
-            data: options.data_file.clone().unwrap_or_else(|| storage.clone()),
-            raw_data: header.geometry.external && header.autoclear & autoclear::RAW_DATA != 0,
-            geometry: header.geometry,
-            compression: header.compression,
-            meta: Mutex::new(Meta::open(storage.clone(), header, &options)?),
+            data: options.data_file.unwrap_or_else(|| storage.clone()),
+            raw_data,
+            geometry,
+            compression,
+            meta: Mutex::new(meta),
             storage,
             in_flight: InFlight::default(),
             backing,
