@@ -3,7 +3,8 @@
 # make check   format and lints
 # make bench   the benchmark, beside QEMU and the disk itself
 # make fuzz    the fuzzers, SECONDS=60 each, side by side
-.PHONY: all demo test check lint bench fuzz guest clean
+# make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
+.PHONY: all demo test check lint bench fuzz crash-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -40,6 +41,10 @@ SECONDS = 60
 fuzz:
 	@scripts/setup.sh build
 	fuzz/run.sh $(SECONDS)
+
+crash-test:
+	@scripts/setup.sh test
+	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test crash -- --nocapture
 
 # The guest's kernel and initramfs are in the repository; this makes them anew.
 guest:

@@ -163,7 +163,7 @@ pub(crate) fn slice_write<'b>(bufs: &'b [WriteBuf<'_>], skip: u64, len: u64) -> 
 }
 
 /// Fills the buffers with zeroes.
-pub(crate) fn fill_zero(bufs: &[ReadBuf<'_>]) {
+pub fn fill_zero(bufs: &[ReadBuf<'_>]) {
     for buf in bufs {
         // SAFETY: the buffer's maker vouched for `len` writable bytes.
         unsafe { std::ptr::write_bytes(buf.as_mut_ptr(), 0, buf.len()) };
@@ -171,7 +171,7 @@ pub(crate) fn fill_zero(bufs: &[ReadBuf<'_>]) {
 }
 
 /// Copies `data` into the buffers, as far as both reach.
-pub(crate) fn copy_in(bufs: &[ReadBuf<'_>], data: &[u8]) {
+pub fn copy_in(bufs: &[ReadBuf<'_>], data: &[u8]) {
     let mut data = data;
     for buf in bufs {
         let (now, rest) = data.split_at(buf.len().min(data.len()));
@@ -183,7 +183,7 @@ pub(crate) fn copy_in(bufs: &[ReadBuf<'_>], data: &[u8]) {
 }
 
 /// Copies the buffers out to `data`, as far as both reach.
-pub(crate) fn copy_out(bufs: &[WriteBuf<'_>], data: &mut [u8]) {
+pub fn copy_out(bufs: &[WriteBuf<'_>], data: &mut [u8]) {
     let mut data = data;
     for buf in bufs {
         let (now, rest) = data.split_at_mut(buf.len().min(data.len()));

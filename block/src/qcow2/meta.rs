@@ -53,6 +53,12 @@ pub(super) struct Meta {
     freed: Vec<Run>,
     pub(crate) snapshots: Vec<Entry>,
     pub(crate) snapshot_table: Option<Run>,
+    /// A header write failed and could not be taken back: the disk may have another L1 table or
+    /// snapshot table, whose clusters are kept. [`Meta::sync`] settles it.
+    pub(crate) unsettled: bool,
+    /// Counts of clusters of the active disk went down, and an error kept their entries from getting
+    /// COPIED flags. [`Meta::sync`] tries again.
+    pub(crate) flags_lag: bool,
     /// A change of the snapshots is under way.
     pub(crate) changing: bool,
     /// Ids of the snapshots whose VM state is open, once per opener.
@@ -97,6 +103,8 @@ impl Meta {
             freed: Vec::new(),
             snapshots,
             snapshot_table,
+            unsettled: false,
+            flags_lag: false,
             changing: false,
             readers: Vec::new(),
             writable,
@@ -420,7 +428,9 @@ impl Meta {
 
     /// Whether anything in memory differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.refcounts.is_dirty()
+        self.unsettled
+            || self.flags_lag
+            || self.refcounts.is_dirty()
             || self.l2.is_dirty()
             || self.l1_dirty.is_some()
             || !self.pending.is_empty()
@@ -438,6 +448,13 @@ impl Meta {
         if !self.is_dirty() {
             return self.storage.flush();
         }
+        self.settle()?;
+        if std::mem::take(&mut self.flags_lag)
+            && self.broken.is_none()
+            && let Err(e) = super::snapshot::set_copied(self)
+        {
+            tracing::warn!(image = self.storage.name(), "clusters are not marked as ours: {e}");
+        }
         self.refcounts.write_back()?;
         self.storage.flush()?;
         self.write_tables()?;
@@ -452,6 +469,22 @@ impl Meta {
         // No order is needed: on disk these clusters just look used until then.
         self.refcounts.write_back()?;
         self.punch_some().map(|_| ())
+    }
+
+    /// Makes the header tell of the tables in force, where it may tell of others. Both are whole on
+    /// disk, so this may come before all other writes; it must, because these go to the tables in
+    /// force.
+    fn settle(&mut self) -> Result<()> {
+        if !self.unsettled {
+            return Ok(());
+        }
+        let (snapshots, table) = (to_u64(self.snapshots.len()), self.snapshot_table);
+        super::snapshot::write_table_place(self, snapshots, table)?;
+        let (size, l1) = (self.header.size, self.header.l1_offset);
+        super::snapshot::write_disk_place(self, size, l1, self.header.l1_size)?;
+        self.storage.flush()?;
+        self.unsettled = false;
+        Ok(())
     }
 
     /// Gives some of the host's space of free clusters back, unless they are in use again; says

@@ -28,6 +28,8 @@ pub(super) struct Refcounts {
     table: Vec<u64>,
     table_run: Run,
     table_dirty: Option<Range<usize>>,
+    /// The header on disk may give the place of a former table.
+    moved: bool,
     blocks: TableCache,
     /// Where the blocks are.
     block_set: ClusterSet,
@@ -87,6 +89,7 @@ impl Refcounts {
                 count: header.refcount_table_clusters.into(),
             },
             table_dirty: None,
+            moved: false,
             blocks: TableCache::new(geometry.cluster_size(), CACHE_BYTES),
             block_set,
             hint: HostCluster(1),
@@ -368,10 +371,31 @@ impl Refcounts {
             return result;
         }
         let old_run = std::mem::replace(&mut self.table_run, table_run);
+        self.table_dirty = None;
+        self.moved = true;
+        // After a failure the header may have either, and both are whole: the new one is in force,
+        // the header is written before anything that needs it, and the old one is leaked.
+        self.settle()?;
         self.sub(old_run, |_| {})
     }
 
-    /// The writes of [`Refcounts::grow`].
+    /// Makes the header give the table's place, if it may not.
+    fn settle(&mut self) -> Result<()> {
+        if !self.moved {
+            return Ok(());
+        }
+        let mut fields = [0; 12];
+        let offset = self.geometry.offset_of(self.table_run.first).0;
+        fields[..8].copy_from_slice(&offset.to_be_bytes());
+        let clusters = u32::try_from(self.table_run.count).unwrap_or(u32::MAX);
+        fields[8..].copy_from_slice(&clusters.to_be_bytes());
+        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
+        self.storage.flush()?;
+        self.moved = false;
+        Ok(())
+    }
+
+    /// Makes the new table and its blocks of [`Refcounts::grow`] durable.
     fn install(
         &mut self,
         first_block: u64,
@@ -389,25 +413,18 @@ impl Refcounts {
         let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
         let offset = self.geometry.offset_of(table.first).0;
         self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
-        self.storage.flush()?;
-        let mut fields = [0; 12];
-        fields[..8].copy_from_slice(&offset.to_be_bytes());
-        let clusters = u32::try_from(table.count).unwrap_or(u32::MAX);
-        fields[8..].copy_from_slice(&clusters.to_be_bytes());
-        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
-        self.storage.flush()?;
-        self.table_dirty = None;
-        Ok(())
+        self.storage.flush()
     }
 
     /// Whether anything differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.table_dirty.is_some() || self.blocks.is_dirty()
+        self.moved || self.table_dirty.is_some() || self.blocks.is_dirty()
     }
 
     /// Writes blocks, then table entries; a flush comes in between where entries are new, so that
     /// the table never refers to a block that is not there.
     pub(crate) fn write_back(&mut self) -> Result<()> {
+        self.settle()?;
         self.blocks.write_back(&*self.storage)?;
         if let Some(range) = self.table_dirty.clone() {
             self.storage.flush()?;

@@ -12,8 +12,9 @@ mod vmstate;
 
 pub(super) use create::Create;
 pub(super) use delete::Delete;
-pub(super) use revert::Revert;
-pub(super) use table::{Entry, read_table};
+pub(super) use revert::{Revert, write_disk_place};
+pub(super) use table::{Entry, read_table, write_table_place};
+pub(super) use tree::set_copied;
 pub(super) use vmstate::VmState;
 
 use crate::{Error, Result};

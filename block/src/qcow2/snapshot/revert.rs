@@ -35,6 +35,21 @@ impl Active {
     }
 }
 
+/// Writes disk size, L1 size and L1 offset to the header.
+pub(in crate::qcow2) fn write_disk_place(
+    meta: &Meta,
+    disk_size: u64,
+    l1_offset: u64,
+    l1_size: u32,
+) -> Result<()> {
+    let mut fields = [0; 24];
+    fields[..8].copy_from_slice(&disk_size.to_be_bytes());
+    fields[12..16].copy_from_slice(&l1_size.to_be_bytes());
+    fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
+    // One write within one sector (bytes 24 to 48; the encryption method in between is 0).
+    meta.write_field(field::SIZE, &fields)
+}
+
 /// See the module.
 pub(in crate::qcow2) struct Revert<'a> {
     image: &'a Qcow2,
@@ -82,17 +97,18 @@ impl<'a> Revert<'a> {
     /// Switches the active disk, on disk first. The caller holds the whole disk exclusively.
     fn switch(&self, meta: &mut Meta, to: &Active) -> Result<()> {
         let size = u32::try_from(to.l1.len()).unwrap_or(u32::MAX);
-        let mut fields = [0; 24];
-        fields[..8].copy_from_slice(&to.disk_size.to_be_bytes());
-        fields[12..16].copy_from_slice(&size.to_be_bytes());
-        fields[16..].copy_from_slice(&to.offset.to_be_bytes());
-        // One write within one sector (bytes 24 to 48; the encryption method in between is 0).
-        meta.write_field(field::SIZE, &fields)?;
+        write_disk_place(meta, to.disk_size, to.offset, size)?;
         meta.storage.flush()?;
+        self.put(meta, to);
+        Ok(())
+    }
+
+    /// Switches the active disk in memory.
+    fn put(&self, meta: &mut Meta, to: &Active) {
+        let size = u32::try_from(to.l1.len()).unwrap_or(u32::MAX);
         meta.replace_l1(to.l1.clone(), to.offset, size);
         meta.header.size = to.disk_size;
         self.image.size.store(to.disk_size, Ordering::Release);
-        Ok(())
     }
 
     /// Frees what `prepare` took.
@@ -140,6 +156,7 @@ impl SnapshotChange for Revert<'_> {
             // The header may have either; settle it. If that fails too, keep all clusters.
             if let Err(again) = self.switch(&mut meta, &old.0) {
                 tracing::error!("the header could not be restored: {again}");
+                meta.unsettled = true;
                 self.taken = false;
                 self.run = None;
             }
@@ -181,8 +198,14 @@ impl SnapshotChange for Revert<'_> {
             // Writes since `publish` went to the new tree: that is what must be given back.
             meta.sync()?;
             l1.clone_from(&meta.l1);
-            self.switch(&mut meta, &old)?;
+            let back = self.switch(&mut meta, &old);
+            if back.is_err() {
+                // The next sync writes the header; until then the disk may have either.
+                self.put(&mut meta, &old);
+                meta.unsettled = true;
+            }
             self.image.bitmaps_after_revert(old.disk_size);
+            back?;
         }
         if self.taken || self.run.is_some() {
             self.undo_prepare(&mut meta, &l1)?;

@@ -129,6 +129,17 @@ fn encode(entries: &[Entry]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
+/// Writes count and place of the table to the header.
+pub(in crate::qcow2) fn write_table_place(meta: &Meta, count: u64, run: Option<Run>) -> Result<()> {
+    let count = u32::try_from(count).unwrap_or(u32::MAX);
+    let offset = run.map_or(0, |run| meta.geometry().offset_of(run.first).0);
+    let mut fields = [0; 12];
+    fields[..4].copy_from_slice(&count.to_be_bytes());
+    fields[4..].copy_from_slice(&offset.to_be_bytes());
+    // Count and offset in one write within one sector: old or new, never a mix.
+    meta.write_field(field::SNAPSHOTS, &fields)
+}
+
 /// Replaces the table by another: written to fresh clusters, made valid by one header write.
 #[derive(Debug)]
 pub(super) struct TableSwitch {
@@ -152,14 +163,8 @@ impl TableSwitch {
         Ok(Self { new, new_run, old: None })
     }
 
-    fn write_header(meta: &mut Meta, entries: &[Entry], run: Option<Run>) -> Result<()> {
-        let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
-        let offset = run.map_or(0, |run| meta.geometry().offset_of(run.first).0);
-        let mut fields = [0; 12];
-        fields[..4].copy_from_slice(&count.to_be_bytes());
-        fields[4..].copy_from_slice(&offset.to_be_bytes());
-        // Count and offset in one write within one sector: old or new, never a mix.
-        meta.write_field(field::SNAPSHOTS, &fields)?;
+    fn write_header(meta: &Meta, entries: &[Entry], run: Option<Run>) -> Result<()> {
+        write_table_place(meta, to_u64(entries.len()), run)?;
         meta.storage.flush()
     }
 
@@ -173,14 +178,16 @@ impl TableSwitch {
         Self::write_header(meta, &self.new, self.new_run)
     }
 
-    /// Makes the old table valid again, if the new one was, and frees the new one.
+    /// Makes the old table valid again, if the new one was, and frees the new one. If that fails the
+    /// disk may have either until the next [`Meta::sync`], and both keep their clusters.
     pub(crate) fn undo(&mut self, meta: &mut Meta) -> Result<()> {
-        if let Some((entries, run)) = &self.old {
-            Self::write_header(meta, entries, *run)?;
-            meta.snapshots.clone_from(entries);
-            meta.snapshot_table = *run;
+        if let Some((entries, run)) = self.old.take() {
+            let written = Self::write_header(meta, &entries, run);
+            meta.snapshots = entries;
+            meta.snapshot_table = run;
             meta.note_snapshots();
-            self.old = None;
+            meta.unsettled |= written.is_err();
+            written?;
         }
         match self.new_run.take() {
             Some(run) => meta.free(run),

@@ -93,8 +93,14 @@ fn sub_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
 }
 
 /// Sets the COPIED flags of the active disk after references went away: an entry has the flag if
-/// its cluster has exactly one reference.
-pub(super) fn set_copied(meta: &mut Meta) -> Result<()> {
+/// its cluster has exactly one reference. After an error the next sync tries again.
+pub(in crate::qcow2) fn set_copied(meta: &mut Meta) -> Result<()> {
+    let result = set_all_copied(meta);
+    meta.flags_lag = result.is_err();
+    result
+}
+
+fn set_all_copied(meta: &mut Meta) -> Result<()> {
     let geometry = meta.geometry();
     for l1_index in 0..meta.l1.len() {
         let entry = meta.l1[l1_index];

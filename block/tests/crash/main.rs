@@ -1,0 +1,21 @@
+//! What a crash may cost, tried on recorded work: see `docs/crash-safety.md`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "tests fail by panicking, and their numbers are small"
+)]
+
+#[allow(dead_code, reason = "shared with the other tests, which use all of it")]
+#[path = "../suite/common.rs"]
+mod common;
+mod faults;
+mod kinds;
+mod pages;
+mod points;
+mod record;
+mod replay;
+mod timeline;
+mod verify;
+mod workload;

@@ -1,0 +1,165 @@
+//! Whether an image that a crash left keeps the rules of `docs/crash-safety.md`.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use block::qcow2::check::Severity;
+use block::qcow2::{self, Qcow2};
+use block::{Format, ReadBuf, WriteBuf};
+
+use crate::common::{self, id_of, land, new_snapshot};
+use crate::kinds::Base;
+use crate::pages::Pages;
+use crate::record::Host;
+use crate::timeline::{Expected, Snap};
+
+/// How much is looked at besides the disk and the list of snapshots.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Depth {
+    /// Each snapshot is gone back to, the image is written to, and must be sound afterwards.
+    pub(crate) use_it: bool,
+    /// What qemu-img says is asked for.
+    pub(crate) qemu: bool,
+    /// COPIED flags may lag behind the counts (`docs/block.md`).
+    pub(crate) flags_may_lag: bool,
+}
+
+type Check = Result<(), String>;
+
+/// Tries the rules on an image.
+pub(crate) fn verify(
+    base: &Base,
+    dir: &Path,
+    files: &[Pages],
+    expected: &Expected,
+    depth: Depth,
+) -> Check {
+    if depth.qemu {
+        qemu_check(dir, files, depth.flags_may_lag)?;
+    }
+    let host = Host::new(files.to_vec());
+    check(&host, depth.flags_may_lag)?;
+    let format = base.open(&host, false).map_err(|e| format!("does not open: {e}"))?;
+    expected.check_disk(&read(&format)?)?;
+    let tags: Vec<_> = format.snapshots().into_iter().map(|s| s.tag).collect();
+    expected.check_tags(&tags)?;
+    let snaps: Vec<_> = tags.iter().filter_map(|tag| expected.snap(tag).cloned()).collect();
+    for snap in &snaps {
+        check_vm(&format, snap).map_err(|e| format!("VM state of {}: {e}", snap.tag))?;
+    }
+    if depth.use_it {
+        use_it(&format, &snaps)?;
+        drop(format);
+        // Leaks of the crash are still there, nothing else.
+        check(&host, depth.flags_may_lag).map_err(|e| format!("after work on it: {e}"))?;
+        if depth.qemu {
+            qemu_check(dir, &host.files(), depth.flags_may_lag)
+                .map_err(|e| format!("after work on it: {e}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Our check finds leaks at most.
+fn check(host: &Host, flags_may_lag: bool) -> Check {
+    let report = qcow2::check::check(&*host.file(0), &qcow2::check::Options::default())
+        .map_err(|e| format!("check: {e}"))?;
+    let flag = |text: &str| flags_may_lag && text.contains("OFLAG_COPIED");
+    let wrong = report.findings.iter().find(|found| match found.severity {
+        Severity::Leak => false,
+        _ => !flag(&found.text),
+    });
+    match wrong {
+        Some(found) => Err(format!("check: {}", found.text)),
+        None if report.corruptions > 0 && !flags_may_lag => Err(format!("check: {report:?}")),
+        None => Ok(()),
+    }
+}
+
+fn read(format: &Qcow2) -> Result<Vec<u8>, String> {
+    let mut disk = vec![0xa5; format.size() as usize];
+    format.read(0, &[ReadBuf::new(&mut disk)]).map_err(|e| format!("the disk: {e}"))?;
+    Ok(disk)
+}
+
+fn check_vm(format: &Qcow2, snap: &Snap) -> Check {
+    let text = |e: block::Error| e.to_string();
+    let reader = format.open_vmstate(&id_of(format, &snap.tag)).map_err(text)?;
+    if reader.size() != snap.vm.len() as u64 {
+        return Err(format!("has {} bytes instead of {}", reader.size(), snap.vm.len()));
+    }
+    let mut vm = vec![0xa5; snap.vm.len()];
+    reader.read(0, &[ReadBuf::new(&mut vm)]).map_err(text)?;
+    match (0..vm.len()).find(|n| vm[*n] != snap.vm[*n]) {
+        Some(at) => Err(format!("differs at {at:#x}")),
+        None => Ok(()),
+    }
+}
+
+/// Goes back to each snapshot, writes, saves and deletes.
+fn use_it(format: &Qcow2, snaps: &[Arc<Snap>]) -> Check {
+    let says = |what: &str| {
+        let what = what.to_owned();
+        move |e: block::Error| format!("{what}: {e}")
+    };
+    for snap in snaps {
+        let revert = format.revert_snapshot(&id_of(format, &snap.tag));
+        match revert.and_then(|mut change| land(&mut *change)) {
+            Ok(()) => {}
+            Err(e) if few_bits(&e) => continue,
+            Err(e) => return Err(says("revert")(e)),
+        }
+        if read(format)? != *snap.disk {
+            return Err(format!("snapshot {} is not as it was", snap.tag));
+        }
+    }
+    let before = read(format)?;
+    let at = before.len() / 3;
+    let bytes = vec![0x5a; before.len() / 5];
+    format.write(at as u64, &[WriteBuf::new(&bytes)]).map_err(says("write"))?;
+    let create = format.create_snapshot(&new_snapshot("after the crash"));
+    let made = match create.and_then(|mut change| land(&mut *change)) {
+        Ok(()) => true,
+        Err(e) if few_bits(&e) => false,
+        Err(e) => return Err(says("save")(e)),
+    };
+    format.write(0, &[WriteBuf::new(&bytes)]).map_err(says("second write"))?;
+    format.flush().map_err(says("flush"))?;
+    let mut wanted = before;
+    wanted[at..at + bytes.len()].copy_from_slice(&bytes);
+    wanted[..bytes.len()].copy_from_slice(&bytes);
+    if read(format)? != wanted {
+        return Err("what was written after the crash is not there".to_owned());
+    }
+    let tags: Vec<_> = snaps.iter().map(|snap| snap.tag.as_str()).collect();
+    for tag in tags.into_iter().chain(made.then_some("after the crash")) {
+        let delete = format.delete_snapshot(&id_of(format, tag));
+        delete.and_then(|mut change| land(&mut *change)).map_err(says("delete"))?;
+    }
+    if read(format)? != wanted {
+        return Err("deletions changed the disk".to_owned());
+    }
+    Ok(())
+}
+
+/// One or two bits do not count many references.
+pub(crate) fn few_bits(error: &block::Error) -> bool {
+    let text = error.to_string();
+    text.contains("the refcount of cluster") && text.contains("would exceed")
+}
+
+/// qemu-img finds leaks at most.
+fn qemu_check(dir: &Path, files: &[Pages], flags_may_lag: bool) -> Check {
+    let image = dir.join("crash.qcow2");
+    std::fs::write(&image, files[0].bytes()).unwrap();
+    let args = ["check", "-f", "qcow2", &common::path(&image)];
+    let output = Command::new("qemu-img").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    let flag = |line: &str| flags_may_lag && line.contains("OFLAG_COPIED");
+    match (output.status.code(), text.lines().find(|l| l.starts_with("ERROR") && !flag(l))) {
+        (Some(0 | 3), None) => Ok(()),
+        (Some(2), None) if flags_may_lag => Ok(()),
+        (code, _) => Err(format!("qemu-img check ({code:?}): {text}")),
+    }
+}

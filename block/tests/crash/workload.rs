@@ -1,0 +1,297 @@
+//! Random work on an image, decided by a seed, with a timeline of what was promised.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use block::qcow2::Qcow2;
+use block::{Format, NewSnapshot, ReadBuf, Result, WriteBuf};
+
+use crate::common::Random;
+use crate::kinds::Base;
+use crate::pages::Pages;
+use crate::record::{Entry, Host};
+use crate::timeline::{Event, Snap, Timeline, What};
+
+/// What a workload left: the files before it, the log, the promises.
+pub(crate) struct Recorded {
+    pub(crate) files: Vec<Pages>,
+    pub(crate) log: Vec<Entry>,
+    pub(crate) timeline: Timeline,
+    /// Parts of the log in which counts and COPIED flags change.
+    flags: Vec<Range<usize>>,
+}
+
+impl Recorded {
+    /// Whether counts and COPIED flags may differ at a cut.
+    pub(crate) fn flags_may_lag(&self, cut: usize) -> bool {
+        self.flags.iter().any(|part| part.start < cut && cut < part.end)
+    }
+}
+
+/// A workload under way.
+struct Work<'a> {
+    base: &'a Base,
+    host: Host,
+    random: Random,
+    disk: Vec<u8>,
+    snaps: Vec<Arc<Snap>>,
+    events: Vec<Event>,
+    flags: Vec<Range<usize>>,
+    /// Makes what is written, and the tags, different from all before.
+    count: u64,
+}
+
+/// The generator for a seed: neighbouring seeds shall have nothing in common.
+pub(crate) fn random_of(seed: u64) -> Random {
+    let mut random = Random(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    random.next();
+    random
+}
+
+/// Runs a workload of so many steps.
+pub(crate) fn record(base: &Base, seed: u64, steps: usize) -> Recorded {
+    let mut work = Work {
+        base,
+        host: Host::new(base.files.clone()),
+        random: random_of(seed),
+        disk: base.disk.clone(),
+        snaps: Vec::new(),
+        events: Vec::new(),
+        flags: Vec::new(),
+        count: 0,
+    };
+    let mut done = 0;
+    while done < steps {
+        let format = base.open(&work.host, false).unwrap();
+        // Opened and closed a few times: closing writes tables too.
+        let until = steps.min(done + 10 + work.random.below(30) as usize);
+        for _ in done..until {
+            work.step(&format);
+        }
+        done = until;
+        let mut now = vec![0; format.size() as usize];
+        format.read(0, &[ReadBuf::new(&mut now)]).unwrap();
+        assert!(now == work.disk, "seed {seed}: the disk is wrong before any crash");
+    }
+    let timeline =
+        Timeline { events: work.events, first: Arc::new(base.disk.clone()), snaps: Vec::new() };
+    Recorded { files: base.files.clone(), log: work.host.log(), timeline, flags: work.flags }
+}
+
+impl Work<'_> {
+    fn range(&mut self) -> Range<usize> {
+        let size = self.disk.len() as u64;
+        let len = match self.random.below(8) {
+            0 => self.random.below(600) + 1,
+            1..4 => 512 * (self.random.below(16) + 1),
+            4..6 => 4096 * (self.random.below(6) + 1),
+            6 => self.random.below(size / 8) + 1,
+            _ => 65536 * (self.random.below(3) + 1),
+        };
+        // Often near the same places, so that clusters are overwritten.
+        let mut start = match self.random.below(3) {
+            0 => self.random.below(size),
+            1 => self.random.below(8) * (size / 8),
+            _ => self.random.below(size.min(40_000)),
+        };
+        if self.random.below(4) != 0 {
+            start &= !511;
+        }
+        let len = len.min(size - start);
+        start as usize..(start + len) as usize
+    }
+
+    /// Bytes that were never written before, different in each 16 of them.
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        self.count += 1;
+        let of = |n: usize| [self.count.to_be_bytes(), (n as u64 + 1).to_be_bytes()].concat();
+        (0..len.div_ceil(16)).flat_map(of).take(len).collect()
+    }
+
+    /// Does something and notes which part of the log it made. Nothing is noted of what failed.
+    fn note<T>(&mut self, act: impl FnOnce() -> Result<T>, what: What) -> Result<T> {
+        let start = self.host.now();
+        let done = act()?;
+        self.events.push(Event { start, end: self.host.now(), what });
+        Ok(done)
+    }
+
+    /// Does what changes counts and COPIED flags.
+    fn flagging<T>(&mut self, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        let start = self.host.now();
+        let result = act();
+        self.flags.push(start..self.host.now());
+        result
+    }
+
+    fn step(&mut self, format: &Qcow2) {
+        match self.random.below(40) {
+            0..16 => self.write(format),
+            16..20 => self.zero(format),
+            20..22 => self.discard(format),
+            22..27 => self.flush(format),
+            27..32 => self.create(format),
+            32..34 => self.revert(format),
+            34..37 => self.delete(format),
+            _ => self.read(format),
+        }
+    }
+
+    fn write(&mut self, format: &Qcow2) {
+        let span = self.range();
+        let bytes = self.bytes(span.len());
+        self.disk[span.clone()].copy_from_slice(&bytes);
+        let what = What::Changed { at: span.start, bytes: bytes.clone() };
+        self.note(|| format.write(span.start as u64, &[WriteBuf::new(&bytes)]), what).unwrap();
+    }
+
+    fn zero(&mut self, format: &Qcow2) {
+        let span = self.range();
+        let unmap = self.random.below(2) == 0;
+        self.disk[span.clone()].fill(0);
+        let what = What::Changed { at: span.start, bytes: vec![0; span.len()] };
+        let (at, len) = (span.start as u64, span.len() as u64);
+        self.note(|| format.write_zeroes(at, len, unmap), what).unwrap();
+    }
+
+    fn discard(&mut self, format: &Qcow2) {
+        let span = self.range();
+        let start = self.host.now();
+        format.discard(span.start as u64, span.len() as u64).unwrap();
+        // Zeroes or as before, for every byte.
+        let mut bytes = vec![1; span.len()];
+        format.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
+        for (now, before) in bytes.iter().zip(&self.disk[span.clone()]) {
+            assert!(*now == 0 || now == before, "discarded at {span:#x?}");
+        }
+        self.disk[span.clone()].copy_from_slice(&bytes);
+        let what = What::Changed { at: span.start, bytes };
+        self.events.push(Event { start, end: self.host.now(), what });
+    }
+
+    fn flush(&mut self, format: &Qcow2) {
+        let what = What::Flushed { disk: Arc::new(self.disk.clone()) };
+        self.note(|| format.flush(), what).unwrap();
+    }
+
+    fn read(&mut self, format: &Qcow2) {
+        let span = self.range();
+        let mut bytes = vec![1; span.len()];
+        format.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
+        assert!(bytes == self.disk[span.clone()], "read at {span:#x?}");
+    }
+
+    /// What a guest does while a change of the snapshots is under way.
+    fn between(&mut self, format: &Qcow2) {
+        for _ in 0..self.random.below(4) {
+            match self.random.below(4) {
+                0 => self.flush(format),
+                1 => self.zero(format),
+                _ => self.write(format),
+            }
+        }
+    }
+
+    fn create(&mut self, format: &Qcow2) {
+        self.count += 1;
+        let new = NewSnapshot {
+            tag: format!("tag {}", self.count),
+            date_sec: 1_700_000_000,
+            date_nsec: 5000,
+            vm_clock_nsec: self.count,
+        };
+        let mut change = format.create_snapshot(&new).unwrap();
+        let cluster = change.cluster_size() as usize;
+        let mut vm = Vec::new();
+        for _ in 0..self.random.below(4) {
+            // A hole, then a part.
+            vm.resize(vm.len() + cluster * self.random.below(3) as usize, 0);
+            let clusters = 1 + self.random.below(3) as usize;
+            let bytes = self.bytes(cluster * clusters);
+            change.write_vmstate(vm.len() as u64, &[WriteBuf::new(&bytes)]).unwrap();
+            vm.extend(bytes);
+            self.between(format);
+        }
+        change.set_vmstate_size(vm.len() as u64);
+        if self.random.below(8) == 0 {
+            return change.rollback().unwrap();
+        }
+        let snap = Arc::new(Snap { tag: new.tag, disk: Arc::new(self.disk.clone()), vm });
+        match self.flagging(|| change.prepare()) {
+            Ok(()) => {}
+            // One or two bits do not count many references.
+            Err(e) if e.to_string().contains("the refcount of cluster") => {
+                assert!(self.base.kind.options.contains("refcount_bits"), "{e}");
+                return self.flagging(|| change.rollback()).unwrap();
+            }
+            Err(e) => panic!("{e}"),
+        }
+        self.between(format);
+        if self.random.below(8) == 0 {
+            return self.flagging(|| change.rollback()).unwrap();
+        }
+        self.note(|| change.publish(), What::Added { snap: snap.clone() }).unwrap();
+        self.between(format);
+        if self.random.below(8) == 0 {
+            let (start, what) = (self.host.now(), What::Removed { tag: snap.tag.clone() });
+            self.note(|| change.rollback(), what).unwrap();
+            return self.flags.push(start..self.host.now());
+        }
+        change.finish().unwrap();
+        self.snaps.push(snap);
+    }
+
+    fn delete(&mut self, format: &Qcow2) {
+        let Some((id, snap)) = self.pick(format) else { return };
+        let mut change = format.delete_snapshot(&id).unwrap();
+        change.prepare().unwrap();
+        self.between(format);
+        if self.random.below(8) == 0 {
+            return change.rollback().unwrap();
+        }
+        self.note(|| change.publish(), What::Removed { tag: snap.tag.clone() }).unwrap();
+        self.between(format);
+        if self.random.below(8) == 0 {
+            return self.note(|| change.rollback(), What::Added { snap }).unwrap();
+        }
+        self.snaps.retain(|s| s.tag != snap.tag);
+        self.flagging(|| change.finish()).unwrap();
+    }
+
+    fn revert(&mut self, format: &Qcow2) {
+        let Some((id, snap)) = self.pick(format) else { return };
+        let mut change = format.revert_snapshot(&id).unwrap();
+        let refused = |e: &block::Error| {
+            e.to_string().contains("the refcount of cluster")
+                && self.base.kind.options.contains("refcount_bits")
+        };
+        match change.prepare() {
+            Ok(()) => {}
+            Err(e) if refused(&e) => return,
+            Err(e) => panic!("{e}"),
+        }
+        self.between(format);
+        if self.random.below(8) == 0 {
+            return change.rollback().unwrap();
+        }
+        let old = Arc::new(self.disk.clone());
+        self.note(|| change.publish(), What::Reverted { disk: snap.disk.clone() }).unwrap();
+        self.disk.clone_from(&snap.disk);
+        self.between(format);
+        if self.random.below(8) == 0 {
+            self.disk.clone_from(&old);
+            return self.note(|| change.rollback(), What::Reverted { disk: old }).unwrap();
+        }
+        change.finish().unwrap();
+    }
+
+    fn pick(&mut self, format: &Qcow2) -> Option<(String, Arc<Snap>)> {
+        if self.snaps.is_empty() {
+            return None;
+        }
+        let at = self.random.below(self.snaps.len() as u64) as usize;
+        let snap = self.snaps[at].clone();
+        let id = crate::common::id_of(format, &snap.tag);
+        Some((id, snap))
+    }
+}
