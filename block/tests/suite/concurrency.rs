@@ -20,7 +20,8 @@ fn threads_that_allocate_beside_one_another_and_snapshots_lose_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "16M", options);
         let (graph, node) = open(&image);
-        let format = &*node.format();
+        let image_format = node.format();
+        let format = &*image_format;
         let running = AtomicBool::new(true);
         // Not a multiple of any cluster size.
         let start = |thread: u64| thread * (PART + 1000);
@@ -60,7 +61,7 @@ fn threads_that_allocate_beside_one_another_and_snapshots_lose_nothing() {
             running.store(false, Ordering::Release);
             models.into_iter().map(|m| m.unwrap()).collect()
         });
-        drop((graph, node));
+        drop((graph, node, image_format));
         check(&image);
         let disk = qemu_contents(dir.path(), &image, None);
         for (thread, model) in models.iter().enumerate() {

@@ -130,7 +130,8 @@ fn vm_state_opened_while_its_snapshot_is_being_deleted_keeps_the_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "");
     let (graph, node) = common::open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     save(format, "s");
     let mut change = format.delete_snapshot("1").unwrap();
     let reader = format.open_vmstate("1").unwrap();
@@ -140,6 +141,6 @@ fn vm_state_opened_while_its_snapshot_is_being_deleted_keeps_the_snapshot() {
     drop(reader);
     assert_eq!(format.snapshots().len(), 1);
     common::delete(format, "s");
-    drop((graph, node));
+    drop((graph, node, image_format));
     common::check(&image);
 }

@@ -51,7 +51,8 @@ fn vm_state_is_read_back_by_us_and_by_qemu_for_every_cluster_size() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "3M", &format!("cluster_size={cluster}"));
         let (graph, node) = open(&image);
-        let format = &*node.format();
+        let image_format = node.format();
+        let format = &*image_format;
         let size = 2 << 20;
         // A hole between two parts.
         let parts = [(0, vec![0x11; size]), (3 * size as u64, vec![0x22; size])];
@@ -66,7 +67,7 @@ fn vm_state_is_read_back_by_us_and_by_qemu_for_every_cluster_size() {
         let part = size as u64;
         assert_eq!(kinds, [(0, part, false), (part, 2 * part, true), (3 * part, part, false)]);
         drop(state);
-        drop((graph, node));
+        drop((graph, node, image_format));
         check(&image);
         qemu_vmstate_pattern(&image, "vm", 0, part, 0x11);
         qemu_vmstate_pattern(&image, "vm", 3 * part, part, 0x22);
@@ -81,7 +82,8 @@ fn vm_state_written_by_many_threads_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "3M", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     let bytes = Random(5).bytes(16 << 20);
     let mut change = format.create_snapshot(&new_snapshot("vm")).unwrap();
     let writer = &*change;
@@ -101,7 +103,7 @@ fn vm_state_written_by_many_threads_is_whole() {
     land_create(&mut *change);
     drop(change);
     assert!(read_vmstate(format, "vm", 0, bytes.len()) == bytes);
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
 
@@ -120,13 +122,14 @@ fn qemu_lists_applies_converts_and_deletes_our_snapshots() {
         let dir = tempfile::tempdir().unwrap();
         let image = create(dir.path(), "a.qcow2", "4M", options);
         let (graph, node) = open(&image);
-        let format = &*node.format();
+        let image_format = node.format();
+        let format = &*image_format;
         common::write(format, 0, &[1; 2 << 20]);
         save_with_state(format, "one", &[(0, vec![7; 1 << 20])]);
         common::write(format, 1 << 20, &[2; 2 << 20]);
         save(format, "two");
         common::write(format, 0, &[3; 4 << 20]);
-        drop((graph, node));
+        drop((graph, node, image_format));
         check(&image);
         let list = qemu_img(&["snapshot", "-l", &path(&image)]);
         assert!(list.contains("one") && list.contains("two") && list.contains("1 MiB"), "{list}");
@@ -140,10 +143,11 @@ fn qemu_lists_applies_converts_and_deletes_our_snapshots() {
         check(&image);
         // And ours again after QEMU's changes.
         let (graph, node) = open(&image);
-        let format = &*node.format();
+        let image_format = node.format();
+        let format = &*image_format;
         assert!(common::read_all(format) == two);
         delete(format, "two");
-        drop((graph, node));
+        drop((graph, node, image_format));
         check(&image);
         assert!(qemu_contents(dir.path(), &image, None) == two);
     }
@@ -162,7 +166,8 @@ fn we_list_revert_and_delete_snapshots_of_qemu_with_vm_state() {
     qemu_img(&["snapshot", "-c", "two", &path(&image)]);
     qemu_io(&image, &["write -P 3 0 2M"]);
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     let tags: Vec<_> = format.snapshots().into_iter().map(|s| (s.id, s.tag)).collect();
     assert_eq!(tags, [("1".into(), "one".into()), ("2".into(), "two".into())]);
     load(format, "two");
@@ -174,7 +179,7 @@ fn we_list_revert_and_delete_snapshots_of_qemu_with_vm_state() {
     delete(format, "two");
     delete(format, "one");
     common::write(format, 0, &[4; 1 << 20]);
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
     qemu_img(&["snapshot", "-a", "three", &path(&image)]);
     check(&image);
@@ -188,7 +193,8 @@ fn rollback_at_every_step_leaves_the_image_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "8M", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     let before = Random(3).bytes(4 << 20);
     common::write(format, 0, &before);
     save_with_state(format, "keep", &[(0, vec![1; 1 << 20])]);
@@ -216,7 +222,7 @@ fn rollback_at_every_step_leaves_the_image_as_it_was() {
             assert_eq!(std::fs::metadata(&image).unwrap().len(), len, "after {steps} steps");
         }
     }
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
 
@@ -240,7 +246,8 @@ fn save_and_delete_rounds_do_not_grow_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "8M", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     let mut sizes = Vec::new();
     for round in 0..6u8 {
         common::write(format, 0, &vec![round; 8 << 20]);
@@ -251,7 +258,7 @@ fn save_and_delete_rounds_do_not_grow_the_file() {
         sizes.push(std::fs::metadata(&image).unwrap().len());
     }
     assert!(sizes[5] <= sizes[1], "{sizes:?}");
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
 
@@ -297,7 +304,8 @@ fn writes_after_the_snapshot_point_stay_out_of_the_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "4M", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     common::write(format, 0, &[1; 1 << 20]);
     for landed in [false, true] {
         let mut change = format.create_snapshot(&new_snapshot("point")).unwrap();
@@ -316,7 +324,7 @@ fn writes_after_the_snapshot_point_stay_out_of_the_snapshot() {
             common::write(format, 0, &[1; 1 << 20]);
         }
     }
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
 
@@ -328,10 +336,11 @@ fn tags_are_cut_at_255_bytes_between_characters() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     save(format, &"\u{e9}".repeat(200));
     assert_eq!(format.snapshots()[0].tag, "\u{e9}".repeat(127));
-    drop((graph, node));
+    drop((graph, node, image_format));
     let (_graph, node) = open(&image);
     assert_eq!(node.format().snapshots()[0].tag, "\u{e9}".repeat(127));
     assert_eq!(node.format().snapshots()[0].vm_clock_nsec, 77);
@@ -367,14 +376,15 @@ fn one_bit_refcounts_refuse_a_snapshot_of_data_and_stay_clean() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "refcount_bits=1");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     common::write(format, 0, &[1; 1 << 20]);
     let mut change = format.create_snapshot(&new_snapshot("x")).unwrap();
     let error = change.prepare().unwrap_err().to_string();
     assert!(error.contains("would exceed 1 bits"), "{error}");
     drop(change);
     common::write(format, 0, &[2; 1 << 20]);
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
 
@@ -386,12 +396,13 @@ fn a_disk_without_bytes_has_snapshots_that_leak_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "0", "");
     let (graph, node) = open(&image);
-    let format = &*node.format();
+    let image_format = node.format();
+    let format = &*image_format;
     save(format, "plain");
     save_with_state(format, "vm", &[(0, vec![3; 65536])]);
     load(format, "vm");
     assert!(read_vmstate(format, "vm", 0, 65536).iter().all(|b| *b == 3));
     delete(format, "plain");
-    drop((graph, node));
+    drop((graph, node, image_format));
     check(&image);
 }
