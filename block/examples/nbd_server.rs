@@ -17,7 +17,7 @@ fn main() {
     let writable = rest.is_empty();
     let graph = Graph::new();
     let node = graph.add_text(blockdev).unwrap();
-    let attachment = graph.attach(node.name(), "nbd", writable).unwrap();
+    let attachment = graph.attach_export(node.name(), writable).unwrap();
     let address = Address::Unix(socket.into());
     let mut server = Server::start(&address, ServerOptions::default(), |_| {}).unwrap();
     let export = ExportOptions {

@@ -192,3 +192,21 @@ pub fn copy_out(bufs: &[WriteBuf<'_>], data: &mut [u8]) {
         data = rest;
     }
 }
+
+/// Whether there is nothing but zeroes in the buffers. Copies first: guest memory may change.
+pub(crate) fn is_zero(bufs: &[WriteBuf<'_>]) -> bool {
+    const STEP: usize = 4096;
+    let mut copy = [0; STEP];
+    let total = total_len(bufs);
+    let mut done = 0;
+    while done < total {
+        let now = (total - done).min(STEP as u64);
+        let copy = &mut copy[..to_usize(now)];
+        copy_out(&slice_write(bufs, done, now), copy);
+        if copy.iter().any(|byte| *byte != 0) {
+            return false;
+        }
+        done += now;
+    }
+    true
+}

@@ -9,53 +9,12 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use crate::perm::{BITS, Permissions};
 use crate::storage::{ofd_lock_held, ofd_lock_shared};
 use crate::{Error, Result};
 
 const PERM_BASE: u64 = 100;
 const SHARED_BASE: u64 = 200;
-
-bitflags::bitflags! {
-    /// QEMU's BLK_PERM_* bits that are visible in a file.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub(crate) struct Perm: u32 {
-        /// The image's contents make sense while it is open.
-        const CONSISTENT_READ = 1;
-        const WRITE = 2;
-        /// Writes that change nothing a reader sees.
-        const WRITE_UNCHANGED = 4;
-        const RESIZE = 8;
-    }
-}
-
-/// What an opener does and what it lets others do.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Permissions {
-    used: Perm,
-    shared: Perm,
-}
-
-impl Permissions {
-    /// What QEMU takes for an image in a format with metadata: others may read, never write.
-    pub(crate) fn of_image(writable: bool, force_share: bool) -> Self {
-        let mut used = Perm::CONSISTENT_READ;
-        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-        if writable {
-            used |= Perm::WRITE | Perm::RESIZE;
-        } else if force_share {
-            used = Perm::empty();
-            shared = Perm::all();
-        }
-        Self { used, shared }
-    }
-}
-
-const BITS: [(Perm, u64, &str); 4] = [
-    (Perm::CONSISTENT_READ, 0, "consistent read"),
-    (Perm::WRITE, 1, "write"),
-    (Perm::WRITE_UNCHANGED, 2, "write unchanged"),
-    (Perm::RESIZE, 3, "resize"),
-];
 
 /// Takes the locks; they are given up when the last descriptor of this open file is closed.
 ///
@@ -81,14 +40,7 @@ fn no_locks(e: &io::Error) -> bool {
 
 fn try_take(fd: BorrowedFd<'_>, filename: &str, wanted: Permissions) -> Result<()> {
     let failed = |source| Error::Open { filename: filename.to_owned(), source };
-    for (perm, bit, _) in BITS {
-        if wanted.used.contains(perm) {
-            ofd_lock_shared(fd, PERM_BASE + bit, true).map_err(failed)?;
-        }
-        if !wanted.shared.contains(perm) {
-            ofd_lock_shared(fd, SHARED_BASE + bit, true).map_err(failed)?;
-        }
-    }
+    add(fd, wanted).map_err(failed)?;
     for (perm, bit, name) in BITS {
         let clash = |shared| Error::Locked { filename: filename.to_owned(), lock: name, shared };
         if wanted.used.contains(perm) && ofd_lock_held(fd, SHARED_BASE + bit).map_err(failed)? {
@@ -96,6 +48,33 @@ fn try_take(fd: BorrowedFd<'_>, filename: &str, wanted: Permissions) -> Result<(
         }
         if !wanted.shared.contains(perm) && ofd_lock_held(fd, PERM_BASE + bit).map_err(failed)? {
             return Err(clash(true));
+        }
+    }
+    Ok(())
+}
+
+/// Adds the locks without a look at those of others: for a descriptor that takes over from another
+/// one of ours, which still holds its own.
+pub(crate) fn add(fd: BorrowedFd<'_>, wanted: Permissions) -> io::Result<()> {
+    for (perm, bit, _) in BITS {
+        if wanted.used.contains(perm) {
+            ofd_lock_shared(fd, PERM_BASE + bit, true)?;
+        }
+        if !wanted.shared.contains(perm) {
+            ofd_lock_shared(fd, SHARED_BASE + bit, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives up all locks but those of `kept`.
+pub(crate) fn reduce(fd: BorrowedFd<'_>, kept: Permissions) -> io::Result<()> {
+    for (perm, bit, _) in BITS {
+        if !kept.used.contains(perm) {
+            ofd_lock_shared(fd, PERM_BASE + bit, false)?;
+        }
+        if kept.shared.contains(perm) {
+            ofd_lock_shared(fd, SHARED_BASE + bit, false)?;
         }
     }
     Ok(())

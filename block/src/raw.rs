@@ -8,13 +8,18 @@ use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
-const PROTOCOL: &str = "file";
+/// What guests count in, in bytes.
+const SECTOR: u64 = 512;
 
 /// An image without a format.
 #[derive(Debug)]
 pub struct Raw {
     storage: Arc<dyn Storage>,
     driver: &'static str,
+    /// Whether the size is that of the file at any time.
+    follows_file: bool,
+    /// Where in the storage the disk starts, in bytes.
+    offset: u64,
     size: u64,
     read_only: bool,
     unmap: bool,
@@ -23,15 +28,58 @@ pub struct Raw {
 impl Raw {
     /// Opens storage as a disk of its length, rounded up to whole 512-byte sectors as guests see.
     pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
-        let size = storage.len()?.next_multiple_of(512);
-        Ok(Self { storage, driver: "raw", size, read_only, unmap: true })
+        Self::window(storage, None, None, read_only)
     }
 
-    /// The protocol node of a file.
-    pub fn protocol(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
-        let mut raw = Self::open(storage, read_only)?;
-        raw.driver = PROTOCOL;
-        Ok(raw)
+    /// Opens a part of a storage as a disk: from `offset` on, `size` bytes or up to the end.
+    ///
+    /// # Errors
+    /// The part is not in the storage; with QEMU's text.
+    pub fn window(
+        storage: Arc<dyn Storage>,
+        offset: Option<u64>,
+        size: Option<u64>,
+        read_only: bool,
+    ) -> Result<Self> {
+        let len = storage.len()?;
+        let invalid = |text| Err(Error::Invalid(text));
+        if size.is_some_and(|size| !size.is_multiple_of(SECTOR)) {
+            return invalid(format!("Specified size is not multiple of {SECTOR}"));
+        }
+        let start = offset.unwrap_or(0);
+        if start > len {
+            return invalid(format!(
+                "Offset ({start}) cannot be greater than size of the containing file ({len})"
+            ));
+        }
+        let size = match size {
+            Some(size) if size > len - start => {
+                return invalid(format!(
+                    "The sum of offset ({start}) and size ({size}) has to be smaller or equal to the  actual size of the containing file ({len})"
+                ));
+            }
+            Some(size) => size,
+            None => (len - start).next_multiple_of(SECTOR),
+        };
+        let follows_file = false;
+        Ok(Self {
+            storage,
+            driver: "raw",
+            follows_file,
+            offset: start,
+            size,
+            read_only,
+            unmap: true,
+        })
+    }
+
+    /// The protocol node of a file: `driver` is "file" or "host_device".
+    pub fn protocol(
+        storage: Arc<dyn Storage>,
+        driver: &'static str,
+        read_only: bool,
+    ) -> Result<Self> {
+        Ok(Self { driver, follows_file: true, ..Self::open(storage, read_only)? })
     }
 
     /// Whether discards reach the file (QEMU's `discard=unmap`) or do nothing.
@@ -64,8 +112,8 @@ impl Format for Raw {
 
     fn size(&self) -> u64 {
         // Below a format the file grows.
-        if self.driver == PROTOCOL {
-            return self.storage.len().map_or(self.size, |len| len.next_multiple_of(512));
+        if self.follows_file {
+            return self.storage.len().map_or(self.size, |len| len.next_multiple_of(SECTOR));
         }
         self.size
     }
@@ -76,12 +124,12 @@ impl Format for Raw {
 
     fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
         self.check(offset, iobuf::total_len(bufs))?;
-        self.storage.read_at(offset, bufs)
+        self.storage.read_at(self.offset + offset, bufs)
     }
 
     fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         self.check_write(offset, iobuf::total_len(bufs))?;
-        self.storage.write_at(offset, bufs)
+        self.storage.write_at(self.offset + offset, bufs)
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
@@ -109,11 +157,11 @@ impl Format for Raw {
         if !self.unmap {
             return Ok(());
         }
-        self.storage.discard(offset, len)
+        self.storage.discard(self.offset + offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_write(offset, len)?;
-        self.storage.write_zeroes(offset, len, unmap && self.unmap)
+        self.storage.write_zeroes(self.offset + offset, len, unmap && self.unmap)
     }
 }

@@ -24,7 +24,7 @@ pub struct NodeInfo {
     pub active: bool,
     /// Never: encrypted images are refused.
     pub encrypted: bool,
-    /// "off".
+    /// What is done with writes of zeroes: "off", "on" or "unmap".
     pub detect_zeroes: String,
     /// The backing file.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,16 +121,16 @@ pub fn snapshot_json(info: &SnapshotInfo) -> Value {
 impl Node {
     /// What QMP tells of the node; `flat` leaves out the images below.
     pub fn info(&self, flat: bool) -> Result<NodeInfo> {
-        let options = self.details();
-        let backing_file = self.backing().map(|b| b.filename().to_owned());
+        let flags = self.details().flags;
+        let backing_file = self.backing().map(|b| b.filename());
         Ok(NodeInfo {
             node_name: self.name().to_owned(),
             drv: self.format().driver().to_owned(),
-            file: self.filename().to_owned(),
+            file: self.filename(),
             ro: self.read_only(),
             active: true,
             encrypted: false,
-            detect_zeroes: "off".to_owned(),
+            detect_zeroes: flags.detect_zeroes.as_str().to_owned(),
             backing_file,
             backing_file_depth: if flat { 0 } else { self.backing_depth() },
             bps: 0,
@@ -139,11 +139,7 @@ impl Node {
             iops: 0,
             iops_rd: 0,
             iops_wr: 0,
-            cache: CacheInfo {
-                writeback: true,
-                direct: options.direct,
-                no_flush: options.no_flush,
-            },
+            cache: CacheInfo { writeback: true, direct: flags.direct, no_flush: flags.no_flush },
             write_threshold: 0,
             image: self.image_info(flat)?,
         })
@@ -163,7 +159,7 @@ impl Node {
     fn image_info(&self, flat: bool) -> Result<ImageInfo> {
         let format = self.format();
         let mut info = ImageInfo {
-            filename: self.filename().to_owned(),
+            filename: self.filename(),
             format: format.driver().to_owned(),
             virtual_size: format.size(),
             actual_size: match self.storage() {
@@ -179,8 +175,8 @@ impl Node {
             backing_filename_format: None,
             backing_image: None,
         };
-        if format.driver() == "file" {
-            info.format_specific = Some(json!({"type": "file", "data": {}}));
+        if matches!(format.driver(), "file" | "host_device") {
+            info.format_specific = Some(json!({"type": format.driver(), "data": {}}));
         }
         if let Some(qcow2) = self.qcow2() {
             let own = qcow2.info();

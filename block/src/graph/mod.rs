@@ -1,4 +1,16 @@
-//! The nodes of a machine, by name: blockdev-add, blockdev-del and who uses what.
+//! The nodes of a machine, by name: blockdev-add, -del and -reopen, and who uses what.
+//!
+//! | file | what |
+//! |---|---|
+//! | `options`, `text` | QMP's options of a node, as JSON and as text |
+//! | `open`, `build` | making nodes |
+//! | `reopen` | changing nodes that are in use |
+//! | `permissions` | QEMU's rules of who may use a node for what |
+//! | `locks` | what of this other processes see |
+//! | `attach` | devices and exports as users of nodes |
+//! | `info` | what QMP tells of a node |
+//!
+//! Lock order: the graph's state first, then the gates of nodes (top-down), then what formats lock.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,28 +19,42 @@ use serde_json::Value;
 use crate::node::Node;
 use crate::{Error, Result};
 
+mod attach;
+mod build;
 mod info;
+mod locks;
 mod open;
 mod options;
+mod permissions;
+mod reopen;
 pub mod text;
 
+pub use attach::{Attachment, User};
+pub(crate) use build::Flags;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
+pub use options::DetectZeroes;
+pub(crate) use options::NodeOptions;
 
 use open::Opener;
-use options::{NodeOptions, Source, is_well_formed};
+use options::{Source, is_well_formed};
+use permissions::{Edge, Parent, Role};
 
 /// All nodes. Safe to use from several threads.
 #[derive(Default)]
 pub struct Graph {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
 }
 
 #[derive(Default)]
 struct State {
     /// In order of their making.
     nodes: Vec<Arc<Node>>,
+    /// All uses of nodes, in order of their making.
+    edges: Vec<Edge>,
     /// Number of the next name that is made up.
     next: u32,
+    /// Number of the next user.
+    next_user: u64,
 }
 
 impl State {
@@ -36,36 +62,27 @@ impl State {
         self.nodes.iter().find(|node| node.name() == name)
     }
 
-    /// The node that has `node` as its backing image.
-    fn overlay_of(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
-        self.nodes.iter().find(|n| n.backing().is_some_and(|b| Arc::ptr_eq(&b, node)))
+    /// The uses of a node, newest first.
+    fn users_of<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Edge> {
+        self.edges.iter().rev().filter(move |edge| edge.child == name)
     }
 
-    /// Whether a format node keeps its bytes in `node`.
-    fn is_file_child(&self, node: &Arc<Node>) -> bool {
-        let is = |n: &&Arc<Node>| n.details().file.as_ref().is_some_and(|f| Arc::ptr_eq(f, node));
-        self.nodes.iter().any(|n| is(&n))
+    /// Takes the locks that these uses ask for, and only these. Undone on an error.
+    fn take_locks(&self, edges: &[Edge]) -> Result<()> {
+        let uses = locks::check(edges, &self.nodes, &[])?;
+        if let Err(error) = locks::widen(&self.nodes, &uses) {
+            self.put_locks_back();
+            return Err(error);
+        }
+        locks::reduce(&self.nodes, &uses);
+        Ok(())
     }
-}
 
-/// A use of a node by a device or an export; ends when dropped.
-pub struct Attachment {
-    node: Arc<Node>,
-    user: String,
-}
-
-impl Attachment {
-    /// The node.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
-    }
-}
-
-impl Drop for Attachment {
-    fn drop(&mut self) {
-        let mut users = self.node.users();
-        if let Some(at) = users.iter().position(|user| *user == self.user) {
-            users.swap_remove(at);
+    /// After a failure, or after a use has ended: the locks are those of the uses that are left.
+    fn put_locks_back(&self) {
+        match locks::check(&self.edges, &self.nodes, &[]) {
+            Ok(uses) => locks::reduce(&self.nodes, &uses),
+            Err(error) => tracing::error!("more is locked than needed: {error}"),
         }
     }
 }
@@ -77,7 +94,7 @@ impl Graph {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Opens a node and those below it as QMP's `BlockdevOptions` say.
@@ -102,12 +119,19 @@ impl Graph {
         }
         // Held while files are opened: names stay free and a node cannot go away meanwhile.
         let mut state = self.state();
-        let mut opener = Opener::new(&state.nodes, state.next);
-        let node = opener.open_root(options)?;
-        let (made, next) = opener.into_made();
-        state.nodes.extend(made);
-        state.next = next;
-        Ok(node)
+        let opener = Opener::new(&state.nodes, state.edges.clone(), state.next);
+        match opener.open_root(options) {
+            Ok(opened) => {
+                state.nodes.extend(opened.made);
+                state.edges = opened.edges;
+                state.next = opened.next;
+                Ok(opened.root)
+            }
+            Err(error) => {
+                state.put_locks_back();
+                Err(error)
+            }
+        }
     }
 
     /// The node of that name.
@@ -125,71 +149,73 @@ impl Graph {
     /// # Errors
     /// If there is no such node, it is in use, or a flush fails; the node stays then.
     pub fn remove(&self, name: &str) -> Result<()> {
-        let mut state = self.state();
-        let Some(node) = state.get(name).cloned() else {
-            return Err(Error::Invalid(format!("Failed to find node with node-name='{name}'")));
-        };
-        if let Some(overlay) = state.overlay_of(&node) {
-            return Err(Error::Invalid(format!(
-                "Node '{name}' is busy: node is used as backing hd of '{}'",
-                overlay.name()
-            )));
-        }
-        if node.details().implicit {
-            return Err(Error::Invalid(format!("Node {name} is not owned by the monitor")));
-        }
-        if state.is_file_child(&node) || !node.users().is_empty() {
-            return Err(Error::Invalid(format!("Block device {name} is in use")));
-        }
+        let missing = || Error::Invalid(format!("Failed to find node with node-name='{name}'"));
+        let node = self.get(name).ok_or_else(missing)?;
+        check_unused(&self.state(), &node)?;
         if !node.read_only() {
-            node.format().flush()?;
+            // Without the lock, for it can take long; what little comes after is flushed below.
+            node.flush()?;
+        }
+        let mut state = self.state();
+        if !state.get(name).is_some_and(|now| Arc::ptr_eq(now, &node)) {
+            return Err(missing());
+        }
+        check_unused(&state, &node)?;
+        if !node.read_only() {
+            node.flush()?;
             // Here an error can be told; at the end of the last handle it could only be logged.
             if let Some(image) = node.qcow2() {
                 image.store_bitmaps()?;
             }
         }
-        state.nodes.retain(|n| !Arc::ptr_eq(n, &node));
+        state.forget(&node);
         // Children that only this node had go with it, top-down.
-        while let Some(at) = state.nodes.iter().position(|n| {
-            n.details().implicit && !state.is_file_child(n) && state.overlay_of(n).is_none()
-        }) {
-            state.nodes.remove(at);
+        while let Some(orphan) = state.orphan() {
+            state.forget(&orphan);
         }
+        state.put_locks_back();
         Ok(())
     }
+}
 
-    /// Makes a device or an export a user of a node. `writable` use excludes other writable use.
-    ///
-    /// # Errors
-    /// If there is no such node, it is read-only, or something else has it.
-    pub fn attach(&self, name: &str, user: &str, writable: bool) -> Result<Attachment> {
-        let state = self.state();
-        let Some(node) = state.get(name) else {
-            return Err(Error::Invalid(format!(
-                "Cannot find device='{name}' nor node-name='{name}'"
-            )));
-        };
-        if writable && node.read_only() {
-            return Err(Error::Invalid("Block node is read-only".to_owned()));
-        }
-        if let Some(overlay) = state.overlay_of(node).filter(|_| writable) {
-            return Err(Error::Invalid(format!(
-                "Node '{name}' is busy: node is used as backing hd of '{}'",
-                overlay.name()
-            )));
-        }
-        if state.is_file_child(node) {
-            return Err(Error::Invalid(format!("Block device {name} is in use")));
-        }
-        let mut users = node.users();
-        if let Some(other) = users.first().filter(|_| writable) {
-            return Err(Error::Invalid(format!(
-                "Permission conflict on node '{name}': permissions 'write' are both required by {user} and unshared by {other}"
-            )));
-        }
-        users.push(user.to_owned());
-        Ok(Attachment { node: node.clone(), user: user.to_owned() })
+impl State {
+    fn forget(&mut self, node: &Arc<Node>) {
+        self.nodes.retain(|other| !Arc::ptr_eq(other, node));
+        self.edges.retain(|edge| edge.parent != Parent::Node(node.name().to_owned()));
     }
+
+    /// A node that was made for another one, which is gone.
+    fn orphan(&self) -> Option<Arc<Node>> {
+        let unused = |node: &&Arc<Node>| {
+            node.details().implicit && self.users_of(node.name()).next().is_none()
+        };
+        self.nodes.iter().find(unused).cloned()
+    }
+}
+
+fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
+    let name = node.name();
+    for edge in state.users_of(name) {
+        if let (Role::Backing, Parent::Node(overlay)) = (edge.role, &edge.parent) {
+            return Err(Error::Invalid(format!(
+                "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
+            )));
+        }
+    }
+    if node.details().implicit {
+        return Err(Error::Invalid(format!("Node {name} is not owned by the monitor")));
+    }
+    match state.users_of(name).next() {
+        None => Ok(()),
+        Some(Edge { parent: Parent::Node(_), .. }) => {
+            Err(Error::Invalid(format!("Block device {name} is in use")))
+        }
+        Some(_) => Err(Error::Invalid(format!("Node {name} is in use"))),
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Refuses names that QEMU refuses.

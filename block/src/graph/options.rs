@@ -5,6 +5,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::qcow2::{self, OverlapCheck};
 use crate::storage::Locking;
 use crate::{Error, Result};
 
@@ -23,15 +24,70 @@ pub(crate) struct NodeOptions {
     pub(crate) no_flush: Option<bool>,
     /// Whether discards reach the image.
     pub(crate) unmap: bool,
+    pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) driver: Driver,
+}
+
+/// What is done with writes of zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// They are writes like others.
+    #[default]
+    Off,
+    /// They become zero clusters.
+    On,
+    /// They give their space back.
+    Unmap,
+}
+
+impl DetectZeroes {
+    /// QMP's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::On => "on",
+            Self::Unmap => "unmap",
+        }
+    }
+}
+
+/// The part of a file that a raw node shows, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Window {
+    pub(crate) offset: Option<u64>,
+    pub(crate) size: Option<u64>,
+}
+
+impl Window {
+    /// Whether it is the whole file.
+    pub(crate) fn is_whole(self) -> bool {
+        self.offset.unwrap_or(0) == 0 && self.size.is_none()
+    }
 }
 
 /// What is particular to a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Driver {
-    File { filename: String, locking: Locking },
-    Raw { file: NodeRef },
-    Qcow2 { file: NodeRef, backing: Backing },
+    File { filename: String, locking: Locking, host_device: bool },
+    Raw { file: NodeRef, window: Window },
+    Qcow2 { file: NodeRef, backing: Backing, image: ImageOptions },
+}
+
+/// What is particular to a qcow2 image.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct ImageOptions {
+    /// Which metadata writes are checked against; `None`: the default.
+    pub(crate) overlap_check: Option<OverlapCheck>,
+}
+
+impl ImageOptions {
+    /// For the format.
+    pub(crate) fn to_options(&self) -> qcow2::Options {
+        qcow2::Options {
+            overlap_check: self.overlap_check.unwrap_or_default(),
+            ..qcow2::Options::default()
+        }
+    }
 }
 
 /// A node that exists, or one to be opened.
@@ -51,6 +107,18 @@ pub(crate) enum Backing {
     Node(NodeRef),
 }
 
+impl Driver {
+    /// Its name in QMP.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::File { host_device: false, .. } => "file",
+            Self::File { host_device: true, .. } => "host_device",
+            Self::Raw { .. } => "raw",
+            Self::Qcow2 { .. } => "qcow2",
+        }
+    }
+}
+
 /// How strict values are typed: JSON has types, the command line only has text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -62,7 +130,6 @@ pub(crate) enum Source {
 const NOT_DONE: &[(&str, &[&str])] = &[
     ("", &["active"]),
     ("file", &["pr-manager", "aio-max-batch", "drop-cache", "x-check-cache-dropped"]),
-    ("raw", &["offset", "size"]),
     (
         "qcow2",
         &[
@@ -71,7 +138,6 @@ const NOT_DONE: &[(&str, &[&str])] = &[
             "pass-discard-snapshot",
             "pass-discard-other",
             "discard-no-unref",
-            "overlap-check",
             "cache-size",
             "l2-cache-size",
             "l2-cache-entry-size",
@@ -133,6 +199,23 @@ impl Members<'_> {
         }
     }
 
+    /// A size in bytes; on the command line with a suffix if wanted.
+    fn size(&mut self, name: &str) -> Result<Option<u64>> {
+        let Some(value) = self.members.remove(name) else { return Ok(None) };
+        let read = match &value {
+            Value::Number(number) => number.as_u64(),
+            Value::String(text) if self.source == Source::Text => parse_size(text),
+            _ => None,
+        };
+        match read {
+            Some(size) => Ok(Some(size)),
+            None if self.source == Source::Text => {
+                Err(invalid(format!("Parameter '{}' expects a size", self.path_of(name))))
+            }
+            None => self.wrong_type(name, "integer"),
+        }
+    }
+
     /// A word of a list; the error names the member without its path, as QEMU does.
     fn word(&mut self, name: &str, words: &[&str]) -> Result<Option<String>> {
         match self.string(name)? {
@@ -185,14 +268,33 @@ impl Members<'_> {
 }
 
 impl NodeOptions {
+    /// Options that say nothing but the driver.
+    pub(crate) fn of_driver(driver: Driver) -> Self {
+        Self {
+            node_name: None,
+            read_only: None,
+            auto_read_only: false,
+            force_share: None,
+            direct: None,
+            no_flush: None,
+            unmap: false,
+            detect_zeroes: DetectZeroes::Off,
+            driver,
+        }
+    }
+
     /// Reads the options of a node and those in it.
     pub(crate) fn parse(options: &Value, source: Source) -> Result<Self> {
+        Self::parse_in(options, "", source)
+    }
+
+    /// As [`NodeOptions::parse`]; `path` is where the options are in the command, for messages.
+    pub(crate) fn parse_in(options: &Value, path: &str, source: Source) -> Result<Self> {
         let Value::Object(members) = options else {
-            return Err(invalid(
-                "Invalid parameter type for 'options', expected: object".to_owned(),
-            ));
+            let path = if path.is_empty() { "options" } else { path };
+            return Err(invalid(format!("Invalid parameter type for '{path}', expected: object")));
         };
-        Self::parse_at(members.clone(), "", source, 0)
+        Self::parse_at(members.clone(), path, source, 0)
     }
 
     fn parse_at(
@@ -214,13 +316,28 @@ impl NodeOptions {
         let read_only = all.bool("read-only")?;
         let auto_read_only = all.bool("auto-read-only")?.unwrap_or(false);
         let force_share = all.bool("force-share")?;
-        all.only("detect-zeroes", &["off", "on", "unmap"], "off")?;
+        let detect_zeroes = match all.word("detect-zeroes", &["off", "on", "unmap"])?.as_deref() {
+            Some("on") => DetectZeroes::On,
+            Some("unmap") => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        };
+        if detect_zeroes == DetectZeroes::Unmap && !unmap {
+            return Err(invalid(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+                    .to_owned(),
+            ));
+        }
         let driver = match driver_name.as_str() {
-            "file" => file_driver(&mut all)?,
-            "raw" => Driver::Raw { file: file_ref(&mut all, depth)? },
+            "file" => file_driver(&mut all, false)?,
+            "host_device" => file_driver(&mut all, true)?,
+            "raw" => Driver::Raw {
+                file: file_ref(&mut all, depth)?,
+                window: Window { offset: all.size("offset")?, size: all.size("size")? },
+            },
             "qcow2" => Driver::Qcow2 {
                 file: file_ref(&mut all, depth)?,
                 backing: backing(&mut all, depth)?,
+                image: image_options(&mut all)?,
             },
             _ => {
                 return Err(invalid(format!(
@@ -237,9 +354,24 @@ impl NodeOptions {
             direct,
             no_flush,
             unmap,
+            detect_zeroes,
             driver,
         })
     }
+}
+
+/// `4096`, `64K`, `1G`: a suffix is a power of 1024.
+fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn cache(all: &mut Members<'_>) -> Result<(Option<bool>, Option<bool>)> {
@@ -253,7 +385,7 @@ fn cache(all: &mut Members<'_>) -> Result<(Option<bool>, Option<bool>)> {
     Ok(found)
 }
 
-fn file_driver(all: &mut Members<'_>) -> Result<Driver> {
+fn file_driver(all: &mut Members<'_>, host_device: bool) -> Result<Driver> {
     let Some(filename) = all.string("filename")? else {
         return all.missing("filename");
     };
@@ -263,7 +395,37 @@ fn file_driver(all: &mut Members<'_>) -> Result<Driver> {
         _ => Locking::Auto,
     };
     all.only("aio", &["threads", "native", "io_uring"], "threads")?;
-    Ok(Driver::File { filename, locking })
+    Ok(Driver::File { filename, locking, host_device })
+}
+
+fn image_options(all: &mut Members<'_>) -> Result<ImageOptions> {
+    Ok(ImageOptions { overlap_check: overlap_check(all)? })
+}
+
+/// A word for a set of checks, or an object that adds to one or takes away.
+fn overlap_check(all: &mut Members<'_>) -> Result<Option<OverlapCheck>> {
+    const NAME: &str = "overlap-check";
+    const TEMPLATES: &[&str] = &["none", "constant", "cached", "all"];
+    let members = match all.members.remove(NAME) {
+        None => return Ok(None),
+        Some(word @ Value::String(_)) => {
+            all.members.insert(NAME.to_owned(), word);
+            return Ok(all.word(NAME, TEMPLATES)?.as_deref().and_then(OverlapCheck::template));
+        }
+        Some(Value::Object(members)) => members,
+        Some(_) => return all.wrong_type(NAME, "Qcow2OverlapChecks"),
+    };
+    let path = all.path_of(NAME);
+    let mut flags = Members { members, path: &path, source: all.source };
+    let template = flags.word("template", TEMPLATES)?;
+    let mut checks = template.as_deref().and_then(OverlapCheck::template).unwrap_or_default();
+    for (name, check) in OverlapCheck::MEMBERS {
+        if let Some(on) = flags.bool(name)? {
+            checks.set(check, on);
+        }
+    }
+    flags.end("overlap-check")?;
+    Ok(Some(checks))
 }
 
 fn node_ref(all: &mut Members<'_>, name: &str, value: Value, depth: usize) -> Result<NodeRef> {

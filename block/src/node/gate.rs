@@ -53,7 +53,6 @@ impl Gate {
         }
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "for blockdev-reopen"))]
     /// Holds new requests back and waits until those in flight are over.
     pub(crate) fn close(self: &Arc<Self>) -> Closed {
         while self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0 {

@@ -3,17 +3,19 @@
 use std::fmt::{self, Debug, Formatter};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
+use crate::graph::{DetectZeroes, Flags, NodeOptions};
 use crate::iobuf;
 use crate::qcow2::Qcow2;
-use crate::storage::Storage;
+use crate::storage::{FileStorage, Storage};
 use crate::{ReadBuf, Result, SnapshotInfo, WriteBuf};
 
 mod gate;
 
+pub(crate) use gate::Closed;
 use gate::{Gate, Passage};
 
 /// An image with a name: QEMU's block node. Devices, checkpoints and exports all go through it.
@@ -27,7 +29,6 @@ pub struct Node {
     observers: RwLock<Vec<Arc<dyn WriteObserver>>>,
     /// Their number: looked at by every write, nearly always 0.
     observed: AtomicUsize,
-    users: Mutex<Vec<String>>,
 }
 
 /// What a reopen replaces.
@@ -42,6 +43,8 @@ struct Live {
 pub(crate) struct Details {
     pub(crate) filename: String,
     pub(crate) storage: Option<Arc<dyn Storage>>,
+    /// The file, where the node is the file's own.
+    pub(crate) host: Option<Arc<FileStorage>>,
     pub(crate) qcow2: Option<Arc<Qcow2>>,
     /// The protocol node below.
     pub(crate) file: Option<Arc<Node>>,
@@ -49,8 +52,11 @@ pub(crate) struct Details {
     pub(crate) backing: Option<Arc<Node>>,
     /// The backing file's name with its directory, if the image names one.
     pub(crate) full_backing: Option<String>,
-    pub(crate) direct: bool,
-    pub(crate) no_flush: bool,
+    pub(crate) flags: Flags,
+    /// What the user said; none for a node outside a graph.
+    pub(crate) options: Option<NodeOptions>,
+    /// Name of the node whose options had those of this one in them.
+    pub(crate) inherits_from: Option<String>,
     /// Made together with another node, and goes with it.
     pub(crate) implicit: bool,
     /// The image's bitmaps where it stores them, with those in memory only.
@@ -93,7 +99,6 @@ impl Node {
             live: RwLock::new(Live { format, details: Arc::new(details) }),
             observers: RwLock::default(),
             observed: AtomicUsize::new(0),
-            users: Mutex::default(),
         }
     }
 
@@ -123,22 +128,22 @@ impl Node {
 
     /// Size of the guest's disk in bytes.
     pub fn size(&self) -> u64 {
-        self.format().size()
+        self.look(|format| format.size())
     }
 
     /// The driver's QMP name: "qcow2", "raw", "file".
     pub fn driver(&self) -> &'static str {
-        self.format().driver()
+        self.look(|format| format.driver())
     }
 
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
-        self.format().read_only()
+        self.look(|format| format.read_only())
     }
 
     /// The internal snapshots in table order.
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
-        self.format().snapshots()
+        self.look(|format| format.snapshots())
     }
 
     /// Reads `bufs` one after another from `offset`.
@@ -155,9 +160,27 @@ impl Node {
     /// As [`Format::write`].
     pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         let access = self.access();
-        let result = access.write(offset, bufs);
+        let result = match self.zeroes_to_detect(bufs) {
+            Some(unmap) => access.write_zeroes(offset, iobuf::total_len(bufs), unmap),
+            None => access.write(offset, bufs),
+        };
         self.note_write(offset, iobuf::total_len(bufs));
         result
+    }
+
+    /// Whether a write is to become one of zeroes (QEMU's `detect-zeroes`), and whether that may
+    /// give space back. For those who carry out writes by an [`Access`] of their own.
+    pub fn zeroes_to_detect(&self, bufs: &[WriteBuf<'_>]) -> Option<bool> {
+        let unmap = match self.detect_zeroes() {
+            DetectZeroes::Off => return None,
+            DetectZeroes::On => false,
+            DetectZeroes::Unmap => true,
+        };
+        iobuf::is_zero(bufs).then_some(unmap)
+    }
+
+    fn detect_zeroes(&self) -> DetectZeroes {
+        self.live.read().unwrap_or_else(PoisonError::into_inner).details.flags.detect_zeroes
     }
 
     /// Makes every completed write durable.
@@ -231,6 +254,34 @@ impl Node {
         self.details().backing.clone()
     }
 
+    /// Asks the image without taking a handle, which would keep a reopen from replacing it.
+    fn look<T>(&self, ask: impl FnOnce(&dyn Format) -> T) -> T {
+        ask(&*self.live.read().unwrap_or_else(PoisonError::into_inner).format)
+    }
+
+    /// Holds requests back and waits until those in flight are over.
+    pub(crate) fn close_gate(&self) -> Closed {
+        self.gate.close()
+    }
+
+    /// Puts another image in the place of the one there is. The gate must be closed.
+    pub(crate) fn replace(&self, _closed: &Closed, format: Arc<dyn Format>, details: Details) {
+        let live = Live { format, details: Arc::new(details) };
+        let old = {
+            let mut place = self.live.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, live)
+        };
+        // Outside the lock: the last handle of an image writes what it still has.
+        drop(old);
+    }
+
+    /// Whether only this node has its image: no job works on its snapshots. With the gate closed.
+    pub(crate) fn is_alone_with_format(&self) -> bool {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let handles = 1 + usize::from(live.details.qcow2.is_some());
+        Arc::strong_count(&live.format) == handles
+    }
+
     fn live(&self) -> Live {
         self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -246,11 +297,6 @@ impl Node {
     pub(crate) fn qcow2(&self) -> Option<Arc<Qcow2>> {
         self.details().qcow2.clone()
     }
-
-    /// Who uses the node: devices and exports, not other nodes.
-    pub(crate) fn users(&self) -> MutexGuard<'_, Vec<String>> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Debug for Node {
@@ -261,6 +307,8 @@ impl Debug for Node {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::raw::Raw;
     use crate::storage::memory::MemoryStorage;

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +14,7 @@ use super::sys::{self, Allocate};
 use crate::iobuf::{self, Vectored};
 use crate::lock;
 use crate::num::{to_u64, to_usize};
+use crate::perm::Permissions;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 /// QEMU's `locking` option.
@@ -29,7 +30,7 @@ pub enum Locking {
 }
 
 /// How a file is opened.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FileOptions {
     /// Refuse writes.
     pub read_only: bool,
@@ -66,27 +67,24 @@ impl FileStorage {
     /// [`Error::Open`] if the host refuses, [`Error::Locked`] if another process uses the image in
     /// a way that excludes ours.
     pub fn open(path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
+        let storage = Self::open_unlocked(path, options)?;
+        storage.widen_locks(Permissions::of_image(!options.read_only, options.force_share))?;
+        Ok(storage)
+    }
+
+    /// As [`FileStorage::open`] without locks: the graph takes them as the node's users need.
+    pub(crate) fn open_unlocked(path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
         let path = path.as_ref();
         let name = path.to_string_lossy().into_owned();
         let failed = |source| Error::Open { filename: name.clone(), source };
-        let open = |flags| {
-            OpenOptions::new()
-                .read(true)
-                .write(!options.read_only)
-                .custom_flags(flags | libc::O_CLOEXEC | libc::O_NONBLOCK)
-                .open(path)
-        };
-        let file = open(0).map_err(failed)?;
+        let file = open_file(path, options, 0).map_err(failed)?;
         let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed(io::Error::other("neither a regular file nor a block device")));
         }
-        if options.locking != Locking::Off {
-            let wanted = lock::Permissions::of_image(!options.read_only, options.force_share);
-            lock::take(file.as_fd(), &name, wanted, options.locking == Locking::On)?;
-        }
         // The path may lead to another file by now, which nobody locked.
-        let direct = match open(libc::O_DIRECT).and_then(|direct| same_file(&file, direct)) {
+        let direct = open_file(path, options, libc::O_DIRECT);
+        let direct = match direct.and_then(|direct| same_file(&file, direct)) {
             Ok(direct) => Some(direct),
             Err(e) if options.direct => return Err(failed(e)),
             Err(_) => None,
@@ -100,6 +98,52 @@ impl FileStorage {
             flush_failed: AtomicBool::new(false),
             name,
         })
+    }
+
+    /// The same file with other options, for a reopen. Takes the locks of `held` without a look at
+    /// those of other processes: this storage must hold them, and be dropped afterwards, so that
+    /// at no time the file is without them.
+    pub(crate) fn reopen(&self, options: FileOptions, held: Permissions) -> Result<Self> {
+        let failed = |source| Error::Open { filename: self.name.clone(), source };
+        // Not by its name, which may lead to another file by now.
+        let path = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        let mut storage = Self::open_unlocked(&path, options).map_err(|error| match error {
+            Error::Open { source, .. } => failed(source),
+            other => other,
+        })?;
+        if options.locking != Locking::Off
+            && let Err(e) = lock::add(storage.file.as_fd(), held)
+            && options.locking == Locking::On
+        {
+            return Err(failed(e));
+        }
+        storage.name.clone_from(&self.name);
+        storage.path.clone_from(&self.path);
+        // What the kernel forgot stays forgotten.
+        storage.flush_failed = AtomicBool::new(self.flush_failed.load(Ordering::Acquire));
+        Ok(storage)
+    }
+
+    /// Takes the locks of `wanted` besides those that are held.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] if another process contradicts; [`FileStorage::reduce_locks`] leads back.
+    pub(crate) fn widen_locks(&self, wanted: Permissions) -> Result<()> {
+        if self.options.locking == Locking::Off {
+            return Ok(());
+        }
+        lock::take(self.file.as_fd(), &self.name, wanted, self.options.locking == Locking::On)
+    }
+
+    /// Gives up all locks but those of `kept`.
+    pub(crate) fn reduce_locks(&self, kept: Permissions) {
+        if self.options.locking == Locking::Off {
+            return;
+        }
+        // An unlock fails only where locks are not supported, and then none was taken.
+        if let Err(e) = lock::reduce(self.file.as_fd(), kept) {
+            tracing::debug!(file = self.name, "locks are not given up: {e}");
+        }
     }
 
     /// The path it was opened by.
@@ -211,6 +255,14 @@ impl FileStorage {
         }
         Ok(())
     }
+}
+
+fn open_file(path: &Path, options: FileOptions, flags: libc::c_int) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(flags | libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open(path)
 }
 
 /// The second descriptor, if it is of the same file as the first.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use block::Graph;
+use block::{Graph, User};
 
 use crate::common::{self, create, have_qemu_img, path};
 
@@ -72,9 +72,12 @@ fn a_chain_is_listed_told_and_removed_as_qemu_does() {
     let backing = graph.list()[0].name().to_owned();
     let error = error_of(graph.remove(&backing));
     assert_eq!(error, format!("Node '{backing}' is busy: node is used as backing hd of 'd0'"));
-    let attached = graph.attach("d0", "virtio0", true).unwrap();
-    assert_eq!(error_of(graph.remove("d0")), "Block device d0 is in use");
-    assert!(error_of(graph.attach("d0", "virtio1", true)).starts_with("Permission conflict"));
+    let attached = graph.attach("d0", User::device("virtio0", true, false)).unwrap();
+    assert_eq!(error_of(graph.remove("d0")), "Node d0 is in use");
+    assert!(
+        error_of(graph.attach("d0", User::device("virtio1", true, false)))
+            .starts_with("Permission conflict")
+    );
     drop(attached);
     graph.remove("d0").unwrap();
     assert!(graph.list().is_empty());
@@ -142,8 +145,11 @@ fn a_read_only_node_refuses_writes_and_writable_use() {
     assert!(format.discard(0, 512).is_err());
     assert!(format.write_zeroes(0, 512, true).is_err());
     assert!(format.create_snapshot(&common::new_snapshot("x")).is_err());
-    assert_eq!(error_of(graph.attach("d", "x", true)), "Block node is read-only");
-    graph.attach("d", "x", false).unwrap();
+    assert_eq!(
+        error_of(graph.attach("d", User::device("x", true, false))),
+        "Block node is read-only"
+    );
+    graph.attach("d", User::device("x", false, false)).unwrap();
     graph.remove("d").unwrap();
     assert!(std::fs::read(&image).unwrap() == before);
 }

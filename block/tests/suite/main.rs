@@ -18,5 +18,6 @@ mod locks;
 mod metadata;
 mod model;
 mod races;
+mod reopen;
 mod repair;
 mod snapshots;

@@ -173,7 +173,12 @@ fn block_device(options: &mut Map<String, Value>) -> Result<DeviceKind, String> 
             _ => return Err(format!("num-queues '{text}' is not a number from 1 to {MAX_QUEUES}")),
         },
     };
-    Ok(DeviceKind::Block { drive, serial, queues })
+    let share_rw = match take(options, "share-rw").as_deref() {
+        None | Some("off" | "false") => false,
+        Some("on" | "true") => true,
+        Some(_) => return Err("share-rw is on or off".to_owned()),
+    };
+    Ok(DeviceKind::Block { drive, serial, queues, share_rw })
 }
 
 /// Takes an option out; numbers may come from JSON as numbers.
@@ -233,7 +238,8 @@ mod tests {
     #[test]
     fn a_device_names_what_it_does_not_know() {
         let spec = device("virtio-blk-device,drive=d,serial=s,num-queues=2,id=x").unwrap();
-        let kind = DeviceKind::Block { drive: "d".into(), serial: "s".into(), queues: 2 };
+        let kind =
+            DeviceKind::Block { drive: "d".into(), serial: "s".into(), queues: 2, share_rw: false };
         assert_eq!(spec, DeviceSpec { id: Some("x".into()), kind });
         let json = device(r#"{"driver":"virtio-blk-device","drive":"d","num-queues":3}"#).unwrap();
         assert!(matches!(json.kind, DeviceKind::Block { queues: 3, .. }));

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Controller;
-use crate::machine::devices::VirtioSlot;
+use crate::machine::devices::{VirtioSlot, anonymous_path};
 
 impl Controller {
     /// The disks of the machine, in the order of their slots.
@@ -38,7 +38,7 @@ fn block_device(index: usize, slot: &VirtioSlot) -> Result<Value, qmp::Error> {
     };
     let path = match &slot.spec.id {
         Some(id) => format!("/machine/peripheral/{id}/virtio-backend"),
-        None => format!("/machine/peripheral-anon/device[{index}]/virtio-backend"),
+        None => format!("{}/virtio-backend", anonymous_path(index)),
     };
     Ok(json!({
         "device": "",

@@ -10,7 +10,7 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Attachment, Graph, Node};
+use block::{Attachment, Graph, Node, User};
 use devices::legacy::{I8042, Serial};
 use devices::virtio::block::OptionsError;
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
@@ -134,7 +134,10 @@ impl DeviceSet {
         let (address, irq) = (slot_address(index), slot_irq(index));
         let name = spec.id.clone().unwrap_or_else(|| format!("virtio{index}"));
         let disk = match &spec.kind {
-            DeviceKind::Block { drive, .. } => Some(attach_node(graph, drive, &name)?),
+            DeviceKind::Block { drive, share_rw, .. } => {
+                let path = spec.id.clone().unwrap_or_else(|| anonymous_path(index));
+                Some(attach_node(graph, drive, &path, *share_rw)?)
+            }
             DeviceKind::Rng => None,
         };
         let device = make_device(&spec.kind, &name, disk.as_ref().map(Attachment::node))?;
@@ -260,10 +263,20 @@ pub fn extend_cmdline(cmdline: &str, devices: usize) -> String {
 }
 
 /// The node named `drive`, for this device alone. A read-only node is a read-only disk.
-fn attach_node(graph: &Graph, drive: &str, device: &str) -> Result<Attachment, Error> {
+/// The object path of a device without an id.
+pub fn anonymous_path(index: usize) -> String {
+    format!("/machine/peripheral-anon/device[{index}]")
+}
+
+fn attach_node(
+    graph: &Graph,
+    drive: &str,
+    device: &str,
+    share_rw: bool,
+) -> Result<Attachment, Error> {
     let writable = graph.get(drive).is_some_and(|node| !node.read_only());
     graph
-        .attach(drive, device, writable)
+        .attach(drive, User::device(device, writable, share_rw))
         .map_err(|source| Error::Drive { drive: drive.to_owned(), source })
 }
 

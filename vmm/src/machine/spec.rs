@@ -45,6 +45,8 @@ pub enum DeviceKind {
         serial: String,
         /// Number of request queues.
         queues: u16,
+        /// Whether others may write to the disk meanwhile.
+        share_rw: bool,
     },
     /// `virtio-rng-device`
     Rng,

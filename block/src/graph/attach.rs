@@ -1,0 +1,103 @@
+//! Devices and exports as users of nodes.
+
+use std::sync::{Arc, Mutex};
+
+use super::open::not_found;
+use super::permissions::{Edge, Parent, Role};
+use super::{Graph, State, lock};
+use crate::node::Node;
+use crate::perm::{Perm, Permissions};
+use crate::{Error, Result};
+
+/// A user of a node that is not a node itself: who it is, what it does, what it lets others do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    description: String,
+    permissions: Permissions,
+}
+
+impl User {
+    /// A guest's disk: `id` is its name or its path. Others may write only if it was said that the
+    /// guest knows of it (`share-rw`).
+    pub fn device(id: &str, writable: bool, share_rw: bool) -> Self {
+        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED | Perm::RESIZE;
+        shared.set(Perm::WRITE, share_rw);
+        let permissions = Permissions { used: used(writable), shared };
+        Self { description: format!("block device '{id}'"), permissions }
+    }
+
+    /// An export. Others may write meanwhile, but not change the size.
+    pub fn export(writable: bool) -> Self {
+        Self::unnamed(used(writable), Perm::all() - Perm::RESIZE)
+    }
+
+    /// A user for as long as a command or a job takes.
+    pub fn unnamed(used: Perm, shared: Perm) -> Self {
+        let permissions = Permissions { used, shared };
+        Self { description: "an unnamed block device".to_owned(), permissions }
+    }
+}
+
+fn used(writable: bool) -> Perm {
+    if writable { Perm::CONSISTENT_READ | Perm::WRITE } else { Perm::CONSISTENT_READ }
+}
+
+/// A use of a node by a device or an export; ends when dropped.
+pub struct Attachment {
+    node: Arc<Node>,
+    id: u64,
+    state: Arc<Mutex<State>>,
+}
+
+impl Attachment {
+    /// The node.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        let mine = |edge: &Edge| matches!(&edge.parent, Parent::User { id, .. } if *id == self.id);
+        state.edges.retain(|edge| !mine(edge));
+        state.put_locks_back();
+    }
+}
+
+impl Graph {
+    /// Makes a device, an export or a command a user of a node, and takes the file locks for it.
+    ///
+    /// # Errors
+    /// If there is no such node, it is read-only, or what the user does and what others allow do
+    /// not go together; with QEMU's text.
+    pub fn attach(&self, name: &str, user: User) -> Result<Attachment> {
+        let mut state = self.state();
+        let node = state.get(name).cloned().ok_or_else(|| not_found(name))?;
+        let id = state.next_user;
+        let User { description, permissions } = user;
+        let parent = Parent::User { id, description, permissions };
+        let edge = Edge { parent, child: name.to_owned(), label: "root", role: Role::Filtered };
+        let mut edges = state.edges.clone();
+        edges.push(edge);
+        state.take_locks(&edges)?;
+        state.edges = edges;
+        state.next_user += 1;
+        Ok(Attachment { node, id, state: Arc::clone(&self.state) })
+    }
+
+    /// As [`Graph::attach`] for an export.
+    ///
+    /// # Errors
+    /// As for [`Graph::attach`]; and the text of QEMU's block-export-add for a node that is
+    /// missing or read-only.
+    pub fn attach_export(&self, name: &str, writable: bool) -> Result<Attachment> {
+        let node = self.get(name).ok_or_else(|| {
+            Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"))
+        })?;
+        if writable && node.read_only() {
+            return Err(Error::Invalid("Cannot export read-only node as writable".to_owned()));
+        }
+        self.attach(name, User::export(writable))
+    }
+}

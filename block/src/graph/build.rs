@@ -1,0 +1,299 @@
+//! Making the object of one node out of its options and what is below it, for an opening and for a
+//! reopening.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::options::{DetectZeroes, NodeOptions, Window};
+use crate::format::Format;
+use crate::node::{Details, Node};
+use crate::qcow2::{self, Probe, Qcow2};
+use crate::raw::Raw;
+use crate::storage::{FileOptions, FileStorage, Locking, Storage};
+use crate::{Error, ReadBuf, Result};
+
+/// What holds for a node once what it gets from the one above is put to its own options.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Flags {
+    pub(crate) read_only: bool,
+    pub(crate) auto_read_only: bool,
+    pub(crate) force_share: bool,
+    pub(crate) direct: bool,
+    pub(crate) no_flush: bool,
+    pub(crate) unmap: bool,
+    pub(crate) detect_zeroes: DetectZeroes,
+}
+
+impl Flags {
+    /// The flags of a node with these options below one with the flags `self`. Discard and
+    /// detect-zeroes are nobody else's matter.
+    pub(super) fn with(self, options: &NodeOptions) -> Result<Self> {
+        let flags = Self {
+            read_only: options.read_only.unwrap_or(self.read_only),
+            auto_read_only: options.auto_read_only || self.auto_read_only,
+            force_share: options.force_share.unwrap_or(self.force_share),
+            direct: options.direct.unwrap_or(self.direct),
+            no_flush: options.no_flush.unwrap_or(self.no_flush),
+            unmap: options.unmap,
+            detect_zeroes: options.detect_zeroes,
+        };
+        if flags.force_share && !flags.read_only {
+            return Err(Error::Invalid(
+                "force-share=on can only be used with read-only images".to_owned(),
+            ));
+        }
+        Ok(flags)
+    }
+
+    /// What a backing file gets.
+    pub(super) fn of_backing(self) -> Self {
+        Self { read_only: true, ..self }
+    }
+}
+
+/// A node's object and what the graph keeps with it.
+pub(crate) struct Built {
+    pub(crate) format: Arc<dyn Format>,
+    pub(crate) details: Details,
+}
+
+/// Opens a host file, without locks. With `auto-read-only` one that cannot be written is opened
+/// for reading.
+pub(super) fn host_file(
+    filename: &str,
+    locking: Locking,
+    host_device: bool,
+    flags: &mut Flags,
+) -> Result<FileStorage> {
+    if host_device {
+        check_device(filename)?;
+    }
+    let options = file_options(*flags, locking);
+    match FileStorage::open_unlocked(filename, options) {
+        Err(Error::Open { source, .. })
+            if flags.auto_read_only
+                && !flags.read_only
+                && matches!(
+                    source.raw_os_error(),
+                    Some(libc::EACCES | libc::EROFS | libc::EPERM)
+                ) =>
+        {
+            flags.read_only = true;
+            FileStorage::open_unlocked(filename, FileOptions { read_only: true, ..options })
+        }
+        other => other,
+    }
+}
+
+pub(super) fn file_options(flags: Flags, locking: Locking) -> FileOptions {
+    FileOptions {
+        read_only: flags.read_only,
+        direct: flags.direct,
+        no_flush: flags.no_flush,
+        locking,
+        force_share: flags.force_share,
+    }
+}
+
+fn check_device(filename: &str) -> Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let failed = |source| Error::Open { filename: filename.to_owned(), source };
+    let kind = std::fs::metadata(filename).map_err(failed)?.file_type();
+    if kind.is_block_device() || kind.is_char_device() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "'host_device' driver requires '{filename}' to be either a character or block device"
+    )))
+}
+
+/// The protocol node of a host file.
+pub(super) fn file_node(
+    storage: Arc<FileStorage>,
+    filename: &str,
+    host_device: bool,
+    flags: Flags,
+) -> Result<Built> {
+    let driver = if host_device { "host_device" } else { "file" };
+    let raw = Raw::protocol(storage.clone(), driver, flags.read_only)?.with_discard(flags.unmap);
+    Ok(Built {
+        format: Arc::new(raw),
+        details: Details {
+            filename: filename.to_owned(),
+            storage: Some(storage.clone()),
+            host: Some(storage),
+            flags,
+            ..Details::default()
+        },
+    })
+}
+
+/// A raw node on the storage of its child `file`.
+pub(super) fn raw_node(
+    file: &Arc<Node>,
+    storage: Arc<dyn Storage>,
+    window: Window,
+    flags: Flags,
+) -> Result<Built> {
+    let read_only = flags.read_only || storage.read_only();
+    let raw = Raw::window(storage.clone(), window.offset, window.size, read_only)?;
+    let filename = if window.is_whole() { file.filename() } else { window_name(file, window) };
+    Ok(Built {
+        format: Arc::new(raw.with_discard(flags.unmap)),
+        details: Details {
+            filename,
+            storage: Some(storage),
+            file: Some(file.clone()),
+            flags: Flags { read_only, ..flags },
+            ..Details::default()
+        },
+    })
+}
+
+/// A qcow2 node; `probe` has read the header from the storage of its child `file` already.
+pub(super) fn qcow2_node(
+    probe: Probe,
+    file: &Arc<Node>,
+    storage: Arc<dyn Storage>,
+    backing: Option<Arc<Node>>,
+    flags: Flags,
+    mut options: qcow2::Options,
+) -> Result<Built> {
+    let read_only = flags.read_only || storage.read_only();
+    options.read_only = read_only;
+    let full = full_backing(&probe, file)?;
+    let overridden = backing.as_ref().map(|node| node.filename()) != full;
+    let filename = shown_name(&file.filename(), overridden, backing.as_deref());
+    let below = backing.clone().map(|node| Arc::new(Below(node)) as Arc<dyn Format>);
+    let image = Qcow2::open_with(probe, below, options)?.with_discard(flags.unmap);
+    let image = Arc::new(image);
+    Ok(Built {
+        format: image.clone(),
+        details: Details {
+            filename,
+            storage: Some(storage),
+            bitmaps: image.bitmaps().clone(),
+            qcow2: Some(image),
+            file: Some(file.clone()),
+            backing,
+            full_backing: full,
+            flags: Flags { read_only, ..flags },
+            ..Details::default()
+        },
+    })
+}
+
+/// The storage that a format may keep its bytes in.
+pub(super) fn storage_of(node: &Arc<Node>) -> Result<Arc<dyn Storage>> {
+    match node.details().host.clone() {
+        Some(storage) => Ok(storage),
+        None => Err(Error::NotSupported(format!(
+            "Node '{}' is a {} node; a format needs a 'file' node below it",
+            node.name(),
+            node.driver()
+        ))),
+    }
+}
+
+/// A backing node as what its overlay reads from: whatever the node's image is by then.
+struct Below(Arc<Node>);
+
+impl Format for Below {
+    fn driver(&self) -> &'static str {
+        self.0.driver()
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.0.read_only()
+    }
+
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        self.0.read(offset, bufs)
+    }
+
+    fn write(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {
+        self.0.write(offset, bufs)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.0.write_zeroes(offset, len, unmap)
+    }
+}
+
+/// The backing file's path that the image names: relative to the directory of the overlay.
+pub(super) fn full_backing(probe: &Probe, file: &Arc<Node>) -> Result<Option<String>> {
+    probe.backing_file().map(|name| resolve(&file.filename(), name)).transpose()
+}
+
+fn resolve(overlay: &str, backing: &str) -> Result<String> {
+    let before_slash = backing.split('/').next().unwrap_or_default();
+    let path = match before_slash.split_once(':') {
+        Some(("file", _)) => &backing["file:".len()..],
+        Some((protocol, _)) => {
+            return Err(Error::NotSupported(format!(
+                "Image '{overlay}': backing file '{backing}' has the protocol '{protocol}', which is not supported"
+            )));
+        }
+        None => backing,
+    };
+    let path = Path::new(path);
+    let full = match Path::new(overlay).parent() {
+        Some(dir) if path.is_relative() => dir.join(path),
+        _ => path.to_owned(),
+    };
+    Ok(full.to_string_lossy().into_owned())
+}
+
+/// The format of a backing file whose overlay does not tell it, by its first bytes as QEMU does.
+pub(super) fn probe_format(path: &str) -> Result<&'static str> {
+    let options = FileOptions { read_only: true, ..FileOptions::default() };
+    let mut magic = [0; 4];
+    FileStorage::open_unlocked(path, options)?.read_at(0, &[ReadBuf::new(&mut magic)])?;
+    Ok(if &magic == b"QFI\xfb" { "qcow2" } else { "raw" })
+}
+
+/// The name QMP shows: the file's, or a json: text if the backing file is not the image's own.
+fn shown_name(file: &str, overridden: bool, backing: Option<&Node>) -> String {
+    if !overridden {
+        return file.to_owned();
+    }
+    let backing = match backing {
+        Some(node) => serde_json::json!({
+            "driver": node.driver(),
+            "file": {"driver": "file", "filename": node.filename()},
+        }),
+        None => serde_json::Value::Null,
+    };
+    let all = serde_json::json!({
+        "backing": backing,
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": file},
+    });
+    format!("json:{all}")
+}
+
+fn window_name(file: &Node, window: Window) -> String {
+    let mut all = serde_json::json!({
+        "driver": "raw",
+        "file": {"driver": file.driver(), "filename": file.filename()},
+    });
+    if let Some(members) = all.as_object_mut() {
+        let numbers = [("offset", window.offset), ("size", window.size)];
+        for (name, value) in numbers.into_iter().filter_map(|(name, v)| Some((name, v?))) {
+            members.insert(name.to_owned(), value.into());
+        }
+    }
+    format!("json:{all}")
+}

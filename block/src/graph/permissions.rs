@@ -1,0 +1,328 @@
+//! Who may use a node for what: QEMU's permission model (`block.c`, "bdrv_node_refresh_perm").
+//!
+//! Every use of a node is an [`Edge`]: from a parent, which is another node, a device or an export.
+//! An edge says what its parent does with the node and what it lets other parents do. For devices
+//! and exports that is given; for nodes it follows from what their own parents do, so it is
+//! computed from the top of the graph down. A graph in which one parent of a node does what another
+//! does not allow is refused before anything is changed.
+//!
+//! The outcome for a file's node is what its image locks tell other processes.
+
+use std::collections::BTreeMap;
+
+use crate::perm::{Perm, Permissions};
+use crate::{Error, Result};
+
+/// How a parent node uses a child: QEMU's BdrvChildRole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The parent passes all through (raw).
+    Filtered,
+    /// A part of the child (raw with offset or size).
+    Part,
+    /// Data and metadata of a format.
+    Image,
+    /// What the parent does not have itself is read from there.
+    Backing,
+}
+
+impl Role {
+    /// What the parent needs of the child when its own parents need `above` together.
+    fn child(self, writable: bool, above: Permissions) -> Permissions {
+        match self {
+            Self::Filtered => above,
+            Self::Backing => Permissions {
+                used: above.used & Perm::CONSISTENT_READ,
+                shared: backing_shared(above.shared),
+            },
+            Self::Image => data(metadata(writable, above)),
+            // As a data file, but writes past the end of the part never come.
+            Self::Part => {
+                let Permissions { used, shared } = data(above);
+                let writes = Perm::WRITE | Perm::RESIZE;
+                Permissions { used: (used - writes) | (above.used & writes), shared }
+            }
+        }
+    }
+}
+
+/// Who changes a backing file changes what its overlays read, so only those may allow it who can
+/// live with changes themselves.
+fn backing_shared(above: Perm) -> Perm {
+    let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+    if above.contains(Perm::WRITE) { shared | Perm::WRITE | Perm::RESIZE } else { shared }
+}
+
+/// A format may write its metadata although nobody writes to it; nobody else may.
+fn metadata(writable: bool, above: Permissions) -> Permissions {
+    let mut used = above.used | Perm::CONSISTENT_READ;
+    if writable {
+        used |= Perm::WRITE | Perm::RESIZE;
+    }
+    Permissions { used, shared: above.shared - (Perm::WRITE | Perm::RESIZE) }
+}
+
+/// A format that is written to may write past the end of its data, and relies on its size.
+fn data(above: Permissions) -> Permissions {
+    let mut used = above.used;
+    if used.contains(Perm::WRITE_UNCHANGED) {
+        used |= Perm::WRITE;
+    }
+    if used.contains(Perm::WRITE) {
+        used |= Perm::RESIZE;
+    }
+    Permissions { used, shared: above.shared - Perm::RESIZE }
+}
+
+/// Who uses a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Parent {
+    /// Another node, by name.
+    Node(String),
+    /// A device or an export.
+    User {
+        /// Tells users apart.
+        id: u64,
+        /// How QEMU calls it: "block device 'vda'", "an unnamed block device".
+        description: String,
+        permissions: Permissions,
+    },
+}
+
+/// One use of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Edge {
+    pub(crate) parent: Parent,
+    /// Name of the node that is used.
+    pub(crate) child: String,
+    /// QEMU's name of the child: "file", "backing", "data-file", "root".
+    pub(crate) label: &'static str,
+    pub(crate) role: Role,
+}
+
+impl Edge {
+    fn parent_is(&self, node: &str) -> bool {
+        matches!(&self.parent, Parent::Node(name) if name == node)
+    }
+
+    fn describe(&self) -> String {
+        let parent = match &self.parent {
+            Parent::Node(name) => format!("node '{name}'"),
+            Parent::User { description, .. } => description.clone(),
+        };
+        format!("{parent} (uses node '{}' as '{}' child)", self.child, self.label)
+    }
+}
+
+/// What the rules need to know of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) writable: bool,
+    /// Whether it is writable now; differs from `writable` while a reopen is checked.
+    pub(crate) was_writable: bool,
+    pub(crate) force_share: bool,
+}
+
+/// What is done with every node, by name.
+pub(crate) type Uses = BTreeMap<String, Permissions>;
+
+/// Computes what is done with every node, in a graph whose edges are in the order of their making.
+///
+/// # Errors
+/// A parent does what another does not allow, or writes to a node that is read-only; QEMU's text.
+pub(crate) fn check(edges: &[Edge], nodes: &BTreeMap<String, Facts>) -> Result<Uses> {
+    let mut uses = Uses::new();
+    for name in parents_first(edges, nodes) {
+        let Some(facts) = nodes.get(name) else { continue };
+        // Newest first, as QEMU lists them: it decides which conflict is told of.
+        let above: Vec<(&Edge, Permissions)> = edges
+            .iter()
+            .rev()
+            .filter(|edge| edge.child == name)
+            .map(|edge| (edge, of_edge(edge, facts, nodes, &uses)))
+            .collect();
+        no_conflict(name, &above)?;
+        let all = above.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
+        if !facts.writable && all.used.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+            return Err(Error::Invalid(if facts.was_writable {
+                format!("Read-only block node '{name}' cannot support read-write users")
+            } else {
+                "Block node is read-only".to_owned()
+            }));
+        }
+        uses.insert(name.to_owned(), all);
+    }
+    Ok(uses)
+}
+
+fn of_edge(
+    edge: &Edge,
+    child: &Facts,
+    nodes: &BTreeMap<String, Facts>,
+    uses: &Uses,
+) -> Permissions {
+    match &edge.parent {
+        Parent::User { permissions, .. } => *permissions,
+        Parent::Node(parent) => {
+            let writable = nodes.get(parent).is_some_and(|facts| facts.writable);
+            let above = uses.get(parent).copied().unwrap_or(Permissions::NONE);
+            let mut needed = edge.role.child(writable, above);
+            if child.force_share {
+                needed.shared = Perm::all();
+            }
+            needed
+        }
+    }
+}
+
+fn no_conflict(name: &str, above: &[(&Edge, Permissions)]) -> Result<()> {
+    for (a, (allows, shared)) in above.iter().enumerate() {
+        for (b, (needs, used)) in above.iter().enumerate() {
+            let denied = used.used - shared.shared;
+            if a != b && !denied.is_empty() {
+                return Err(Error::Invalid(format!(
+                    "Permission conflict on node '{name}': permissions '{denied}' are both required by {} and unshared by {}.",
+                    needs.describe(),
+                    allows.describe(),
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The nodes in an order in which each comes after all its parents.
+pub(super) fn parents_first<'a>(
+    edges: &'a [Edge],
+    nodes: &'a BTreeMap<String, Facts>,
+) -> Vec<&'a str> {
+    let mut order: Vec<&str> = Vec::with_capacity(nodes.len());
+    let mut left: Vec<&str> = nodes.keys().map(String::as_str).collect();
+    while !left.is_empty() {
+        let waits = |name: &str| {
+            edges.iter().any(|e| e.child == name && left.iter().any(|other| e.parent_is(other)))
+        };
+        let (later, now): (Vec<_>, Vec<_>) = left.iter().partition(|name| waits(name));
+        if now.is_empty() {
+            // A loop; the graph refuses them before they come here.
+            order.extend(later);
+            break;
+        }
+        order.extend(now);
+        left = later;
+    }
+    order
+}
+
+/// Whether `below` is reached from `above`.
+pub(crate) fn reaches(edges: &[Edge], above: &str, below: &str) -> bool {
+    let mut seen = vec![above];
+    let mut next = 0;
+    while let Some(&name) = seen.get(next) {
+        if name == below {
+            return true;
+        }
+        for edge in edges.iter().filter(|edge| edge.parent_is(name)) {
+            if !seen.contains(&edge.child.as_str()) {
+                seen.push(&edge.child);
+            }
+        }
+        next += 1;
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(parent: &str, child: &str, label: &'static str, role: Role) -> Edge {
+        Edge { parent: Parent::Node(parent.to_owned()), child: child.to_owned(), label, role }
+    }
+
+    fn user(id: u64, child: &str, used: Perm, shared: Perm) -> Edge {
+        let permissions = Permissions { used, shared };
+        let description = "an unnamed block device".to_owned();
+        let parent = Parent::User { id, description, permissions };
+        Edge { parent, child: child.to_owned(), label: "root", role: Role::Filtered }
+    }
+
+    fn facts(writable: &[&str], read_only: &[&str]) -> BTreeMap<String, Facts> {
+        let of = |names: &[&str], writable| {
+            let facts = Facts { writable, was_writable: writable, force_share: false };
+            names.iter().map(|name| ((*name).to_owned(), facts)).collect::<Vec<_>>()
+        };
+        of(writable, true).into_iter().chain(of(read_only, false)).collect()
+    }
+
+    const READ: Perm = Perm::CONSISTENT_READ;
+    const SHARED: Perm = Perm::all().difference(Perm::RESIZE);
+
+    #[test]
+    fn a_device_that_does_not_share_writes_excludes_a_writable_export() {
+        let guest = READ | Perm::WRITE_UNCHANGED | Perm::RESIZE;
+        let edges =
+            [user(0, "d", READ | Perm::WRITE, guest), user(1, "d", READ | Perm::WRITE, SHARED)];
+        let error = check(&edges, &facts(&["d"], &[])).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "Permission conflict on node 'd': permissions 'write' are both required by an unnamed block device (uses node 'd' as 'root' child) and unshared by an unnamed block device (uses node 'd' as 'root' child)."
+        );
+        let edges = [edges[0].clone(), user(1, "d", READ, SHARED)];
+        check(&edges, &facts(&["d"], &[])).unwrap();
+        let sharing = [user(0, "d", READ | Perm::WRITE, guest | Perm::WRITE), edges[1].clone()];
+        check(&sharing, &facts(&["d"], &[])).unwrap();
+    }
+
+    #[test]
+    fn two_formats_on_one_file_conflict_and_the_newer_is_said_to_deny() {
+        let edges = [node("a", "f", "file", Role::Image), node("b", "f", "file", Role::Image)];
+        let error = check(&edges, &facts(&["a", "b", "f"], &[])).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "Permission conflict on node 'f': permissions 'write, resize' are both required by node 'a' (uses node 'f' as 'file' child) and unshared by node 'b' (uses node 'f' as 'file' child)."
+        );
+        check(&edges, &facts(&["f"], &["a", "b"])).unwrap();
+    }
+
+    #[test]
+    fn a_backing_file_is_written_only_while_nobody_relies_on_the_overlay() {
+        let chain = [node("top", "base", "backing", Role::Backing)];
+        let nodes = facts(&["top", "base"], &[]);
+        let write = user(1, "base", READ | Perm::WRITE, SHARED);
+        check(&[chain[0].clone(), write.clone()], &nodes).unwrap();
+        let reader = user(2, "top", READ, READ | Perm::WRITE_UNCHANGED);
+        let error = check(&[chain[0].clone(), write, reader], &nodes).unwrap_err().to_string();
+        assert!(error.contains("permissions 'write' are both required by an unnamed"), "{error}");
+        assert!(error.contains("unshared by node 'top' (uses node 'base' as 'backing'"), "{error}");
+    }
+
+    #[test]
+    fn a_file_carries_what_the_formats_above_need() {
+        let edges = [node("a", "f", "file", Role::Image), node("r", "f", "file", Role::Filtered)];
+        let uses = check(&edges, &facts(&["a", "f", "r"], &[])).unwrap();
+        assert_eq!(uses["f"], Permissions::of_image(true, false));
+        let uses = check(&edges, &facts(&["f", "r"], &["a"])).unwrap();
+        assert_eq!(uses["f"], Permissions::of_image(false, false));
+        let uses = check(&edges[1..], &facts(&["f", "r"], &[])).unwrap();
+        assert_eq!(uses["f"], Permissions::NONE);
+    }
+
+    #[test]
+    fn writers_of_read_only_nodes_are_refused() {
+        let edges = [node("a", "f", "file", Role::Image)];
+        let error = |nodes: &BTreeMap<_, _>| check(&edges, nodes).unwrap_err().to_string();
+        let mut nodes = facts(&["a"], &["f"]);
+        assert_eq!(error(&nodes), "Block node is read-only");
+        nodes.get_mut("f").unwrap().was_writable = true;
+        assert_eq!(error(&nodes), "Read-only block node 'f' cannot support read-write users");
+    }
+
+    #[test]
+    fn reachability_follows_edges_downwards_only() {
+        let edges = [node("a", "b", "backing", Role::Backing), node("b", "c", "file", Role::Image)];
+        assert!(reaches(&edges, "a", "c"));
+        assert!(reaches(&edges, "a", "a"));
+        assert!(!reaches(&edges, "c", "a"));
+    }
+}
