@@ -92,6 +92,13 @@ impl Node {
         Self::with_details(name.into(), format, Details::default())
     }
 
+    /// Names an open qcow2 image, outside a graph; its bitmaps are the node's.
+    pub fn of_qcow2(name: impl Into<String>, image: Arc<Qcow2>) -> Self {
+        let bitmaps = image.bitmaps().clone();
+        let details = Details { qcow2: Some(image.clone()), bitmaps, ..Details::default() };
+        Self::with_details(name.into(), image, details)
+    }
+
     pub(crate) fn with_details(name: String, format: Arc<dyn Format>, details: Details) -> Self {
         Self {
             name,

@@ -1,9 +1,9 @@
 //! The kinds of images that are tried.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::qcow2::{Probe, Qcow2};
+use block::qcow2::{Options, Probe, Qcow2};
 use block::raw::Raw;
 use block::storage::memory::MemoryStorage;
 use block::{Format, Result};
@@ -20,6 +20,10 @@ pub(crate) enum Start {
     Compressed,
     /// Nothing, over a raw backing file that is shorter than the disk.
     Backed,
+    /// Empty, with an external data file.
+    DataFile,
+    /// Empty, with a persistent dirty bitmap that follows writes.
+    Bitmap,
 }
 
 /// A kind of image.
@@ -32,6 +36,11 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
+    /// Whether there can be internal snapshots.
+    pub(crate) fn has_snapshots(&self) -> bool {
+        self.start != Start::DataFile
+    }
+
     /// Cluster size in bytes.
     pub(crate) fn cluster(&self) -> usize {
         let text = self.options.split(',').find_map(|o| o.strip_prefix("cluster_size="));
@@ -65,7 +74,16 @@ pub(crate) const KINDS: &[Kind] = &[
     kind("cluster_size=8k,compression_type=zstd", 1000 * K, Start::Compressed),
     kind("cluster_size=16k,lazy_refcounts=on", 1500 * K, Start::Empty),
     kind("cluster_size=1k,preallocation=metadata", 200 * K, Start::Empty),
+    kind("cluster_size=16k,extended_l2=on", 1500 * K, Start::Empty),
+    kind("cluster_size=32k,extended_l2=on", 1500 * K + 512, Start::Backed),
+    kind("cluster_size=4k,data_file_raw=off", 1000 * K + 512, Start::DataFile),
+    kind("cluster_size=64k,data_file_raw=on", 1000 * K, Start::DataFile),
+    kind("cluster_size=4k", 1000 * K + 512, Start::Bitmap),
+    kind("cluster_size=512", 100 * K, Start::Bitmap),
 ];
+
+/// The name of the bitmap of [`Start::Bitmap`].
+pub(crate) const BITMAP: &str = "since the start";
 
 /// An image to start from.
 pub(crate) struct Base {
@@ -83,7 +101,11 @@ impl Base {
         let mut disk = vec![0; kind.size];
         let mut backing = None;
         let image = match kind.start {
-            Start::Empty => create(dir, "a.qcow2", &size, kind.options),
+            Start::Empty | Start::Bitmap => create(dir, "a.qcow2", &size, kind.options),
+            Start::DataFile => {
+                let options = format!("{},data_file={}", kind.options, path(&data_file(dir)));
+                create(dir, "a.qcow2", &size, &options)
+            }
             Start::Compressed => {
                 let half = kind.size / 2;
                 disk[..half].copy_from_slice(&text(half));
@@ -104,7 +126,13 @@ impl Base {
                 create(dir, "a.qcow2", &size, &options)
             }
         };
-        let files = vec![Pages::new(&std::fs::read(image).unwrap())];
+        if kind.start == Start::Bitmap {
+            qemu_img(&["bitmap", "--add", "-g", "4k", &path(&image), BITMAP]);
+        }
+        let mut files = vec![Pages::new(&std::fs::read(image).unwrap())];
+        if kind.start == Start::DataFile {
+            files.push(Pages::new(&std::fs::read(data_file(dir)).unwrap()));
+        }
         Self { kind, files, backing, disk }
     }
 
@@ -114,8 +142,25 @@ impl Base {
             let storage = Arc::new(MemoryStorage::new(bytes.clone()));
             Raw::open(storage, true).map(|raw| Arc::new(raw) as Arc<dyn Format>)
         });
-        Qcow2::open(Probe::new(host.file(0))?, backing.transpose()?, read_only)
+        let probe = Probe::new(host.file(0))?;
+        let data_file = probe.needs_data_file().then(|| host.file(1));
+        let options = Options { read_only, data_file, ..Options::default() };
+        Qcow2::open_with(probe, backing.transpose()?, options)
     }
+
+    /// Puts the files where qemu-img finds them.
+    pub(crate) fn put(&self, dir: &Path, name: &str, files: &[Pages]) -> PathBuf {
+        let image = dir.join(name);
+        std::fs::write(&image, files[0].bytes()).unwrap();
+        if let Some(data) = files.get(1) {
+            std::fs::write(data_file(dir), data.bytes()).unwrap();
+        }
+        image
+    }
+}
+
+fn data_file(dir: &Path) -> PathBuf {
+    dir.join("data.raw")
 }
 
 /// Bytes that can be compressed, but not to nothing.

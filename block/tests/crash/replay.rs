@@ -79,7 +79,12 @@ fn replay(base: &Base, dir: &Path, seed: u64, choice: Choice, figures: &Figures)
         let use_it = qemu || nth.is_multiple_of(USE_EVERY);
         figures.qemu.fetch_add(qemu.into(), Ordering::Relaxed);
         figures.used.fetch_add(use_it.into(), Ordering::Relaxed);
-        let depth = Depth { use_it, qemu, flags_may_lag: recorded.flags_may_lag(point.cut) };
+        let depth = Depth {
+            use_it,
+            qemu,
+            closed: point.variant == 0 && point.cut == recorded.log.len(),
+            flags_may_lag: recorded.flags_may_lag(point.cut),
+        };
         if let Err(e) = verify(base, dir, point.files, expected, depth) {
             fail(base, seed, &point, &e, figures);
         }

@@ -4,14 +4,14 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use block::qcow2::check::Severity;
-use block::qcow2::{self, Qcow2};
-use block::{Format, ReadBuf, WriteBuf};
+use block::qcow2::check::{self, Repair, Severity};
+use block::{Format, Node, ReadBuf, WriteBuf};
 
 use crate::common::{self, id_of, land, new_snapshot};
-use crate::kinds::Base;
+use crate::kinds::{BITMAP, Base, Start};
 use crate::pages::Pages;
-use crate::record::Host;
+use crate::points::each_point;
+use crate::record::{Entry, Host};
 use crate::timeline::{Expected, Snap};
 
 /// How much is looked at besides the disk and the list of snapshots.
@@ -21,6 +21,8 @@ pub(crate) struct Depth {
     pub(crate) use_it: bool,
     /// What qemu-img says is asked for.
     pub(crate) qemu: bool,
+    /// The image was closed after its last change: its bitmaps are up to date.
+    pub(crate) closed: bool,
     /// COPIED flags may lag behind the counts (`docs/block.md`).
     pub(crate) flags_may_lag: bool,
 }
@@ -36,34 +38,61 @@ pub(crate) fn verify(
     depth: Depth,
 ) -> Check {
     if depth.qemu {
-        qemu_check(dir, files, depth.flags_may_lag)?;
+        qemu_check(base, dir, files, depth.flags_may_lag)?;
     }
     let host = Host::new(files.to_vec());
-    check(&host, depth.flags_may_lag)?;
+    sound(&host, depth.flags_may_lag)?;
     let format = base.open(&host, false).map_err(|e| format!("does not open: {e}"))?;
-    expected.check_disk(&read(&format)?)?;
+    let node = Node::of_qcow2("d", Arc::new(format));
+    let format = &*node.format();
+    let disk = read(format)?;
+    expected.check_disk(&disk)?;
+    check_bitmap(base, &node, &disk, depth.closed)?;
     let tags: Vec<_> = format.snapshots().into_iter().map(|s| s.tag).collect();
     expected.check_tags(&tags)?;
     let snaps: Vec<_> = tags.iter().filter_map(|tag| expected.snap(tag).cloned()).collect();
     for snap in &snaps {
-        check_vm(&format, snap).map_err(|e| format!("VM state of {}: {e}", snap.tag))?;
+        check_vm(format, snap).map_err(|e| format!("VM state of {}: {e}", snap.tag))?;
     }
     if depth.use_it {
-        use_it(&format, &snaps)?;
-        drop(format);
+        let before = (host.files(), host.now());
+        use_it(base, format, &snaps)?;
+        drop(node);
         // Leaks of the crash are still there, nothing else.
-        check(&host, depth.flags_may_lag).map_err(|e| format!("after work on it: {e}"))?;
+        sound(&host, depth.flags_may_lag).map_err(|e| format!("after work on it: {e}"))?;
+        second_crash(base, &before.0, &host.log()[before.1..])?;
+        repair(base, &host)?;
         if depth.qemu {
-            qemu_check(dir, &host.files(), depth.flags_may_lag)
+            qemu_check(base, dir, &host.files(), depth.flags_may_lag)
                 .map_err(|e| format!("after work on it: {e}"))?;
         }
     }
     Ok(())
 }
 
+/// A bitmap that does not say that it is out of date has all that is not as at its start.
+fn check_bitmap(base: &Base, node: &Node, disk: &[u8], closed: bool) -> Check {
+    let Ok(bitmap) = node.bitmaps().get(BITMAP) else {
+        return match base.kind.start {
+            Start::Bitmap => Err("the bitmap is missing".to_owned()),
+            _ => Ok(()),
+        };
+    };
+    if bitmap.inconsistent() {
+        return if closed { Err("the bitmap is out of date".to_owned()) } else { Ok(()) };
+    }
+    for extent in bitmap.extents(0, disk.len() as u64, usize::MAX) {
+        let span = extent.offset as usize..(extent.offset + extent.len) as usize;
+        if !extent.dirty && disk[span.clone()] != base.disk[span.clone()] {
+            return Err(format!("the bitmap calls {span:#x?} clean, which is not as at its start"));
+        }
+    }
+    Ok(())
+}
+
 /// Our check finds leaks at most.
-fn check(host: &Host, flags_may_lag: bool) -> Check {
-    let report = qcow2::check::check(&*host.file(0), &qcow2::check::Options::default())
+fn sound(host: &Host, flags_may_lag: bool) -> Check {
+    let report = check::check(&*host.file(0), &check::Options::default())
         .map_err(|e| format!("check: {e}"))?;
     let flag = |text: &str| flags_may_lag && text.contains("OFLAG_COPIED");
     let wrong = report.findings.iter().find(|found| match found.severity {
@@ -77,13 +106,13 @@ fn check(host: &Host, flags_may_lag: bool) -> Check {
     }
 }
 
-fn read(format: &Qcow2) -> Result<Vec<u8>, String> {
+fn read(format: &dyn Format) -> Result<Vec<u8>, String> {
     let mut disk = vec![0xa5; format.size() as usize];
     format.read(0, &[ReadBuf::new(&mut disk)]).map_err(|e| format!("the disk: {e}"))?;
     Ok(disk)
 }
 
-fn check_vm(format: &Qcow2, snap: &Snap) -> Check {
+fn check_vm(format: &dyn Format, snap: &Snap) -> Check {
     let text = |e: block::Error| e.to_string();
     let reader = format.open_vmstate(&id_of(format, &snap.tag)).map_err(text)?;
     if reader.size() != snap.vm.len() as u64 {
@@ -97,8 +126,42 @@ fn check_vm(format: &Qcow2, snap: &Snap) -> Check {
     }
 }
 
+/// Another crash, during the work after the first: the image is sound again.
+fn second_crash(base: &Base, files: &[Pages], log: &[Entry]) -> Check {
+    let mut result = Ok(());
+    each_point(files, log, 1, |point| {
+        if (point.cut * 3 + point.variant) % 41 != 0 {
+            return true;
+        }
+        let host = Host::new(point.files.to_vec());
+        // Its snapshots come and go, so the flags may lag anywhere.
+        result = sound(&host, true)
+            .and_then(|()| base.open(&host, false).map(drop).map_err(|e| e.to_string()))
+            .map_err(|e| format!("second crash, cut {}.{}: {e}", point.cut, point.variant));
+        result.is_ok()
+    });
+    result
+}
+
+/// The leaks can be taken back, without harm if the repair is cut off too.
+fn repair(base: &Base, host: &Host) -> Check {
+    let before = (host.files(), host.now());
+    let options = check::Options { repair: Repair::Leaks, progress: None };
+    let report = check::check(&*host.file(0), &options).map_err(|e| format!("repair: {e}"))?;
+    if !report.is_clean() {
+        return Err(format!("the repair leaves {report:?}"));
+    }
+    let disk = |host: &Host| {
+        base.open(host, true).map_err(|e| e.to_string()).and_then(|format| read(&format))
+    };
+    if disk(&Host::new(before.0.clone()))? != disk(host)? {
+        return Err("the repair changed the disk".to_owned());
+    }
+    second_crash(base, &before.0, &host.log()[before.1..]).map_err(|e| format!("repair: {e}"))
+}
+
 /// Goes back to each snapshot, writes, saves and deletes.
-fn use_it(format: &Qcow2, snaps: &[Arc<Snap>]) -> Check {
+fn use_it(base: &Base, format: &dyn Format, snaps: &[Arc<Snap>]) -> Check {
     let says = |what: &str| {
         let what = what.to_owned();
         move |e: block::Error| format!("{what}: {e}")
@@ -121,6 +184,7 @@ fn use_it(format: &Qcow2, snaps: &[Arc<Snap>]) -> Check {
     let create = format.create_snapshot(&new_snapshot("after the crash"));
     let made = match create.and_then(|mut change| land(&mut *change)) {
         Ok(()) => true,
+        Err(_) if !base.kind.has_snapshots() => false,
         Err(e) if few_bits(&e) => false,
         Err(e) => return Err(says("save")(e)),
     };
@@ -150,9 +214,8 @@ pub(crate) fn few_bits(error: &block::Error) -> bool {
 }
 
 /// qemu-img finds leaks at most.
-fn qemu_check(dir: &Path, files: &[Pages], flags_may_lag: bool) -> Check {
-    let image = dir.join("crash.qcow2");
-    std::fs::write(&image, files[0].bytes()).unwrap();
+fn qemu_check(base: &Base, dir: &Path, files: &[Pages], flags_may_lag: bool) -> Check {
+    let image = base.put(dir, "crash.qcow2", files);
     let args = ["check", "-f", "qcow2", &common::path(&image)];
     let output = Command::new("qemu-img").args(args).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);

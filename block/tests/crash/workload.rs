@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use block::qcow2::Qcow2;
-use block::{Format, NewSnapshot, ReadBuf, Result, WriteBuf};
+use block::bitmap::NewBitmap;
+use block::qcow2::check::{self, Repair};
+use block::{Format, NewSnapshot, Node, ReadBuf, Result, WriteBuf};
 
 use crate::common::Random;
-use crate::kinds::Base;
+use crate::kinds::{BITMAP, Base, Start};
 use crate::pages::Pages;
 use crate::record::{Entry, Host};
 use crate::timeline::{Event, Snap, Timeline, What};
@@ -62,15 +63,20 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize) -> Recorded {
     };
     let mut done = 0;
     while done < steps {
-        let format = base.open(&work.host, false).unwrap();
+        if work.random.below(4) == 0 {
+            let repair = check::Options { repair: Repair::Leaks, progress: None };
+            let report = check::check(&*work.host.file(0), &repair).unwrap();
+            assert!(report.is_clean(), "seed {seed}: {report:?}");
+        }
+        let node = Node::of_qcow2("d", Arc::new(base.open(&work.host, false).unwrap()));
         // Opened and closed a few times: closing writes tables too.
         let until = steps.min(done + 10 + work.random.below(30) as usize);
         for _ in done..until {
-            work.step(&format);
+            work.step(&node);
         }
         done = until;
-        let mut now = vec![0; format.size() as usize];
-        format.read(0, &[ReadBuf::new(&mut now)]).unwrap();
+        let mut now = vec![0; node.size() as usize];
+        node.read(0, &[ReadBuf::new(&mut now)]).unwrap();
         assert!(now == work.disk, "seed {seed}: the disk is wrong before any crash");
     }
     let timeline =
@@ -124,43 +130,59 @@ impl Work<'_> {
         result
     }
 
-    fn step(&mut self, format: &Qcow2) {
+    fn step(&mut self, node: &Node) {
         match self.random.below(40) {
-            0..16 => self.write(format),
-            16..20 => self.zero(format),
-            20..22 => self.discard(format),
-            22..27 => self.flush(format),
-            27..32 => self.create(format),
-            32..34 => self.revert(format),
-            34..37 => self.delete(format),
-            _ => self.read(format),
+            0..16 => self.write(node),
+            16..20 => self.zero(node),
+            20..22 => self.discard(node),
+            22..27 => self.flush(node),
+            27..32 if self.base.kind.has_snapshots() => self.create(node),
+            32..34 => self.revert(node),
+            34..37 => self.delete(node),
+            37 if self.base.kind.start == Start::Bitmap => self.bitmap(node),
+            _ => self.read(node),
         }
     }
 
-    fn write(&mut self, format: &Qcow2) {
+    /// A bitmap more, or one less.
+    fn bitmap(&mut self, node: &Node) {
+        let names: Vec<_> = node.bitmaps().infos().into_iter().map(|info| info.name).collect();
+        match names.iter().find(|name| *name != BITMAP) {
+            Some(name) if self.random.below(2) == 0 => node.remove_bitmap(name).unwrap(),
+            _ => {
+                self.count += 1;
+                let name = format!("bitmap {}", self.count);
+                let granularity = Some(512 << self.random.below(4));
+                let new = NewBitmap { name: &name, granularity, persistent: true, disabled: false };
+                node.add_bitmap(&new).unwrap();
+            }
+        }
+    }
+
+    fn write(&mut self, node: &Node) {
         let span = self.range();
         let bytes = self.bytes(span.len());
         self.disk[span.clone()].copy_from_slice(&bytes);
         let what = What::Changed { at: span.start, bytes: bytes.clone() };
-        self.note(|| format.write(span.start as u64, &[WriteBuf::new(&bytes)]), what).unwrap();
+        self.note(|| node.write(span.start as u64, &[WriteBuf::new(&bytes)]), what).unwrap();
     }
 
-    fn zero(&mut self, format: &Qcow2) {
+    fn zero(&mut self, node: &Node) {
         let span = self.range();
         let unmap = self.random.below(2) == 0;
         self.disk[span.clone()].fill(0);
         let what = What::Changed { at: span.start, bytes: vec![0; span.len()] };
         let (at, len) = (span.start as u64, span.len() as u64);
-        self.note(|| format.write_zeroes(at, len, unmap), what).unwrap();
+        self.note(|| node.write_zeroes(at, len, unmap), what).unwrap();
     }
 
-    fn discard(&mut self, format: &Qcow2) {
+    fn discard(&mut self, node: &Node) {
         let span = self.range();
         let start = self.host.now();
-        format.discard(span.start as u64, span.len() as u64).unwrap();
+        node.discard(span.start as u64, span.len() as u64).unwrap();
         // Zeroes or as before, for every byte.
         let mut bytes = vec![1; span.len()];
-        format.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
+        node.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
         for (now, before) in bytes.iter().zip(&self.disk[span.clone()]) {
             assert!(*now == 0 || now == before, "discarded at {span:#x?}");
         }
@@ -169,30 +191,30 @@ impl Work<'_> {
         self.events.push(Event { start, end: self.host.now(), what });
     }
 
-    fn flush(&mut self, format: &Qcow2) {
+    fn flush(&mut self, node: &Node) {
         let what = What::Flushed { disk: Arc::new(self.disk.clone()) };
-        self.note(|| format.flush(), what).unwrap();
+        self.note(|| node.flush(), what).unwrap();
     }
 
-    fn read(&mut self, format: &Qcow2) {
+    fn read(&mut self, node: &Node) {
         let span = self.range();
         let mut bytes = vec![1; span.len()];
-        format.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
+        node.read(span.start as u64, &[ReadBuf::new(&mut bytes)]).unwrap();
         assert!(bytes == self.disk[span.clone()], "read at {span:#x?}");
     }
 
     /// What a guest does while a change of the snapshots is under way.
-    fn between(&mut self, format: &Qcow2) {
+    fn between(&mut self, node: &Node) {
         for _ in 0..self.random.below(4) {
             match self.random.below(4) {
-                0 => self.flush(format),
-                1 => self.zero(format),
-                _ => self.write(format),
+                0 => self.flush(node),
+                1 => self.zero(node),
+                _ => self.write(node),
             }
         }
     }
 
-    fn create(&mut self, format: &Qcow2) {
+    fn create(&mut self, node: &Node) {
         self.count += 1;
         let new = NewSnapshot {
             tag: format!("tag {}", self.count),
@@ -200,6 +222,7 @@ impl Work<'_> {
             date_nsec: 5000,
             vm_clock_nsec: self.count,
         };
+        let format = node.format();
         let mut change = format.create_snapshot(&new).unwrap();
         let cluster = change.cluster_size() as usize;
         let mut vm = Vec::new();
@@ -210,7 +233,7 @@ impl Work<'_> {
             let bytes = self.bytes(cluster * clusters);
             change.write_vmstate(vm.len() as u64, &[WriteBuf::new(&bytes)]).unwrap();
             vm.extend(bytes);
-            self.between(format);
+            self.between(node);
         }
         change.set_vmstate_size(vm.len() as u64);
         if self.random.below(8) == 0 {
@@ -226,12 +249,12 @@ impl Work<'_> {
             }
             Err(e) => panic!("{e}"),
         }
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             return self.flagging(|| change.rollback()).unwrap();
         }
         self.note(|| change.publish(), What::Added { snap: snap.clone() }).unwrap();
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             let (start, what) = (self.host.now(), What::Removed { tag: snap.tag.clone() });
             self.note(|| change.rollback(), what).unwrap();
@@ -241,16 +264,17 @@ impl Work<'_> {
         self.snaps.push(snap);
     }
 
-    fn delete(&mut self, format: &Qcow2) {
-        let Some((id, snap)) = self.pick(format) else { return };
+    fn delete(&mut self, node: &Node) {
+        let Some((id, snap)) = self.pick(node) else { return };
+        let format = node.format();
         let mut change = format.delete_snapshot(&id).unwrap();
         change.prepare().unwrap();
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             return change.rollback().unwrap();
         }
         self.note(|| change.publish(), What::Removed { tag: snap.tag.clone() }).unwrap();
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             return self.note(|| change.rollback(), What::Added { snap }).unwrap();
         }
@@ -258,8 +282,9 @@ impl Work<'_> {
         self.flagging(|| change.finish()).unwrap();
     }
 
-    fn revert(&mut self, format: &Qcow2) {
-        let Some((id, snap)) = self.pick(format) else { return };
+    fn revert(&mut self, node: &Node) {
+        let Some((id, snap)) = self.pick(node) else { return };
+        let format = node.format();
         let mut change = format.revert_snapshot(&id).unwrap();
         let refused = |e: &block::Error| {
             e.to_string().contains("the refcount of cluster")
@@ -270,14 +295,14 @@ impl Work<'_> {
             Err(e) if refused(&e) => return,
             Err(e) => panic!("{e}"),
         }
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             return change.rollback().unwrap();
         }
         let old = Arc::new(self.disk.clone());
         self.note(|| change.publish(), What::Reverted { disk: snap.disk.clone() }).unwrap();
         self.disk.clone_from(&snap.disk);
-        self.between(format);
+        self.between(node);
         if self.random.below(8) == 0 {
             self.disk.clone_from(&old);
             return self.note(|| change.rollback(), What::Reverted { disk: old }).unwrap();
@@ -285,13 +310,13 @@ impl Work<'_> {
         change.finish().unwrap();
     }
 
-    fn pick(&mut self, format: &Qcow2) -> Option<(String, Arc<Snap>)> {
+    fn pick(&mut self, node: &Node) -> Option<(String, Arc<Snap>)> {
         if self.snaps.is_empty() {
             return None;
         }
         let at = self.random.below(self.snaps.len() as u64) as usize;
         let snap = self.snaps[at].clone();
-        let id = crate::common::id_of(format, &snap.tag);
+        let id = crate::common::id_of(&*node.format(), &snap.tag);
         Some((id, snap))
     }
 }
