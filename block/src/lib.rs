@@ -5,6 +5,7 @@
 //! guest memory or QMP: requests come as offsets and [`iobuf`] buffers.
 
 pub mod bitmap;
+mod create_file;
 pub mod error;
 pub mod format;
 pub mod graph;
@@ -14,6 +15,7 @@ pub mod nbd;
 pub mod node;
 mod num;
 pub mod perm;
+mod preallocation;
 pub mod progress;
 pub mod qcow2;
 pub mod queue;
@@ -22,12 +24,14 @@ pub mod snapshot;
 pub mod status;
 pub mod storage;
 
+pub use create_file::{FileCreateOptions, create_file, create_raw};
 pub use error::{Error, Result};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo, User};
 pub use iobuf::{ReadBuf, WriteBuf};
 pub use node::{Access, Node, WriteObserver};
 pub use perm::{Perm, Permissions};
+pub use preallocation::Preallocation;
 pub use progress::Progress;
 pub use snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 pub use status::StatusExtent;

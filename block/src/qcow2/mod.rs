@@ -35,6 +35,7 @@ mod cache;
 pub mod check;
 mod compressed;
 mod corruption;
+pub mod create;
 mod header;
 mod header_write;
 mod inflight;

@@ -10,6 +10,7 @@ mod bitmaps;
 mod check;
 mod common;
 mod concurrency;
+mod create;
 mod data_file;
 mod faults;
 mod graph;

@@ -67,7 +67,7 @@ fn what_qemu_repaired_is_clean_for_us() {
     for image in zoo(dir.path()) {
         let whole = std::fs::read(&image).unwrap();
         let mut random = Random(0x0fed_cba9_8765_4321 ^ seed);
-        for round in 0..rounds {
+        for _ in 0..rounds {
             let mut bytes = whole.clone();
             let what = damage(&mut bytes, &mut random);
             std::fs::write(&image, &bytes).unwrap();
