@@ -124,7 +124,10 @@ fn a_lazy_image_that_was_killed_is_repaired_at_opening() {
     assert!(!status.status.success());
     let bytes = std::fs::read(&image).unwrap();
     assert_eq!(bytes[79] & 1, 1, "the dirty bit is set");
-    assert_eq!(our_check(&image).unwrap().exit_code(), qemu_check(&image, &[]).0 as u8);
+    assert_eq!(
+        our_check(&image).unwrap().exit_code(),
+        u8::try_from(qemu_check(&image, &[]).0).unwrap()
+    );
     let storage = FileStorage::open(&image, FileOptions::default()).unwrap();
     check::repair_at_open(&storage).unwrap();
     drop(storage);
