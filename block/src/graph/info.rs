@@ -4,8 +4,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::bitmap::BitmapInfo;
 use crate::node::Node;
-use crate::qcow2::Compression;
+use crate::qcow2::{Compression, StoredBitmap};
 use crate::snapshot::SnapshotInfo;
 
 /// `BlockDeviceInfo`: an element of query-named-block-nodes, and `inserted` of query-block.
@@ -47,6 +48,9 @@ pub struct NodeInfo {
     pub cache: CacheInfo,
     /// Write threshold events: none.
     pub write_threshold: u64,
+    /// Dirty bitmaps, the newest first.
+    #[serde(rename = "dirty-bitmaps", skip_serializing_if = "Vec::is_empty")]
+    pub dirty_bitmaps: Vec<BitmapInfo>,
     /// The image.
     pub image: ImageInfo,
 }
@@ -118,6 +122,18 @@ pub fn snapshot_json(info: &SnapshotInfo) -> Value {
     value
 }
 
+/// `Qcow2BitmapInfo` of QMP.
+fn stored_json(bitmap: &StoredBitmap) -> Value {
+    let mut flags = Vec::new();
+    if bitmap.in_use {
+        flags.push("in-use");
+    }
+    if bitmap.auto {
+        flags.push("auto");
+    }
+    json!({"name": bitmap.name, "granularity": bitmap.granularity, "flags": flags})
+}
+
 impl Node {
     /// What QMP tells of the node; `flat` leaves out the images below.
     pub fn info(&self, flat: bool) -> Result<NodeInfo> {
@@ -141,6 +157,7 @@ impl Node {
             iops_wr: 0,
             cache: CacheInfo { writeback: true, direct: flags.direct, no_flush: flags.no_flush },
             write_threshold: 0,
+            dirty_bitmaps: self.bitmaps().infos(),
             image: self.image_info(flat)?,
         })
     }
@@ -196,6 +213,12 @@ impl Node {
                 "corrupt": own.corrupt,
                 "extended-l2": own.extended_l2,
             }}));
+            let bitmaps: Vec<Value> = qcow2.stored_bitmaps().iter().map(stored_json).collect();
+            if !bitmaps.is_empty()
+                && let Some(specific) = &mut info.format_specific
+            {
+                specific["data"]["bitmaps"] = bitmaps.into();
+            }
         }
         if !flat && let Some(backing) = self.backing() {
             info.backing_image = Some(Box::new(backing.image_info(false)?));

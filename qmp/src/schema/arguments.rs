@@ -1,5 +1,7 @@
 //! The arguments of commands.
 
+use serde_json::Value;
+
 use super::macros::objects;
 use super::types::QmpCapability;
 
@@ -14,6 +16,38 @@ objects! {
     NamedNodesArguments {
         /// Leave out the images' `backing-image`, which are listed as nodes anyway.
         "flat" flat: Option<bool>,
+    }
+
+    /// Arguments of the commands about one dirty bitmap.
+    BitmapArguments {
+        /// The node.
+        "node" node: String,
+        /// The bitmap.
+        "name" name: String,
+    }
+
+    /// Arguments of `block-dirty-bitmap-add`.
+    BitmapAddArguments {
+        /// The node.
+        "node" node: String,
+        /// The bitmap's name.
+        "name" name: String,
+        /// Bytes that one bit stands for; the cluster size, within 4 KiB and 64 KiB, without it.
+        "granularity" granularity: Option<i64>,
+        /// Store it in the image when that is closed.
+        "persistent" persistent: Option<bool>,
+        /// Do not note writes yet.
+        "disabled" disabled: Option<bool>,
+    }
+
+    /// Arguments of `block-dirty-bitmap-merge`.
+    BitmapMergeArguments {
+        /// The node of the target.
+        "node" node: String,
+        /// The bitmap that is added to.
+        "target" target: String,
+        /// The sources: each a bitmap's name on the same node, or an object of `node` and `name`.
+        "bitmaps" bitmaps: Vec<Value>,
     }
 
     /// Arguments of `snapshot-save` and `snapshot-load`.

@@ -35,6 +35,18 @@ command_enum! {
     QueryBlock = "query-block" -> Vec<BlockInfo>;
     /// The nodes of the block graph, newest first.
     QueryNamedBlockNodes(NamedNodesArguments) = "query-named-block-nodes" -> Vec<BlockDeviceInfo>;
+    /// Starts to note which parts of a node are written.
+    BlockDirtyBitmapAdd(BitmapAddArguments) = "block-dirty-bitmap-add" -> ();
+    /// Removes a bitmap, from the image too.
+    BlockDirtyBitmapRemove(BitmapArguments) = "block-dirty-bitmap-remove" -> ();
+    /// Makes all of a bitmap clean.
+    BlockDirtyBitmapClear(BitmapArguments) = "block-dirty-bitmap-clear" -> ();
+    /// Notes writes from now on.
+    BlockDirtyBitmapEnable(BitmapArguments) = "block-dirty-bitmap-enable" -> ();
+    /// Notes no writes from now on.
+    BlockDirtyBitmapDisable(BitmapArguments) = "block-dirty-bitmap-disable" -> ();
+    /// Adds what is dirty in some bitmaps to another; all or nothing.
+    BlockDirtyBitmapMerge(BitmapMergeArguments) = "block-dirty-bitmap-merge" -> ();
     /// Stops the guest: STOP before the reply.
     Stop = "stop" -> ();
     /// Lets the guest go on: RESUME before the reply.

@@ -337,6 +337,26 @@ objects! {
         "cache" cache: BlockdevCacheInfo,
         /// Offset above which a write is reported; 0 is off.
         "write_threshold" write_threshold: i64,
+        /// Dirty bitmaps; left out if there are none.
+        "dirty-bitmaps" dirty_bitmaps: Option<Vec<BlockDirtyInfo>>,
+    }
+
+    /// A dirty bitmap.
+    BlockDirtyInfo {
+        /// Its name.
+        "name" name: Option<String>,
+        /// Dirty bytes.
+        "count" count: i64,
+        /// Bytes that one bit stands for.
+        "granularity" granularity: u64,
+        /// Whether writes are noted.
+        "recording" recording: bool,
+        /// Whether an export or a job has it: it cannot be changed by commands.
+        "busy" busy: bool,
+        /// Whether it is stored in the image when that is closed.
+        "persistent" persistent: bool,
+        /// Set if it was not stored properly: it can only be removed.
+        "inconsistent" inconsistent: Option<bool>,
     }
 
     /// A block device.

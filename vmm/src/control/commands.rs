@@ -1,8 +1,8 @@
 //! QMP commands. Each either does its thing and answers, or answers with an error.
 
 use qmp::schema::{
-    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, ShutdownCause, StatusInfo,
-    UuidInfo,
+    BitmapArguments, Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, ShutdownCause,
+    StatusInfo, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -31,6 +31,24 @@ impl Controller {
             Command::QueryBlock => self.block_devices(),
             Command::QueryNamedBlockNodes(arguments) => {
                 self.named_nodes(arguments.flat.unwrap_or(false))
+            }
+            Command::BlockDirtyBitmapAdd(arguments) => {
+                self.add_bitmap(&arguments).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapRemove(BitmapArguments { node, name }) => {
+                self.with_bitmaps(&node, |node| node.remove_bitmap(&name)).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapClear(BitmapArguments { node, name }) => {
+                self.with_bitmaps(&node, |node| node.clear_bitmap(&name)).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapEnable(BitmapArguments { node, name }) => self
+                .with_bitmaps(&node, |node| node.enable_bitmap(&name, true))
+                .and_then(|()| done()),
+            Command::BlockDirtyBitmapDisable(BitmapArguments { node, name }) => self
+                .with_bitmaps(&node, |node| node.enable_bitmap(&name, false))
+                .and_then(|()| done()),
+            Command::BlockDirtyBitmapMerge(arguments) => {
+                self.merge_bitmaps(&arguments).and_then(|()| done())
             }
             Command::Stop => {
                 self.stop();

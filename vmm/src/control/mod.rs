@@ -5,6 +5,7 @@
 //! not block but for the time a pause takes; what takes longer runs on a job's thread (see
 //! [`work`]), which comes back with messages.
 
+mod bitmaps;
 mod block_info;
 mod commands;
 pub mod mailbox;

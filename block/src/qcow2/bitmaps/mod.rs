@@ -22,6 +22,9 @@ mod load;
 mod store;
 mod table;
 
+#[cfg(test)]
+mod tests;
+
 pub(super) use load::load;
 
 use directory::{Entry, flag, flag_places};
