@@ -377,6 +377,16 @@ impl Bitmap {
         self.state().changed = false;
     }
 
+    /// Takes over what the image says of the bitmap, which was stored and read again as `loaded`.
+    pub(crate) fn follow(&self, loaded: &Self) {
+        let (read_only, inconsistent, stored) = {
+            let state = loaded.state();
+            (state.read_only, state.inconsistent, state.stored)
+        };
+        let mut state = self.state();
+        (state.read_only, state.inconsistent, state.stored) = (read_only, inconsistent, stored);
+    }
+
     pub(crate) fn stored(&self) -> Stored {
         self.state().stored
     }

@@ -104,15 +104,21 @@ impl BitmapSet {
         }
     }
 
-    /// Takes over the bitmaps of `old` that live in memory only, when an image is opened anew.
+    /// Takes over the bitmaps of `old` when the image of this set takes the place of the one of
+    /// `old`, which has stored its bitmaps: who holds a bitmap goes on holding it.
     pub(crate) fn adopt(&self, old: &Self) {
+        let mut list = self.change();
         for bitmap in old.all() {
-            if !bitmap.persistent()
-                && let Err(e) = self.add(bitmap)
-            {
-                tracing::warn!("a bitmap is left behind: {e}");
+            match list.iter_mut().find(|other| other.name() == bitmap.name()) {
+                Some(loaded) => {
+                    bitmap.follow(loaded);
+                    *loaded = bitmap;
+                }
+                // In memory only, or not to be stored on a disk of this size.
+                None => list.push(bitmap),
             }
         }
+        self.any.store(!list.is_empty(), Ordering::Release);
     }
 
     /// Those that are stored in the image.
