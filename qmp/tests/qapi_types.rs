@@ -106,6 +106,15 @@ fn node() -> BlockDeviceInfo {
         image: image(Some(Box::new(image(None, None))), Some(vec![snapshot])),
         cache: BlockdevCacheInfo { writeback: true, direct: false, no_flush: false },
         write_threshold: 0,
+        dirty_bitmaps: Some(vec![BlockDirtyInfo {
+            name: Some("b0".into()),
+            count: 65536,
+            granularity: 65536,
+            recording: true,
+            busy: false,
+            persistent: true,
+            inconsistent: None,
+        }]),
     }
 }
 
