@@ -43,6 +43,11 @@ pub(super) mod incompatible {
     pub(in crate::qcow2) const EXTENDED_L2: u64 = 16;
 }
 
+/// Compatible feature bits.
+pub(super) mod compatible {
+    pub(in crate::qcow2) const LAZY: u64 = 1;
+}
+
 /// Autoclear feature bits.
 pub(super) mod autoclear {
     /// The external data file is what the guest sees, readable as a raw image.

@@ -10,6 +10,8 @@
 //! 4. flush: what the guest wrote is durable;
 //! 5. references that were taken out of L2 tables are given back ([`Meta::defer_free`]).
 //!
+//! With lazy refcounts ([`Meta::write_counts`]) step 1 sets the dirty bit instead of writing counts.
+//!
 //! So on disk every reference is counted, and a crash leaves leaked clusters at most. A cluster
 //! taken out of a table cannot be used again before step 5, so the old table on disk stays true.
 
@@ -22,7 +24,7 @@ use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
 use super::corruption::{Corruption, Listener};
-use super::header::{Header, MAX_L1_BYTES, field, incompatible};
+use super::header::{Header, MAX_L1_BYTES, compatible, field, incompatible};
 use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Run, push_run, table_of};
 use super::options::Options;
 use super::overlap::{OverlapCheck, Places, Ranges};
@@ -64,6 +66,8 @@ pub(super) struct Meta {
     /// Ids of the snapshots whose VM state is open, once per opener.
     pub(crate) readers: Vec<String>,
     pub(crate) writable: bool,
+    /// Refcounts may be behind on disk while the dirty bit is set.
+    lazy: bool,
     /// What made the image corrupt; writes are refused from then on.
     broken: Option<String>,
     pub(crate) places: Places,
@@ -82,6 +86,13 @@ impl Meta {
         options: &Options,
     ) -> Result<Self> {
         let writable = !options.read_only;
+        let lazy = options.lazy_refcounts.unwrap_or(header.compatible & compatible::LAZY != 0);
+        if lazy && header.geometry.version < 3 {
+            return Err(Error::Invalid(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
+                    .to_owned(),
+            ));
+        }
         let refcounts = Refcounts::open(&storage, &header)?;
         if writable {
             refcounts.check_blocks()?;
@@ -108,6 +119,7 @@ impl Meta {
             changing: false,
             readers: Vec::new(),
             writable,
+            lazy,
             broken: None,
             places: Places { check: options.overlap_check, ..Places::default() },
             bitmaps: super::bitmaps::Directory::default(),
@@ -445,7 +457,7 @@ impl Meta {
         if let Some(data) = &self.data {
             data.flush()?;
         }
-        if !self.is_dirty() {
+        if !self.has_changes() {
             return self.storage.flush();
         }
         self.settle()?;
@@ -455,7 +467,7 @@ impl Meta {
         {
             tracing::warn!(image = self.storage.name(), "clusters are not marked as ours: {e}");
         }
-        self.refcounts.write_back()?;
+        self.write_counts()?;
         self.storage.flush()?;
         self.write_tables()?;
         self.storage.flush()?;
@@ -467,8 +479,63 @@ impl Meta {
             self.free(run)?;
         }
         // No order is needed: on disk these clusters just look used until then.
-        self.refcounts.write_back()?;
+        self.write_counts()?;
         self.punch_some().map(|_| ())
+    }
+
+    /// Whether a [`Meta::sync`] has anything to write. Counts that may be written later are no reason.
+    fn has_changes(&self) -> bool {
+        let counts = self.refcounts.is_dirty() && !(self.lazy && self.is_marked_dirty());
+        counts
+            || self.unsettled
+            || self.flags_lag
+            || self.l2.is_dirty()
+            || self.l1_dirty.is_some()
+            || !self.pending.is_empty()
+    }
+
+    fn is_marked_dirty(&self) -> bool {
+        self.header.incompatible & incompatible::DIRTY != 0
+    }
+
+    /// Step 1 of the order. With lazy refcounts they stay in memory: instead, the dirty bit is set
+    /// durably before any table refers to a cluster that is not counted on disk. Whoever opens the
+    /// image for writing after a crash counts anew.
+    fn write_counts(&mut self) -> Result<()> {
+        if !self.lazy {
+            return self.refcounts.write_back();
+        }
+        if self.refcounts.is_dirty() && !self.is_marked_dirty() {
+            let bits = self.header.incompatible | incompatible::DIRTY;
+            self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes())?;
+            self.storage.flush()?;
+            self.header.incompatible = bits;
+        }
+        Ok(())
+    }
+
+    /// Writes all that is left and takes the dirty bit back. Order: counts durable, then the bit. An
+    /// image that was found corrupt keeps it.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        let lazy = std::mem::replace(&mut self.lazy, false);
+        let result = self.close_counted();
+        // Until all is written, later writes go on as before.
+        self.lazy = lazy;
+        result
+    }
+
+    fn close_counted(&mut self) -> Result<()> {
+        if self.is_dirty() {
+            self.sync()?;
+        }
+        if self.is_marked_dirty() && self.writable && self.broken.is_none() {
+            self.storage.flush()?;
+            let bits = self.header.incompatible & !incompatible::DIRTY;
+            self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes())?;
+            self.storage.flush()?;
+            self.header.incompatible = bits;
+        }
+        Ok(())
     }
 
     /// Makes the header tell of the tables in force, where it may tell of others. Both are whole on

@@ -57,7 +57,7 @@ pub use header::Compression;
 pub use options::Options;
 pub use overlap::OverlapCheck;
 
-use header::{Header, autoclear, field, incompatible};
+use header::{Header, autoclear, compatible, field, incompatible};
 use inflight::InFlight;
 use layout::Geometry;
 use meta::Meta;
@@ -158,7 +158,8 @@ impl Qcow2 {
     /// Opens the image over its backing file, if there is one.
     ///
     /// # Errors
-    /// For writing: images that are marked as corrupt, or whose refcounts may be wrong.
+    /// For writing: images that are marked as corrupt, or that were not closed properly and cannot be
+    /// repaired.
     pub fn open(probe: Probe, backing: Option<Arc<dyn Format>>, read_only: bool) -> Result<Self> {
         Self::open_with(probe, backing, Options { read_only, ..Options::default() })
     }
@@ -172,12 +173,12 @@ impl Qcow2 {
         backing: Option<Arc<dyn Format>>,
         options: Options,
     ) -> Result<Self> {
-        let Probe { storage, header } = probe;
+        let Probe { storage, mut header } = probe;
         let writable = !options.read_only;
-        if writable {
-            check_marks(&storage, &header)?;
-        }
         check_data_file(&header, &options)?;
+        if writable {
+            header = make_writable(&storage, header)?;
+        }
         let (geometry, compression, size) = (header.geometry, header.compression, header.size);
         let raw_data = geometry.external && header.autoclear & autoclear::RAW_DATA != 0;
         let meta = Meta::open(storage.clone(), header, &options)?;
@@ -256,7 +257,7 @@ impl Qcow2 {
         Qcow2Info {
             compat: if header.geometry.version < 3 { "0.10" } else { "1.1" },
             compression: header.compression,
-            lazy_refcounts: header.compatible & 1 != 0,
+            lazy_refcounts: header.compatible & compatible::LAZY != 0,
             refcount_bits: 1 << header.geometry.refcount_order,
             corrupt: header.incompatible & incompatible::CORRUPT != 0,
             dirty: header.incompatible & incompatible::DIRTY != 0,
@@ -316,21 +317,20 @@ impl Qcow2 {
     }
 }
 
-/// Refuses images that only a repair may write to.
-fn check_marks(storage: &Arc<dyn Storage>, header: &Header) -> Result<()> {
-    let refuse = |why: &str| {
-        Err(Error::NotSupported(format!(
-            "Image '{name}' {why}; repair it with: qemu-img check -r all '{name}'",
-            name = storage.name()
-        )))
-    };
+/// Refuses an image that only a repair by hand may write to, and repairs one that was not closed
+/// properly, whose refcounts may be behind. Gives its header as it is then.
+fn make_writable(storage: &Arc<dyn Storage>, header: Header) -> Result<Header> {
     if header.incompatible & incompatible::CORRUPT != 0 {
-        return refuse("is marked as corrupt and can be opened read-only only");
+        return Err(Error::NotSupported(format!(
+            "Image '{name}' is marked as corrupt and can be opened read-only only; repair it with: qemu-img check -r all '{name}'",
+            name = storage.name()
+        )));
     }
-    if header.incompatible & incompatible::DIRTY != 0 {
-        return refuse("was not closed properly, its refcounts may be wrong (dirty bit)");
+    if header.incompatible & incompatible::DIRTY == 0 {
+        return Ok(header);
     }
-    Ok(())
+    check::repair_at_open(&**storage)?;
+    Header::read(&**storage)
 }
 
 /// An image with an external data file needs it; others must not have one. QEMU's texts.
@@ -359,6 +359,12 @@ impl Drop for Qcow2 {
                 image = self.storage.name(),
                 "bitmaps are out of date from now on: {e}"
             );
+        }
+        let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if meta.writable
+            && let Err(e) = meta.close()
+        {
+            tracing::error!(image = self.storage.name(), "the image stays marked as dirty: {e}");
         }
     }
 }

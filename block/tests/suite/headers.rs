@@ -66,7 +66,6 @@ fn absurd_header_fields_are_named() {
         (64, &[0, 0, 0, 0, 0, 0, 0, 1], "snapshot table offset"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 4], "'data-file' is required"),
         (72, &[0x40, 0, 0, 0, 0, 0, 0, 0], "unknown incompatible feature 62"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 1], "dirty bit"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 2], "marked as corrupt"),
         (96, &[0, 0, 0, 7], "refcount_order is 7"),
         (100, &[0, 0, 0, 50], "header_length is 50"),

@@ -15,6 +15,7 @@ mod data_file;
 mod faults;
 mod graph;
 mod headers;
+mod lazy;
 mod locks;
 mod metadata;
 mod model;
