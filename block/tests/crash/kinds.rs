@@ -136,6 +136,11 @@ impl Base {
         Self { kind, files, backing, disk }
     }
 
+    /// An image that is there already, of one file.
+    pub(crate) fn from_bytes(kind: Kind, bytes: &[u8]) -> Self {
+        Self { kind, files: vec![Pages::new(bytes)], backing: None, disk: Vec::new() }
+    }
+
     /// Opens the image on a host.
     pub(crate) fn open(&self, host: &Host, read_only: bool) -> Result<Qcow2> {
         let backing = self.backing.as_ref().map(|bytes| {

@@ -11,6 +11,7 @@
 #[path = "../suite/common.rs"]
 mod common;
 mod faults;
+mod kill;
 mod kinds;
 mod pages;
 mod points;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::bitmap::NewBitmap;
 use block::qcow2::check::{self, Repair};
-use block::{Format, NewSnapshot, Node, ReadBuf, Result, WriteBuf};
+use block::{NewSnapshot, Node, ReadBuf, Result, WriteBuf};
 
 use crate::common::Random;
 use crate::kinds::{BITMAP, Base, Start};
