@@ -2,7 +2,7 @@
 
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 use crate::status::StatusExtent;
-use crate::{Error, ReadBuf, Result, WriteBuf};
+use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 /// An open image. All methods take `&self` and may be called from several threads at once; requests
 /// that overlap are ordered by the format, requests that do not may run in parallel.
@@ -41,6 +41,17 @@ pub trait Format: Send + Sync {
             Some(end) if end <= size => Ok(vec![StatusExtent::data(len)]),
             _ => Err(Error::OutOfRange { offset, len, size }),
         }
+    }
+
+    /// Gives the disk another size, a multiple of 512 bytes; what is new reads as zeroes. With a mode
+    /// its space is taken. The caller sees to it that no request is in flight past a smaller size.
+    /// The new size is durable afterwards.
+    ///
+    /// # Errors
+    /// Refusals, with QEMU's texts, and the host's errors. The disk has its old size then, unless it
+    /// was to shrink and only giving back space failed.
+    fn resize(&self, _size: u64, _mode: Preallocation, _progress: &Progress) -> Result<()> {
+        Err(Error::NotSupported("Image format driver does not support resize".to_owned()))
     }
 
     /// Whether [`Format::write_zeroes`] is faster than writing zeroes.

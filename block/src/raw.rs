@@ -1,12 +1,13 @@
 //! The raw format, and the protocol node below every image: bytes as they are in the file.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::Format;
 use crate::iobuf;
 use crate::status::StatusExtent;
 use crate::storage::Storage;
-use crate::{Error, ReadBuf, Result, WriteBuf};
+use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 /// What guests count in, in bytes.
 const SECTOR: u64 = 512;
@@ -20,7 +21,9 @@ pub struct Raw {
     follows_file: bool,
     /// Where in the storage the disk starts, in bytes.
     offset: u64,
-    size: u64,
+    size: AtomicU64,
+    /// The options say the size.
+    fixed: bool,
     read_only: bool,
     unmap: bool,
 }
@@ -52,6 +55,7 @@ impl Raw {
                 "Offset ({start}) cannot be greater than size of the containing file ({len})"
             ));
         }
+        let fixed = size.is_some();
         let size = match size {
             Some(size) if size > len - start => {
                 return invalid(format!(
@@ -67,7 +71,8 @@ impl Raw {
             driver: "raw",
             follows_file,
             offset: start,
-            size,
+            size: AtomicU64::new(size),
+            fixed,
             read_only,
             unmap: true,
         })
@@ -113,9 +118,12 @@ impl Format for Raw {
     fn size(&self) -> u64 {
         // Below a format the file grows.
         if self.follows_file {
-            return self.storage.len().map_or(self.size, |len| len.next_multiple_of(SECTOR));
+            return self
+                .storage
+                .len()
+                .map_or(self.size.load(Ordering::Acquire), |len| len.next_multiple_of(SECTOR));
         }
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -150,6 +158,36 @@ impl Format for Raw {
 
     fn flush(&self) -> Result<()> {
         self.storage.flush()
+    }
+
+    /// The file gets its new length and space, durably, before requests may use it.
+    fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
+        let refuse = |text: &str| Err(Error::Invalid(text.to_owned()));
+        if self.read_only {
+            return Err(Error::ReadOnly(self.storage.name().to_owned()));
+        }
+        if self.fixed {
+            return refuse("Cannot resize fixed-size raw disks");
+        }
+        if mode == Preallocation::Metadata {
+            return refuse("Unsupported preallocation mode 'metadata'");
+        }
+        if size > i64::MAX as u64 - self.offset {
+            return refuse("The requested size is too large");
+        }
+        let (old, end) = (self.storage.len()?, self.offset + size);
+        if end < old {
+            if mode != Preallocation::Off {
+                return refuse("Preallocation can't be used for shrinking files");
+            }
+            self.size.store(size, Ordering::Release);
+            self.storage.set_len(end)?;
+        } else {
+            mode.take(&*self.storage, old, end - old, progress)?;
+        }
+        self.storage.flush()?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

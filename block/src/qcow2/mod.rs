@@ -28,7 +28,7 @@ use crate::format::Format;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 use crate::status::StatusExtent;
 use crate::storage::Storage;
-use crate::{Error, ReadBuf, Result, WriteBuf};
+use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 mod bitmaps;
 mod cache;
@@ -45,6 +45,7 @@ mod options;
 mod overlap;
 mod read;
 mod refcount;
+mod resize;
 mod snapshot;
 mod status;
 mod subcluster;
@@ -424,6 +425,10 @@ impl Format for Qcow2 {
     fn fast_zeroes(&self) -> bool {
         // Version 2 has no zero clusters: over a backing file zeroes are written.
         self.geometry.version >= 3
+    }
+
+    fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
+        self.resize_disk(size, mode, progress)
     }
 
     fn supports_snapshots(&self) -> bool {

@@ -35,10 +35,18 @@ impl Qcow2 {
 
     pub(super) fn zero_disk(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_range(offset, len)?;
-        let size = self.geometry.subcluster_size();
         let end = offset + len;
         let wish = if unmap { Wish::Unmap } else { Wish::Keep };
-        let at_disk_end = end == self.disk_size();
+        self.zero_range(offset, end, wish, end == self.disk_size())
+    }
+
+    /// Makes what lies past the end of the disk read as zeroes, for when the disk reaches there.
+    pub(super) fn zero_past_end(&self, start: u64, end: u64) -> Result<()> {
+        self.zero_range(start, end, Wish::Unmap, true)
+    }
+
+    fn zero_range(&self, offset: u64, end: u64, wish: Wish, at_disk_end: bool) -> Result<()> {
+        let size = self.geometry.subcluster_size();
         let mut at = offset;
         while at < end {
             let whole_from = at.next_multiple_of(size);
@@ -81,6 +89,13 @@ impl Qcow2 {
         }
         let zeroes = vec![0; to_usize(len)];
         self.write_allocating(guest, len, &[WriteBuf::new(&zeroes)])
+    }
+
+    /// Drops what is mapped from `start` on to the end of its L2 table.
+    pub(super) fn drop_past_end(&self, start: u64) -> Result<()> {
+        let start = start.next_multiple_of(self.geometry.subcluster_size());
+        let end = start.next_multiple_of(self.geometry.l2_coverage());
+        self.change_clusters(start, end, Wish::Discard).map(|_| ())
     }
 
     /// Changes the entries of whole subclusters; gives the guest offset at which it had to stop,

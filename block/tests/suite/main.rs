@@ -22,4 +22,5 @@ mod model;
 mod races;
 mod reopen;
 mod repair;
+mod resize;
 mod snapshots;

@@ -14,7 +14,7 @@ pub(super) use create::Create;
 pub(super) use delete::Delete;
 pub(super) use revert::{Revert, write_disk_place};
 pub(super) use table::{Entry, read_table, write_table_place};
-pub(super) use tree::set_copied;
+pub(super) use tree::{runs_of, set_copied};
 pub(super) use vmstate::VmState;
 
 use crate::{Error, Result};
@@ -138,7 +138,7 @@ fn l1_run(meta: &Meta, entry: &Entry) -> Run {
 }
 
 /// Writes an L1 table, which has an entry at least, to fresh clusters.
-fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
+pub(super) fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
     write_fresh(meta, l1.iter().flat_map(|entry| entry.to_be_bytes()).collect())
 }
 

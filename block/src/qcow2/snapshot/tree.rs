@@ -8,7 +8,7 @@ use crate::qcow2::layout::{COPIED, HostCluster, Mapping, OFFSET_MASK, Run, push_
 use crate::qcow2::meta::Meta;
 
 /// The clusters that an L2 table refers to, in runs; a cluster comes as often as it is referred to.
-fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
+pub(in crate::qcow2) fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
     let geometry = meta.geometry();
     let mut runs = Vec::new();
     let mut bad = None;
