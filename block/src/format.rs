@@ -24,6 +24,18 @@ pub trait Format: Send + Sync {
     /// Writes `bufs` one after another at `offset`. Durable only after [`Format::flush`].
     fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()>;
 
+    /// Bytes of the clusters that [`Format::write_compressed`] packs; `None` if it cannot.
+    fn compressed_cluster(&self) -> Option<u64> {
+        None
+    }
+
+    /// As [`Format::write`], compressed. The range is made of whole clusters of
+    /// [`Format::compressed_cluster`] bytes; the disk's end may cut the last one short. What does not
+    /// shrink is stored as it is.
+    fn write_compressed(&self, _offset: u64, _bufs: &[WriteBuf<'_>]) -> Result<()> {
+        Err(Error::NotSupported(format!("the {} format has no compressed clusters", self.driver())))
+    }
+
     /// Makes every completed write durable.
     fn flush(&self) -> Result<()>;
 

@@ -5,6 +5,7 @@
 //! guest memory or QMP: requests come as offsets and [`iobuf`] buffers.
 
 pub mod bitmap;
+pub mod compress;
 mod create_file;
 pub mod error;
 pub mod format;

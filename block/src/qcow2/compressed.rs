@@ -1,6 +1,6 @@
-//! Compressed clusters, read only.
+//! Packing and unpacking of compressed clusters.
 
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe::{DCtx, find_frame_compressed_size};
 
 use super::header::Compression;
@@ -51,6 +51,27 @@ fn unzstd(data: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// Packs one cluster into `out`, which is shorter than a cluster; gives the length. `None` if it does
+/// not shrink enough to fit.
+pub(super) fn compress(method: Compression, data: &[u8], out: &mut [u8]) -> Option<usize> {
+    /// Readers inflate with a window of 4 KiB ("Compressed Clusters Descriptor").
+    const WINDOW_BITS: u8 = 12;
+    match method {
+        Compression::Zlib => {
+            let level = flate2::Compression::default();
+            let mut stream = Compress::new_with_window_bits(level, false, WINDOW_BITS);
+            match stream.compress(data, out, FlushCompress::Finish) {
+                Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                _ => None,
+            }
+        }
+        // An error is that of lack of room: there is nothing else that could fail.
+        Compression::Zstd => {
+            zstd::zstd_safe::compress(out, data, zstd::DEFAULT_COMPRESSION_LEVEL).ok()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -68,6 +89,28 @@ mod tests {
         assert!(out[..3000].iter().all(|b| *b == 1) && out[3000..].iter().all(|b| *b == 2));
         for cut in [0, 1, whole / 2, whole - 1] {
             decompress(Compression::Zstd, &data[..cut], &mut out).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn what_is_packed_is_unpacked_and_what_does_not_shrink_is_refused() {
+        for method in [Compression::Zlib, Compression::Zstd] {
+            for len in [512, 65536, 2 << 20] {
+                let data: Vec<u8> = (0..len).map(|n| (n / 300 % 251) as u8).collect();
+                let mut packed = vec![0; len - 1];
+                let n = compress(method, &data, &mut packed).unwrap();
+                assert!(n < len / 2);
+                let mut out = vec![0; len];
+                decompress(method, &packed[..n], &mut out).unwrap();
+                assert!(out == data, "{method:?} {len}");
+            }
+            let mut state = 1u32;
+            let noise = std::iter::repeat_with(|| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            });
+            let noise: Vec<u8> = noise.take(4096).collect();
+            assert_eq!(compress(method, &noise, &mut [0; 4095]), None, "{method:?}");
         }
     }
 

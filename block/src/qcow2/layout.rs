@@ -205,6 +205,14 @@ pub(super) fn push_run(runs: &mut Vec<Run>, run: Run) {
     }
 }
 
+/// The L2 entry of a compressed cluster of `len` bytes at `host`, fewer than a cluster; `None` if the
+/// entry has too few bits for the offset.
+pub(super) fn compressed_entry(host: HostOffset, len: u64, geometry: Geometry) -> Option<u64> {
+    let offset_bits = 62 - (geometry.cluster_bits - 8);
+    let sectors = (host.0 + len - 1) / 512 - host.0 / 512;
+    (host.0 + len < 1 << offset_bits).then_some(COMPRESSED | sectors << offset_bits | host.0)
+}
+
 /// What an L2 entry says about its cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mapping {

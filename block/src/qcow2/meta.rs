@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::num::{to_u64, to_usize};
 use crate::storage::Storage;
@@ -26,13 +27,12 @@ use super::cache::{Table, TableCache};
 use super::corruption::{Corruption, Listener};
 use super::header::{Header, MAX_L1_BYTES, compatible, field, incompatible};
 use super::layout::{COPIED, Geometry, HostCluster, HostOffset, Run, push_run, table_of};
-use super::options::Options;
+use super::options::{Options, PassDiscard};
 use super::overlap::{OverlapCheck, Places, Ranges};
 use super::refcount::Refcounts;
 use super::snapshot::Entry;
 use super::subcluster::Cluster;
 
-const L2_CACHE_BYTES: u64 = 32 << 20;
 /// Clusters waiting to be given back before a sync is due.
 const MAX_PENDING_RUNS: usize = 4096;
 
@@ -50,7 +50,13 @@ pub(super) struct Meta {
     l1_dirty: Option<Range<usize>>,
     l2: TableCache,
     pub(crate) refcounts: Refcounts,
-    pending: Vec<Run>,
+    /// To be given back by the next sync: first those whose host space goes too.
+    pending: [Vec<Run>; 2],
+    pub(crate) pass_discard: PassDiscard,
+    /// End of the bytes that were taken last for a compressed cluster, within a host cluster.
+    pub(crate) packed_end: Option<HostOffset>,
+    clean_interval: Option<Duration>,
+    cleaned: Instant,
     /// Clusters without references whose host space is not given back yet.
     freed: Vec<Run>,
     pub(crate) snapshots: Vec<Entry>,
@@ -93,14 +99,15 @@ impl Meta {
                     .to_owned(),
             ));
         }
-        let refcounts = Refcounts::open(&storage, &header)?;
+        let sizes = options.cache_sizes(header.size, header.geometry)?;
+        let refcounts = Refcounts::open(&storage, &header, sizes.refcount)?;
         if writable {
             refcounts.check_blocks()?;
         }
         let l1 = read_l1(&*storage, header.l1_offset, header.l1_size)?;
         check_l1(&*storage, header.geometry, "the L1 table", &l1)?;
         let (snapshots, snapshot_table) = super::snapshot::read_table(&*storage, &header)?;
-        let l2 = TableCache::new(header.geometry.cluster_size(), L2_CACHE_BYTES)
+        let l2 = TableCache::new(header.geometry.cluster_size(), sizes.l2)
             .with_entry_words(header.geometry.entry_words());
         let mut meta = Self {
             storage,
@@ -110,7 +117,11 @@ impl Meta {
             l1_dirty: None,
             l2,
             refcounts,
-            pending: Vec::new(),
+            pending: Default::default(),
+            pass_discard: options.pass_discard,
+            packed_end: None,
+            clean_interval: options.cache_clean_interval.filter(|t| !t.is_zero()),
+            cleaned: Instant::now(),
             freed: Vec::new(),
             snapshots,
             snapshot_table,
@@ -312,13 +323,22 @@ impl Meta {
 
     /// Gives references back at once: for clusters that nothing on disk refers to.
     pub(crate) fn free(&mut self, run: Run) -> Result<()> {
+        self.free_passing(run, self.pass_discard.other)
+    }
+
+    /// As [`Meta::free`]; `pass` says whether the host's space goes too.
+    pub(crate) fn free_passing(&mut self, run: Run, pass: bool) -> Result<()> {
         let geometry = self.geometry();
         let (l2, freed, places) = (&mut self.l2, &mut self.freed, &mut self.places);
+        let packed_end = &mut self.packed_end;
         let given = self.refcounts.sub(run, |cluster| {
             l2.forget(geometry.offset_of(cluster));
             places.l2.remove(cluster);
             places.inactive_l2.remove(cluster);
-            if freed.len() < MAX_PENDING_RUNS {
+            if packed_end.is_some_and(|end| geometry.cluster_of(end) == cluster) {
+                *packed_end = None;
+            }
+            if pass && freed.len() < MAX_PENDING_RUNS {
                 push_run(freed, Run::one(cluster));
             }
         });
@@ -336,7 +356,16 @@ impl Meta {
 
     /// Gives references back once no table on disk has them any more.
     pub(crate) fn defer_free(&mut self, run: Run) {
-        push_run(&mut self.pending, run);
+        push_run(&mut self.pending[usize::from(!self.pass_discard.other)], run);
+    }
+
+    /// As [`Meta::defer_free`] for what the guest said it does not need.
+    pub(crate) fn defer_discard(&mut self, run: Run) {
+        push_run(&mut self.pending[usize::from(!self.pass_discard.request)], run);
+    }
+
+    fn pending_runs(&self) -> usize {
+        self.pending.iter().map(Vec::len).sum()
     }
 
     /// The L2 table of an L1 index; `None` if there is none.
@@ -445,7 +474,7 @@ impl Meta {
             || self.refcounts.is_dirty()
             || self.l2.is_dirty()
             || self.l1_dirty.is_some()
-            || !self.pending.is_empty()
+            || self.pending_runs() > 0
     }
 
     /// Writes all changes in the module's order; all of them, and the guest's data, are durable
@@ -472,11 +501,14 @@ impl Meta {
         self.write_tables()?;
         self.storage.flush()?;
         if self.broken.is_some() {
-            self.pending.clear();
+            self.pending = Default::default();
             return Ok(());
         }
-        for run in std::mem::take(&mut self.pending) {
-            self.free(run)?;
+        let [passed, kept] = std::mem::take(&mut self.pending);
+        for (runs, pass) in [(passed, true), (kept, false)] {
+            for run in runs {
+                self.free_passing(run, pass)?;
+            }
         }
         // No order is needed: on disk these clusters just look used until then.
         self.write_counts()?;
@@ -491,7 +523,7 @@ impl Meta {
             || self.flags_lag
             || self.l2.is_dirty()
             || self.l1_dirty.is_some()
-            || !self.pending.is_empty()
+            || self.pending_runs() > 0
     }
 
     fn is_marked_dirty(&self) -> bool {
@@ -602,9 +634,21 @@ impl Meta {
         Ok(())
     }
 
+    /// Drops tables that were not used for the interval of `cache-clean-interval`.
+    fn clean_caches(&mut self) {
+        if let Some(interval) = self.clean_interval
+            && self.cleaned.elapsed() >= interval
+        {
+            self.cleaned = Instant::now();
+            self.l2.drop_unused();
+            self.refcounts.drop_unused();
+        }
+    }
+
     /// As [`Meta::trim`] for reads, which neither wait for writes nor fail with them: what is dirty
     /// stays until something is written.
     pub(crate) fn trim_clean(&mut self) {
+        self.clean_caches();
         if self.l2.is_over() {
             self.l2.shrink();
         }
@@ -612,11 +656,12 @@ impl Meta {
 
     /// Between operations: keeps caches and the list of clusters to be freed within their limits.
     pub(crate) fn trim(&mut self) -> Result<()> {
+        self.clean_caches();
         self.refcounts.trim()?;
         if self.l2.is_over() {
             self.l2.shrink();
         }
-        if (self.l2.is_over() || self.pending.len() > MAX_PENDING_RUNS) && self.writable {
+        if (self.l2.is_over() || self.pending_runs() > MAX_PENDING_RUNS) && self.writable {
             self.sync()?;
             self.l2.shrink();
         }

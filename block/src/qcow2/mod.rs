@@ -11,7 +11,7 @@
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
 //! | `inflight` | which guest ranges are being worked on |
 //! | `subcluster` | what an L2 entry says of the parts of its cluster |
-//! | `read`, `compressed`, `write`, `zero` | requests |
+//! | `read`, `compressed`, `write`, `write_compressed`, `zero` | requests |
 //! | `status` | what is data and what is zeroes |
 //! | `snapshot` | internal snapshots and VM state |
 //! | `bitmaps` | persistent dirty bitmaps |
@@ -50,12 +50,13 @@ mod snapshot;
 mod status;
 mod subcluster;
 mod write;
+mod write_compressed;
 mod zero;
 
 pub use bitmaps::StoredBitmap;
 pub use corruption::Corruption;
 pub use header::Compression;
-pub use options::Options;
+pub use options::{Options, PassDiscard};
 pub use overlap::OverlapCheck;
 
 use header::{Header, autoclear, compatible, field, incompatible};
@@ -153,6 +154,8 @@ pub struct Qcow2 {
     known_len: AtomicU64,
     read_only: bool,
     unmap: bool,
+    /// Discarded clusters keep their place; whether the host's space goes all the same.
+    no_unref: Option<bool>,
 }
 
 impl Qcow2 {
@@ -175,6 +178,11 @@ impl Qcow2 {
         options: Options,
     ) -> Result<Self> {
         let Probe { storage, mut header } = probe;
+        if options.discard_no_unref && header.geometry.version < 3 {
+            return Err(Error::Invalid(
+                "discard-no-unref is only supported since qcow2 version 3".to_owned(),
+            ));
+        }
         let writable = !options.read_only;
         check_data_file(&header, &options)?;
         if writable {
@@ -197,6 +205,7 @@ impl Qcow2 {
             known_len: AtomicU64::new(0),
             read_only: options.read_only,
             unmap: true,
+            no_unref: options.discard_no_unref.then_some(options.pass_discard.request),
         };
         let meta = image.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
         image.bitmaps = Arc::new(bitmaps::load(meta)?);
@@ -389,6 +398,14 @@ impl Format for Qcow2 {
 
     fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         self.write_disk(offset, bufs)
+    }
+
+    fn compressed_cluster(&self) -> Option<u64> {
+        (!self.geometry.external).then(|| self.geometry.cluster_size())
+    }
+
+    fn write_compressed(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.write_packed(offset, bufs)
     }
 
     fn flush(&self) -> Result<()> {

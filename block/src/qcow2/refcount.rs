@@ -12,7 +12,6 @@ use super::header::{Header, MAX_REFTABLE_BYTES, field};
 use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run};
 use super::overlap::{ClusterSet, OverlapCheck};
 
-const CACHE_BYTES: u64 = 32 << 20;
 /// Refcount blocks without a count that are looked through for the end of the image.
 const MAX_EMPTY_BLOCKS: u32 = 65536;
 
@@ -69,7 +68,11 @@ fn set(table: &mut Table, index: usize, order: u32, value: u64) {
 
 impl Refcounts {
     /// Reads the refcount table.
-    pub(crate) fn open(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
+    pub(crate) fn open(
+        storage: &Arc<dyn Storage>,
+        header: &Header,
+        cache_bytes: u64,
+    ) -> Result<Self> {
         let geometry = header.geometry;
         let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
         let mut bytes = vec![0; to_usize(len)];
@@ -90,7 +93,7 @@ impl Refcounts {
             },
             table_dirty: None,
             moved: false,
-            blocks: TableCache::new(geometry.cluster_size(), CACHE_BYTES),
+            blocks: TableCache::new(geometry.cluster_size(), cache_bytes),
             block_set,
             hint: HostCluster(1),
         })
@@ -414,6 +417,11 @@ impl Refcounts {
         let offset = self.geometry.offset_of(table.first).0;
         self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
         self.storage.flush()
+    }
+
+    /// Drops blocks from memory that were not used since the last call.
+    pub(crate) fn drop_unused(&mut self) {
+        self.blocks.drop_unused();
     }
 
     /// Whether anything differs from the disk.

@@ -114,19 +114,23 @@ impl Qcow2 {
                 self.zero_data(at, stop, wish)?;
             }
             let mut whole = true;
+            let mut holes = Vec::new();
             {
                 let mut meta = self.meta();
                 meta.check_writable()?;
                 meta.trim()?;
                 while at < stop && whole {
                     let next = (geometry.cluster_start(at) + geometry.cluster_size()).min(stop);
-                    whole = self.change_cluster(&mut meta, at, next - at, wish)?;
+                    whole = self.change_cluster(&mut meta, at, next - at, wish, &mut holes)?;
                     at = if whole { next } else { at };
                 }
             }
             if geometry.external && !self.raw_data && wish != Wish::Keep {
                 // Entries say zero already: what they said before is zero or as it was.
                 self.zero_data(from, at, wish)?;
+            }
+            for (host, len) in holes {
+                self.data.write_zeroes(host, len, true)?;
             }
             if !whole {
                 return Ok(at);
@@ -144,8 +148,17 @@ impl Qcow2 {
         self.data.write_zeroes(start, end - start, wish != Wish::Keep)
     }
 
-    /// Changes the subclusters of a range within one cluster. Says whether it could do it.
-    fn change_cluster(&self, meta: &mut Meta, guest: u64, len: u64, wish: Wish) -> Result<bool> {
+    /// Changes the subclusters of a range within one cluster. Says whether it could do it. `holes`
+    /// gets what keeps its place but not its space (host offset and bytes): the entry says zero
+    /// already, and what it said before may be zero or as it was.
+    fn change_cluster(
+        &self,
+        meta: &mut Meta,
+        guest: u64,
+        len: u64,
+        wish: Wish,
+        holes: &mut Vec<(u64, u64)>,
+    ) -> Result<bool> {
         let geometry = self.geometry;
         let old = meta.cluster(guest)?;
         let bare = self.backing.is_none();
@@ -153,7 +166,8 @@ impl Qcow2 {
         let every = set == mask(0..geometry.subclusters());
         let run = old.mapping.run(geometry);
         let has_host = run.is_some();
-        if old.reads_zero(set, bare) && (!has_host || wish == Wish::Keep || !every) {
+        let stays = wish == Wish::Keep || self.no_unref.is_some();
+        if old.reads_zero(set, bare) && (!has_host || stays || !every) {
             return Ok(true);
         }
         if wish == Wish::Discard && old.mapping == Mapping::Unallocated {
@@ -172,7 +186,19 @@ impl Qcow2 {
         let table = meta.l2_for_write(geometry.l1_index(guest))?;
         let index = geometry.l2_index(guest);
         // A place is kept for what is still in it, and for later writes if the space shall stay.
-        let keeps = allocated != 0 || (wish == Wish::Keep && old.own_place().is_some() && v3);
+        let mut keeps = allocated != 0 || (wish == Wish::Keep && old.own_place().is_some() && v3);
+        if wish != Wish::Keep
+            && let (Some(pass), Some(place), false) =
+                (self.no_unref, old.own_place(), geometry.external)
+        {
+            keeps = true;
+            if pass && old.allocated & set != 0 {
+                let touched = geometry.touched(guest, len);
+                let size = geometry.subcluster_size();
+                let start = place + u64::from(touched.start) * size;
+                holes.push((start.0, u64::from(touched.end - touched.start) * size));
+            }
+        }
         if keeps && !geometry.external && old.own_place().is_none() {
             // Snapshots use the cluster too: it stays where it is, and not ours.
             let entry = table.entry(index);
@@ -184,7 +210,7 @@ impl Qcow2 {
             let zero = if v3 { zero } else { 0 };
             table.set_both(index, Cluster::encode(None, 0, zero, geometry));
             if let Some(run) = run {
-                meta.defer_free(run);
+                meta.defer_discard(run);
             }
         }
         Ok(true)

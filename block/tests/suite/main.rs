@@ -9,6 +9,7 @@
 mod bitmaps;
 mod check;
 mod common;
+mod compressed;
 mod concurrency;
 mod create;
 mod data_file;

@@ -12,6 +12,9 @@ const SIZE: u64 = (4 << 20) + 5 * 512;
 
 /// What the disk should hold, now and at each snapshot.
 struct Model {
+    /// Whether compressed clusters may share host clusters: narrow refcounts have no room for that
+    /// and snapshots too.
+    packs: bool,
     disk: Vec<u8>,
     snapshots: Vec<(String, Vec<u8>)>,
 }
@@ -54,6 +57,18 @@ fn step(random: &mut Random, format: &dyn Format, model: &mut Model) {
             }
         }
         13 => format.flush().unwrap(),
+        17 | 18 if model.packs => {
+            let cluster = format.compressed_cluster().unwrap();
+            let start = start as u64 / cluster * cluster;
+            let end = (start + cluster * (1 + random.below(4))).min(SIZE);
+            let mut bytes = random.bytes(end - start);
+            // Some of it shrinks, some does not.
+            let noise = random.below(bytes.len() as u64 / 2) as usize;
+            let last = bytes.len();
+            bytes[noise..last].fill(random.next() as u8);
+            format.write_compressed(start, &[block::WriteBuf::new(&bytes)]).unwrap();
+            model.disk[start as usize..end as usize].copy_from_slice(&bytes);
+        }
         14 if model.snapshots.len() < 4 => {
             let tag = format!("t{}", random.next());
             save(format, &tag);
@@ -94,7 +109,8 @@ fn run(name: &str, options: &str, disk: Vec<u8>, create: impl Fn(&Path) -> std::
         h.rotate_left(5) ^ u64::from(b).wrapping_mul(0x2545_f491_4f6c_dd1d)
     });
     let mut random = Random(seed | 1);
-    let mut model = Model { disk, snapshots: Vec::new() };
+    let packs = !["refcount_bits=4", "refcount_bits=8"].iter().any(|o| options.contains(o));
+    let mut model = Model { packs, disk, snapshots: Vec::new() };
     for _ in 0..3 {
         let (_graph, node) = open(&image);
         for _ in 0..60 {

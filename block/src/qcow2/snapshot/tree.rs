@@ -87,9 +87,9 @@ fn sub_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
         return Ok(());
     };
     for run in runs_of(meta, l1_entry)? {
-        meta.free(run)?;
+        meta.free_passing(run, meta.pass_discard.snapshot)?;
     }
-    meta.free(meta.cluster_run(offset))
+    meta.free_passing(meta.cluster_run(offset), meta.pass_discard.snapshot)
 }
 
 /// Sets the COPIED flags of the active disk after references went away: an entry has the flag if
