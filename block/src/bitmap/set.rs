@@ -104,11 +104,16 @@ impl BitmapSet {
         }
     }
 
-    /// Takes over the bitmaps of `old` when the image of this set takes the place of the one of
-    /// `old`, which has stored its bitmaps: who holds a bitmap goes on holding it.
+    /// Takes the bitmaps of `old` over when the image of this set takes the place of the one of
+    /// `old`, which has stored them and is left without any: who holds a bitmap goes on holding it.
     pub(crate) fn adopt(&self, old: &Self) {
+        if std::ptr::eq(self, old) {
+            return;
+        }
+        let theirs = std::mem::take(&mut *old.change());
+        old.any.store(false, Ordering::Release);
         let mut list = self.change();
-        for bitmap in old.all() {
+        for bitmap in theirs {
             match list.iter_mut().find(|other| other.name() == bitmap.name()) {
                 Some(loaded) => {
                     bitmap.follow(loaded);

@@ -69,7 +69,11 @@ impl Graph {
             }
         };
         for Swap { node, closed, built } in swaps {
+            // Before the old image goes: it must not store once more what the new one keeps now.
+            built.details.bitmaps.adopt(&node.bitmaps());
             node.replace(&closed, built.format, built.details);
+            // A raw node may have become another part of its file.
+            node.bitmaps().resize(node.size());
         }
         locks::reduce(&state.nodes, &uses);
         state.edges = edges;
@@ -319,10 +323,6 @@ fn prepare(
                 plan.node.name()
             )));
         }
-        // An export holds the bitmap itself, which would not follow writes any more.
-        for bitmap in plan.node.bitmaps().persistent().iter().filter(|b| !b.inconsistent()) {
-            bitmap.check_usable()?;
-        }
     }
     // From here on a failure has to set the stored bitmaps going again, before gates open.
     open_all(state, plans, edges, uses, &mut gates).inspect_err(|_| resume_bitmaps(plans))
@@ -401,12 +401,9 @@ fn build(
         }
         _ => return cannot_change("driver"),
     };
-    // Bitmaps in memory go along; those of the image were stored and are read again.
+    // Of qcow2, as they were stored and read again until step 7.
     let bitmaps = match &built.details.qcow2 {
-        Some(image) => {
-            image.bitmaps().adopt(&old.bitmaps);
-            image.bitmaps().clone()
-        }
+        Some(_) => built.details.bitmaps.clone(),
         None => old.bitmaps.clone(),
     };
     let details = Details {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::bitmap::BitmapHold;
 use crate::graph::Attachment;
 use crate::{Error, Node, Result};
 
@@ -16,6 +17,17 @@ pub trait DirtyExtents: Send + Sync {
     /// Lengths in bytes of what is dirty (`true`) or clean, in order, covering a prefix of the range of
     /// at least one byte; `most` extents at most.
     fn dirty_extents(&self, offset: u64, len: u64, most: usize) -> Vec<(u64, bool)>;
+}
+
+impl DirtyExtents for BitmapHold {
+    fn name(&self) -> &str {
+        self.bitmap().name()
+    }
+
+    fn dirty_extents(&self, offset: u64, len: u64, most: usize) -> Vec<(u64, bool)> {
+        let extents = self.bitmap().extents(offset, len, most);
+        extents.into_iter().map(|extent| (extent.len, extent.dirty)).collect()
+    }
 }
 
 /// QMP's `BlockExportOptionsNbd`.

@@ -236,6 +236,11 @@ impl Meta {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason: reason.into() }
     }
 
+    /// Refuses changes from now on, because the image could not be made ready for them.
+    pub(crate) fn refuse_writes(&mut self, reason: &str) {
+        self.broken.get_or_insert_with(|| reason.to_owned());
+    }
+
     /// Refuses changes of an image that is read-only or was found corrupt.
     pub(crate) fn check_writable(&self) -> Result<()> {
         if !self.writable {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use block::bitmap::NewBitmap;
+use block::nbd::{Address, ExportOptions, Server, ServerOptions};
 use block::{Node, WriteBuf};
 
 use crate::common::{self, Random, check, create, have_qemu_img, open, path, qemu_img, qemu_io};
@@ -404,4 +405,85 @@ fn a_disk_of_10_tib_has_bitmaps_in_bounded_memory() {
     assert_eq!(qemu_dirty(dir.path(), &image, "fine"), fine);
     let opened = open(&image);
     assert_eq!(dirty(&opened.1, "usual"), usual);
+}
+
+#[test]
+fn bitmaps_live_through_a_reopen_and_who_holds_one_goes_on_with_it() {
+    if !have_qemu_img("bitmaps and reopen") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    let (graph, node) = open(&image);
+    add(&node, "stored", 65536);
+    node.add_bitmap(&NewBitmap { name: "memory", ..NewBitmap::default() }).unwrap();
+    write(&node, 1 << 20, &[1; 512]);
+    let hold = node.bitmaps().get("stored").unwrap().hold().unwrap();
+    let options = |read_only: bool| {
+        json!({
+            "driver": "qcow2", "node-name": "d", "read-only": read_only, "discard": "unmap",
+            "file": {"driver": "file", "filename": path(&image)},
+        })
+    };
+    graph.reopen(&[options(true)]).unwrap();
+    let first = 1 << 20..(1 << 20) + 65536;
+    assert_eq!(qemu_dirty(dir.path(), &image, "stored"), [first.clone()], "stored, and valid");
+    let named = Arc::ptr_eq(&node.bitmaps().get("stored").unwrap(), hold.bitmap());
+    assert!(named && hold.bitmap().info().busy);
+    graph.reopen(&[options(false)]).unwrap();
+    write(&node, 2 << 20, &[1; 512]);
+    let both = [first, 2 << 20..(2 << 20) + 65536];
+    assert_eq!(dirty(&node, "memory"), both);
+    assert_eq!(hold.bitmap().dirty_bytes(), 2 * 65536);
+    // The image before this one must not have made the stored bitmap valid again.
+    let crashed = dir.path().join("crashed.qcow2");
+    std::fs::copy(&image, &crashed).unwrap();
+    let (_graph, copy) = open(&crashed);
+    assert!(copy.bitmaps().get("stored").unwrap().inconsistent());
+    drop(hold);
+    close((graph, node));
+    check(&image);
+    assert_eq!(qemu_dirty(dir.path(), &image, "stored"), both);
+}
+
+#[test]
+fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
+    if !have_qemu_img("bitmaps over NBD") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    let (graph, node) = open(&image);
+    add(&node, "b", 4096);
+    for n in 0..50 {
+        write(&node, n * 1_300_000, &[1; 5000]);
+    }
+    let bitmap = node.bitmaps().get("b").unwrap();
+    let socket = dir.path().join("s");
+    let address = Address::Unix(socket.clone());
+    let mut server = Server::start(&address, ServerOptions::default(), |_| {}).unwrap();
+    let export = ExportOptions {
+        id: "e".to_owned(),
+        name: "d".to_owned(),
+        description: None,
+        attachment: graph.attach_export("d", false).unwrap(),
+        writable: false,
+        allocation_depth: false,
+        bitmaps: vec![Arc::new(bitmap.hold().unwrap())],
+    };
+    server.add_export(export).unwrap();
+    let uri = format!(
+        "driver=nbd,server.type=unix,server.path={},export=d,x-dirty-bitmap=qemu:dirty-bitmap:b",
+        socket.display()
+    );
+    let map: Value =
+        serde_json::from_str(&qemu_img(&["map", "--output=json", "--image-opts", &uri])).unwrap();
+    let told = map.as_array().unwrap().iter().filter(|e| e["data"] == false).map(|e| {
+        let start = e["start"].as_u64().unwrap();
+        start..start + e["length"].as_u64().unwrap()
+    });
+    assert_eq!(joined(told), dirty(&node, "b"));
+    assert!(node.clear_bitmap("b").unwrap_err().to_string().contains("currently in use"));
+    server.stop();
+    node.clear_bitmap("b").unwrap();
 }

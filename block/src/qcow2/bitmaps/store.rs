@@ -54,9 +54,11 @@ impl Qcow2 {
     /// follow writes, durably.
     ///
     /// # Errors
-    /// If the image could not be written: then nobody may write to the disk.
+    /// If the image could not be written: writes to the disk are refused then.
     pub fn resume_bitmaps(&self) -> Result<()> {
-        self.bitmaps_out_of_date(Bitmap::enabled)
+        self.bitmaps_out_of_date(Bitmap::enabled).inspect_err(|e| {
+            self.meta().refuse_writes(&format!("bitmaps could not be marked as in use: {e}"));
+        })
     }
 
     /// Takes a bitmap out of the image.
