@@ -53,7 +53,7 @@ impl Op {
     /// are addressed by the byte, large ones in steps that reach their end.
     pub fn range(self, size: u64) -> (u64, u64) {
         let span = size.saturating_add(size / 16).saturating_add(1 << 10);
-        let offset = match u128::from(self.offset) * u128::from(span) >> 32 {
+        let offset = match (u128::from(self.offset) * u128::from(span)) >> 32 {
             // A whole disk above 4 GiB cannot be reached byte by byte.
             scaled if span > 1 << 32 => u64::try_from(scaled).unwrap_or(u64::MAX),
             _ => u64::from(self.offset) % span,

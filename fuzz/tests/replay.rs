@@ -1,4 +1,5 @@
 //! Every target with its seeds, its regressions, and mutations of them: the same ones each time.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use tardigrade_fuzz::mutate::mutate;
 use tardigrade_fuzz::{seeds, targets};

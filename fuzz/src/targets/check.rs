@@ -10,8 +10,7 @@ pub(super) fn run(input: &[u8]) {
     let file = input::unpack(input);
     let _limit = limit(&file);
     let progress = Progress::default();
-    let Ok(report) = check(&*file, &Options { progress: Some(&progress), ..Options::default() })
-    else {
+    let Ok(report) = check(&*file, &Options { progress: Some(&progress) }) else {
         return;
     };
     let (done, total) = progress.get();
