@@ -176,6 +176,23 @@ impl TableCache {
         self.tables.contains_key(&offset)
     }
 
+    /// As [`TableCache::forget`], for all tables in a part of the file.
+    pub(crate) fn forget_range(&mut self, range: &Range<HostOffset>) {
+        let step = self.table_len.max(1);
+        if (range.end.0 - range.start.0) / to_u64(step) <= to_u64(self.tables.len()) {
+            (range.start.0..range.end.0).step_by(step).for_each(|at| self.forget(HostOffset(at)));
+        } else {
+            let gone: Vec<_> =
+                self.tables.keys().copied().filter(|at| range.contains(at)).collect();
+            gone.into_iter().for_each(|at| self.forget(at));
+        }
+    }
+
+    /// The table at `offset`, if it is in memory. It does not count as used.
+    pub(crate) fn peek(&mut self, offset: HostOffset) -> Option<&mut Table> {
+        self.tables.get_mut(&offset)
+    }
+
     /// Whether any table differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
         !self.dirty.get().is_empty()
@@ -300,7 +317,11 @@ mod tests {
         let (mut cache, storage) = cache();
         for round in 0..1000 {
             cache.load(&storage, at(1)).unwrap().set_entry(0, round);
-            cache.forget(at(1));
+            if round % 2 == 0 {
+                cache.forget(at(1));
+            } else {
+                cache.forget_range(&(at(0)..at(round)));
+            }
         }
         assert!(!cache.is_dirty());
         assert!(cache.queue.len() < 100, "the queue grows without end");

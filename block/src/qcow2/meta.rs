@@ -336,15 +336,16 @@ impl Meta {
         let geometry = self.geometry();
         let (l2, freed, places) = (&mut self.l2, &mut self.freed, &mut self.places);
         let packed_end = &mut self.packed_end;
-        let given = self.refcounts.sub(run, |cluster| {
-            l2.forget(geometry.offset_of(cluster));
-            places.l2.remove(cluster);
-            places.inactive_l2.remove(cluster);
-            if packed_end.is_some_and(|end| geometry.cluster_of(end) == cluster) {
+        let given = self.refcounts.sub(run, |run| {
+            l2.forget_range(&(geometry.offset_of(run.first)..geometry.offset_of(run.end())));
+            places.l2.remove_run(run);
+            places.inactive_l2.remove_run(run);
+            let has = |end| (run.first..run.end()).contains(&geometry.cluster_of(end));
+            if packed_end.is_some_and(has) {
                 *packed_end = None;
             }
             if pass && freed.len() < MAX_PENDING_RUNS {
-                push_run(freed, Run::one(cluster));
+                push_run(freed, run);
             }
         });
         self.noted(given)
@@ -373,12 +374,6 @@ impl Meta {
         self.pending.iter().map(Vec::len).sum()
     }
 
-    /// The L2 table of an L1 index; `None` if there is none.
-    pub(crate) fn l2_for_read(&mut self, l1_index: u64) -> Result<Option<&mut Table>> {
-        let entry = self.l1.get(to_usize(l1_index)).copied().unwrap_or(0);
-        self.l2_at(entry)
-    }
-
     /// The L2 table an L1 entry refers to; `None` if there is none.
     pub(crate) fn l2_at(&mut self, l1_entry: u64) -> Result<Option<&mut Table>> {
         let Some(offset) = table_of(l1_entry) else {
@@ -388,6 +383,45 @@ impl Meta {
             return Err(self.damaged(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
         }
         Ok(Some(self.l2.load(&*self.storage, offset)?))
+    }
+
+    /// A copy of the L2 table that an L1 entry refers to, for walks over all tables: these leave the
+    /// cache as it is. Gives the table's place, or `None` if there is none.
+    pub(crate) fn copy_l2(
+        &mut self,
+        l1_entry: u64,
+        to: &mut Vec<u8>,
+    ) -> Result<Option<HostOffset>> {
+        let Some(offset) = table_of(l1_entry) else {
+            return Ok(None);
+        };
+        if self.geometry().in_cluster(offset.0) != 0 {
+            return Err(self.damaged(format!("L1 entry {l1_entry:#x} is not a cluster offset")));
+        }
+        to.resize(to_usize(self.geometry().cluster_size()), 0);
+        match self.l2.peek(offset) {
+            Some(table) => to.copy_from_slice(table.bytes()),
+            None => self.storage.read_at(offset.0, &[ReadBuf::new(to)])?,
+        }
+        Ok(Some(offset))
+    }
+
+    /// Puts bytes of an L2 table back after [`Meta::copy_l2`]: in the cache if it is there, else on
+    /// disk at once. The caller sees to it that the disk may have them.
+    pub(crate) fn put_l2(
+        &mut self,
+        offset: HostOffset,
+        bytes: &[u8],
+        changed: Range<usize>,
+    ) -> Result<()> {
+        let run = self.cluster_run(offset);
+        self.check_overlap_but(run, OverlapCheck::ACTIVE_L2 | OverlapCheck::INACTIVE_L2)?;
+        if let Some(table) = self.l2.peek(offset) {
+            table.bytes_mut(changed.clone()).copy_from_slice(&bytes[changed]);
+            return Ok(());
+        }
+        let at = offset + to_u64(changed.start);
+        self.storage.write_at(at.0, &[WriteBuf::new(&bytes[changed])])
     }
 
     /// The L2 table of an L1 index, for changes: made if there is none, copied if it is shared.

@@ -6,6 +6,7 @@
 //! | `header`, `header_write` | the header, checked; rewritten |
 //! | `options` | how an image is to be opened |
 //! | `cache` | L2 tables and refcount blocks in memory |
+//! | `counts` | the refcounts of one block |
 //! | `refcount` | references to host clusters, allocation |
 //! | `meta` | all of these together, and the order in which they are written |
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
@@ -35,6 +36,7 @@ mod cache;
 pub mod check;
 mod compressed;
 mod corruption;
+mod counts;
 pub mod create;
 mod header;
 mod header_write;

@@ -135,6 +135,22 @@ impl ClusterSet {
         }
     }
 
+    /// Takes the clusters of a run out.
+    pub(crate) fn remove_run(&mut self, run: Run) {
+        if self.chunks.is_empty() {
+            return;
+        }
+        let mut at = run.first;
+        while at < run.end() {
+            let chunk = at.0 >> CHUNK_BITS;
+            let end = run.end().min(HostCluster((chunk + 1) << CHUNK_BITS));
+            if self.chunks.contains_key(&chunk) {
+                (at.0..end.0).for_each(|cluster| self.remove(HostCluster(cluster)));
+            }
+            at = end;
+        }
+    }
+
     /// Whether a cluster is in it.
     pub(crate) fn contains(&self, cluster: HostCluster) -> bool {
         let (chunk, word, bit) = Self::place(cluster);
@@ -231,6 +247,8 @@ mod tests {
         assert_eq!(set.first_in(run(1, 100)), Some(HostCluster(64)));
         set.remove(HostCluster(1 << 47));
         assert_eq!(set.chunks.len(), 2, "an empty chunk takes no memory");
+        set.remove_run(run(1, 5000));
+        assert!(set.contains(HostCluster(0)) && set.first_in(run(1, 9000)).is_none());
     }
 
     #[test]

@@ -8,8 +8,9 @@ use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
+use super::counts::{self, Step, get};
 use super::header::{Header, MAX_REFTABLE_BYTES, field};
-use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run};
+use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run, push_run};
 use super::overlap::{ClusterSet, OverlapCheck};
 
 /// Refcount blocks without a count that are looked through for the end of the image.
@@ -36,34 +37,18 @@ pub(super) struct Refcounts {
     hint: HostCluster,
 }
 
-/// Reads the refcount at `index` of a block ("Refcount blocks": widths below a byte start at the
-/// least significant bit).
-fn get(bytes: &[u8], index: usize, order: u32) -> u64 {
-    let width = 1usize << order;
-    if order < 3 {
-        let bit = index * width;
-        let byte = bytes.get(bit / 8).copied().unwrap_or(0);
-        return u64::from(byte >> (bit % 8)) & ((1 << width) - 1);
-    }
-    let len = width / 8;
-    bytes[index * len..][..len].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
-}
-
 /// Sets the refcount at `index` of a block.
 fn set(table: &mut Table, index: usize, order: u32, value: u64) {
-    let width = 1usize << order;
-    if order < 3 {
-        let bit = index * width;
-        let at = bit / 8;
-        let mask = ((1u8 << width) - 1) << (bit % 8);
-        let [low, ..] = value.to_le_bytes();
-        let byte = &mut table.bytes_mut(at..at + 1)[0];
-        *byte = (*byte & !mask) | (low << (bit % 8) & mask);
-        return;
-    }
-    let len = width / 8;
-    let bytes = value.to_be_bytes();
-    table.bytes_mut(index * len..(index + 1) * len).copy_from_slice(&bytes[8 - len..]);
+    let bytes = counts::bytes_of(&(index..index + 1), order);
+    let at = (bytes.start * 8) >> order;
+    counts::set(table.bytes_mut(bytes), index - at, order, value);
+}
+
+/// Changes the refcounts of a range of a block by one.
+fn change(table: &mut Table, range: &Range<usize>, order: u32, step: Step) {
+    let bytes = counts::bytes_of(range, order);
+    let at = (bytes.start * 8) >> order;
+    counts::step(table.bytes_mut(bytes), &(range.start - at..range.end - at), order, step);
 }
 
 impl Refcounts {
@@ -185,22 +170,9 @@ impl Refcounts {
     /// Among others when the refcounts' width is exhausted, or a cluster has no reference yet,
     /// which a used cluster must have.
     pub(crate) fn add(&mut self, run: Run) -> Result<()> {
-        for cluster in run.clusters() {
-            // A table may refer to clusters all over the host, each with a block of its own.
-            let changed = match self.trim().and_then(|()| self.get(cluster)) {
-                Ok(0) => {
-                    Err(self.corrupt(format!("cluster {cluster:#x} is in use but has refcount 0")))
-                }
-                Ok(n) if n >= self.geometry.max_refcount() => Err(Error::NotSupported(format!(
-                    "Image '{}': the refcount of cluster {cluster:#x} would exceed {} bits",
-                    self.storage.name(),
-                    1u32 << self.geometry.refcount_order
-                ))),
-                Ok(n) => self.set(cluster, n + 1),
-                Err(e) => Err(e),
-            };
-            if let Err(e) = changed {
-                let done = Run { first: run.first, count: cluster.0 - run.first.0 };
+        for part in self.by_block(run) {
+            if let Err(e) = self.add_part(part) {
+                let done = Run { first: run.first, count: part.first.0 - run.first.0 };
                 self.sub(done, |_| {})?;
                 return Err(e);
             }
@@ -208,24 +180,117 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Takes one reference from each cluster and tells which have none left.
-    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(HostCluster)) -> Result<()> {
-        for cluster in run.clusters() {
+    /// As [`Refcounts::add`], for clusters of one block.
+    fn add_part(&mut self, part: Run) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        let limit = self.geometry.max_refcount();
+        // A table may refer to clusters all over the host, each with a block of its own.
+        self.trim()?;
+        let at = |index: usize, start: usize| part.first + to_u64(index - start);
+        let Some((table, start)) = self.block(part.first)? else {
+            return Err(self.unused(part.first));
+        };
+        let range = start..start + to_usize(part.count);
+        let (least, most) = counts::bounds(table.bytes(), &range, order);
+        if least == 0 {
+            let index = counts::find(table.bytes(), &range, order, 0).unwrap_or(start);
+            return Err(self.unused(at(index, start)));
+        }
+        if most >= limit {
+            let index = counts::find(table.bytes(), &range, order, most).unwrap_or(start);
+            return Err(Error::NotSupported(format!(
+                "Image '{}': the refcount of cluster {:#x} would exceed {} bits",
+                self.storage.name(),
+                at(index, start),
+                1u32 << order
+            )));
+        }
+        change(table, &range, order, Step::Up);
+        Ok(())
+    }
+
+    fn unused(&self, cluster: HostCluster) -> Error {
+        self.corrupt(format!("cluster {cluster:#x} is in use but has refcount 0"))
+    }
+
+    /// The parts of a run that one block has.
+    fn by_block(&self, run: Run) -> impl Iterator<Item = Run> + use<> {
+        let entries = self.geometry.block_entries();
+        let mut at = run.first;
+        std::iter::from_fn(move || {
+            let left = run.end().0 - at.0;
+            let part = Run { first: at, count: left.min(entries - at.0 % entries) };
+            at = part.end();
+            (left > 0).then_some(part)
+        })
+    }
+
+    /// Takes one reference from each cluster and tells which have none left, in runs. At an error
+    /// the clusters before the one it tells of are done.
+    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(Run)) -> Result<()> {
+        for part in self.by_block(run) {
             self.trim()?;
-            match self.get(cluster)? {
-                0 => {
-                    return Err(
-                        self.corrupt(format!("cluster {cluster:#x} to be freed has refcount 0"))
-                    );
-                }
-                n => self.set(cluster, n - 1)?,
-            }
-            if self.get(cluster)? == 0 {
-                self.hint = self.hint.min(cluster);
-                freed(cluster);
+            let done = self.sub_part(part, &mut freed)?;
+            if done < part.count {
+                return Err(self.corrupt(format!(
+                    "cluster {:#x} to be freed has refcount 0",
+                    part.first + done
+                )));
             }
         }
         Ok(())
+    }
+
+    /// As [`Refcounts::sub`], for clusters of one block; says how many are done.
+    fn sub_part(&mut self, part: Run, freed: &mut impl FnMut(Run)) -> Result<u64> {
+        let order = self.geometry.refcount_order;
+        let Some((table, start)) = self.block(part.first)? else {
+            return Ok(0);
+        };
+        let mut range = start..start + to_usize(part.count);
+        let (least, most) = counts::bounds(table.bytes(), &range, order);
+        if least == 0 {
+            range.end = counts::find(table.bytes(), &range, order, 0).unwrap_or(start);
+        }
+        if range.is_empty() {
+            return Ok(0);
+        }
+        let mut gone = Vec::new();
+        if most == 1 {
+            gone.push(Run { first: part.first, count: to_u64(range.len()) });
+        } else if least <= 1 {
+            let mut rest = range.clone();
+            while let Some(index) = counts::find(table.bytes(), &rest, order, 1) {
+                push_run(&mut gone, Run::one(part.first + to_u64(index - start)));
+                rest.start = index + 1;
+            }
+        }
+        change(table, &range, order, Step::Down);
+        for run in gone {
+            self.hint = self.hint.min(run.first);
+            freed(run);
+        }
+        Ok(to_u64(range.len()))
+    }
+
+    /// Tells of each of the clusters whether it has exactly one reference. Neighbours should come
+    /// one after another: a block is looked up once for all that follow.
+    pub(crate) fn single(&mut self, clusters: &[HostCluster]) -> Result<Vec<bool>> {
+        let order = self.geometry.refcount_order;
+        let entries = self.geometry.block_entries();
+        let mut out = Vec::with_capacity(clusters.len());
+        for group in clusters.chunk_by(|a, b| a.0 / entries == b.0 / entries) {
+            self.trim()?;
+            match self.block(group[0])? {
+                Some((table, _)) => {
+                    let one =
+                        |c: &HostCluster| get(table.bytes(), to_usize(c.0 % entries), order) == 1;
+                    out.extend(group.iter().map(one));
+                }
+                None => out.resize(out.len() + group.len(), false),
+            }
+        }
+        Ok(out)
     }
 
     /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`. `holds` knows
@@ -486,44 +551,5 @@ impl Refcounts {
             }
         }
         Ok(Some(HostCluster(0)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::storage::memory::MemoryStorage;
-
-    proptest! {
-        #[test]
-        fn a_refcount_of_any_width_is_read_back_and_leaves_its_neighbours_alone(
-            order in 0u32..=6,
-            values in proptest::collection::vec(any::<u64>(), 64),
-            changes in proptest::collection::vec((0usize..64, any::<u64>()), 0..64),
-        ) {
-            let mut cache = TableCache::new(512, 0);
-            let storage = MemoryStorage::default();
-            let table = cache.load(&storage, HostOffset(0)).unwrap();
-            let most = Geometry {
-                cluster_bits: 9,
-                refcount_order: order,
-                version: 3,
-                extended: false,
-                external: false,
-            }
-            .max_refcount();
-            let mut model: Vec<u64> = values.iter().map(|v| v & most).collect();
-            for (index, value) in model.iter().enumerate() {
-                set(table, index, order, *value);
-            }
-            for (index, value) in changes {
-                set(table, index, order, value & most);
-                model[index] = value & most;
-            }
-            let read: Vec<u64> = (0..64).map(|index| get(table.bytes(), index, order)).collect();
-            prop_assert_eq!(read, model);
-        }
     }
 }

@@ -1,56 +1,85 @@
 //! Walks over everything below an L1 table, to take or give back one reference to each cluster.
 //!
-//! Refcounts change in memory and are written once for all, so a walk costs reading the L2 tables.
+//! A walk reads each L2 table once, past the cache, and changes the refcounts of runs of clusters in
+//! memory; it needs a table's worth of memory, however large the image is.
+//!
+//! **Order.** Counts first: they are durable before a walk writes COPIED flags to disk, so that a flag
+//! never promises more than a durable count (`docs/block.md` says what a crash in between leaves).
+
+use std::ops::Range;
 
 use crate::Result;
-use crate::num::{to_u64, to_usize};
-use crate::qcow2::layout::{COPIED, HostCluster, Mapping, OFFSET_MASK, Run, push_run, table_of};
+use crate::num::{be64, to_usize};
+use crate::qcow2::layout::{
+    COPIED, Geometry, HostCluster, Mapping, OFFSET_MASK, Run, push_run, table_of,
+};
 use crate::qcow2::meta::Meta;
 
 /// The clusters that an L2 table refers to, in runs; a cluster comes as often as it is referred to.
-pub(in crate::qcow2) fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
-    let geometry = meta.geometry();
+/// The error is an entry that breaks a rule, and which.
+fn runs_in(table: &[u8], geometry: Geometry) -> std::result::Result<Vec<Run>, String> {
     let mut runs = Vec::new();
-    let mut bad = None;
-    if let Some(table) = meta.l2_at(l1_entry)? {
-        for index in 0..geometry.l2_entries() {
-            let entry = table.entry(index);
-            match Mapping::decode(entry, geometry) {
-                Ok(mapping) => {
-                    if let Some(run) = mapping.run(geometry) {
-                        push_run(&mut runs, run);
-                    }
+    for words in table.chunks_exact(8 * geometry.entry_words()) {
+        let entry = be64(words, 0);
+        match Mapping::decode(entry, geometry) {
+            Ok(mapping) => {
+                if let Some(run) = mapping.run(geometry) {
+                    push_run(&mut runs, run);
                 }
-                Err(reason) => bad = Some((entry, reason)),
             }
+            Err(reason) => return Err(format!("L2 entry {entry:#x}: {reason}")),
         }
     }
-    match bad {
-        Some((entry, reason)) => Err(meta.damaged(format!("L2 entry {entry:#x}: {reason}"))),
-        None => Ok(runs),
+    Ok(runs)
+}
+
+/// The clusters that the L2 table of an L1 entry refers to, as [`runs_in`].
+pub(in crate::qcow2) fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
+    let mut table = Vec::new();
+    match meta.copy_l2(l1_entry, &mut table)? {
+        Some(_) => runs_in(&table, meta.geometry()).map_err(|reason| meta.damaged(reason)),
+        None => Ok(Vec::new()),
     }
 }
 
 /// Takes one more reference to all L2 tables and clusters below `l1`; all or none. No cluster is
-/// anyone's alone afterwards, so the L2 tables lose their COPIED flags.
+/// anyone's alone afterwards, so the L2 tables lose their COPIED flags: those that are not in the
+/// cache on disk, once the counts are durable.
 pub(super) fn add_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
+    let mut table = Vec::new();
+    let mut flagged = Vec::new();
     for (index, entry) in l1.iter().enumerate() {
-        if let Err(e) = add_table(meta, *entry) {
-            if let Err(undo) = sub_refs(meta, &l1[..index]) {
-                tracing::warn!(image = meta.storage.name(), "clusters are leaked: {undo}");
+        match add_table(meta, *entry, &mut table) {
+            Ok(false) => {}
+            Ok(true) => flagged.push(*entry),
+            Err(e) => {
+                undo_add(meta, &l1[..index]);
+                return Err(e);
             }
-            return Err(e);
         }
-        meta.trim()?;
     }
-    Ok(())
+    let cleared = clear_flags(meta, &flagged, &mut table);
+    if cleared.is_err() {
+        undo_add(meta, l1);
+        // Some flags are gone: the next sync sets them again.
+        meta.flags_lag = true;
+    }
+    cleared
 }
 
-fn add_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
-    let Some(offset) = table_of(l1_entry) else {
-        return Ok(());
+fn undo_add(meta: &mut Meta, l1: &[u64]) {
+    if let Err(undo) = sub_refs(meta, l1) {
+        tracing::warn!(image = meta.storage.name(), "clusters are leaked: {undo}");
+    }
+}
+
+/// Takes the references of one table; says whether it has COPIED flags.
+fn add_table(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<bool> {
+    let geometry = meta.geometry();
+    let Some(offset) = meta.copy_l2(l1_entry, table)? else {
+        return Ok(false);
     };
-    let mut runs = runs_of(meta, l1_entry)?;
+    let mut runs = runs_in(table, geometry).map_err(|reason| meta.damaged(reason))?;
     runs.push(meta.cluster_run(offset));
     for (done, run) in runs.iter().enumerate() {
         if let Err(e) = meta.add_refs(*run) {
@@ -58,35 +87,66 @@ fn add_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
             return Err(e);
         }
     }
-    let entries = meta.geometry().l2_entries();
-    if let Some(table) = meta.l2_at(l1_entry)? {
-        for index in 0..entries {
-            let entry = table.entry(index);
-            if entry & COPIED != 0 {
-                table.set_entry(index, entry & !COPIED);
+    let mut flags = table.iter().step_by(8 * geometry.entry_words());
+    Ok(flags.any(|first| first & 0x80 != 0))
+}
+
+/// Takes the COPIED flags out of L2 tables. Order: counts durable, then the flags.
+fn clear_flags(meta: &mut Meta, l1: &[u64], table: &mut Vec<u8>) -> Result<()> {
+    if l1.is_empty() {
+        return Ok(());
+    }
+    meta.refcounts.write_back()?;
+    meta.storage.flush()?;
+    let step = 8 * meta.geometry().entry_words();
+    for entry in l1 {
+        let Some(offset) = meta.copy_l2(*entry, table)? else {
+            continue;
+        };
+        let mut changed = Changed::default();
+        for (at, words) in table.chunks_exact_mut(step).enumerate() {
+            if words[0] & 0x80 != 0 {
+                words[0] &= 0x7f;
+                changed.note(at * step);
             }
+        }
+        if let Some(range) = changed.0 {
+            meta.put_l2(offset, table, range)?;
         }
     }
     Ok(())
 }
 
+/// The bytes of a table that changed.
+#[derive(Default)]
+struct Changed(Option<Range<usize>>);
+
+impl Changed {
+    /// The entry at `at` did.
+    fn note(&mut self, at: usize) {
+        let start = self.0.as_ref().map_or(at, |range| range.start);
+        self.0 = Some(start..at + 8);
+    }
+}
+
 /// Gives one reference to all L2 tables and clusters below `l1` back. Nothing on disk may refer to
 /// `l1` any more. After an error the rest is tried all the same; what fails is leaked.
 pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
+    let mut table = Vec::new();
     let mut result = Ok(());
     for entry in l1 {
-        if let Err(e) = sub_table(meta, *entry).and_then(|()| meta.trim()) {
+        if let Err(e) = sub_table(meta, *entry, &mut table) {
             result = Err(e);
         }
     }
     result
 }
 
-fn sub_table(meta: &mut Meta, l1_entry: u64) -> Result<()> {
-    let Some(offset) = table_of(l1_entry) else {
+fn sub_table(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
+    let Some(offset) = meta.copy_l2(l1_entry, table)? else {
         return Ok(());
     };
-    for run in runs_of(meta, l1_entry)? {
+    for run in runs_in(table, meta.geometry()).map_err(|reason| meta.damaged(reason))? {
         meta.free_passing(run, meta.pass_discard.snapshot)?;
     }
     meta.free_passing(meta.cluster_run(offset), meta.pass_discard.snapshot)
@@ -101,43 +161,59 @@ pub(in crate::qcow2) fn set_copied(meta: &mut Meta) -> Result<()> {
 }
 
 fn set_all_copied(meta: &mut Meta) -> Result<()> {
-    let geometry = meta.geometry();
+    // A flag must not promise more than a count that is durable.
+    meta.refcounts.write_back()?;
+    meta.storage.flush()?;
+    let mut table = Vec::new();
     for l1_index in 0..meta.l1.len() {
         let entry = meta.l1[l1_index];
         let Some(offset) = table_of(entry) else {
             continue;
         };
-        let wanted = flagged(meta, entry, geometry.cluster_of(offset))?;
+        let own = meta.refcounts.get(meta.geometry().cluster_of(offset))? == 1;
+        let wanted = if own { entry | COPIED } else { entry & !COPIED };
         if wanted != entry {
             meta.set_l1(l1_index, wanted);
         }
-        let mut entries = Vec::new();
-        if let Some(table) = meta.l2_for_read(to_u64(l1_index))? {
-            entries.extend((0..geometry.l2_entries()).map(|index| table.entry(index)));
-        }
-        let mut changes = Vec::new();
-        for (index, entry) in entries.into_iter().enumerate() {
-            let host = match Mapping::decode(entry, geometry) {
-                Ok(Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. }) => host,
-                _ => continue,
-            };
-            let wanted = flagged(meta, entry, geometry.cluster_of(host))?;
-            if wanted != entry {
-                changes.push((to_u64(index), wanted));
-            }
-        }
-        if let Some(table) = meta.l2_for_read(to_u64(l1_index))? {
-            for (index, wanted) in changes {
-                table.set_entry(index, wanted);
-            }
-        }
-        meta.trim()?;
+        set_table_copied(meta, entry, &mut table)?;
     }
     Ok(())
 }
 
-fn flagged(meta: &mut Meta, entry: u64, cluster: HostCluster) -> Result<u64> {
-    Ok(if meta.refcounts.get(cluster)? == 1 { entry | COPIED } else { entry & !COPIED })
+fn set_table_copied(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
+    let geometry = meta.geometry();
+    // A data file of its own has no counts; what is there is always the disk's alone.
+    if geometry.external {
+        return Ok(());
+    }
+    let Some(offset) = meta.copy_l2(l1_entry, table)? else {
+        return Ok(());
+    };
+    // The entries that have flags, and their clusters.
+    let step = 8 * geometry.entry_words();
+    let mut places = Vec::new();
+    let mut clusters: Vec<HostCluster> = Vec::new();
+    for (index, words) in table.chunks_exact(step).enumerate() {
+        if let Ok(Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. }) =
+            Mapping::decode(be64(words, 0), geometry)
+        {
+            places.push(index * step);
+            clusters.push(geometry.cluster_of(host));
+        }
+    }
+    let single = meta.refcounts.single(&clusters)?;
+    let mut changed = Changed::default();
+    for (at, single) in places.into_iter().zip(single) {
+        let flag = if single { 0x80 } else { 0 };
+        if table[at] & 0x80 != flag {
+            table[at] ^= 0x80;
+            changed.note(at);
+        }
+    }
+    match changed.0 {
+        Some(range) => meta.put_l2(offset, table, range),
+        None => Ok(()),
+    }
 }
 
 /// The first `count` entries of an L1 table without flags, padded with empty ones.
