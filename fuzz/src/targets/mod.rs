@@ -67,8 +67,13 @@ fn open(file: &Arc<Sparse>, read_only: bool) -> Result<Qcow2> {
 /// The limits of memory for work on a file: tables and caches have fixed bounds, everything else
 /// that is allocated at once must be in the file.
 fn limit(file: &Sparse) -> Limit {
+    limit_of(file, 6 << 20)
+}
+
+/// As [`limit`], with the bound of what need not be in the file.
+fn limit_of(file: &Sparse, single: usize) -> Limit {
     let len = usize::try_from(file.len().unwrap_or(0)).unwrap_or(0).min(64 << 20);
-    Limit::set((6 << 20) + 2 * len, (224 << 20) + 2 * len)
+    Limit::set(single + 2 * len, (224 << 20) + 2 * len)
 }
 
 /// Tells what is done, if FUZZ_TRACE is in the environment.

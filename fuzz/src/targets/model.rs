@@ -70,12 +70,14 @@ impl Model {
         self.snapshots.retain(|snapshot| snapshot.id != id);
     }
 
-    /// Back to a snapshot; what is in those that were there before is not known.
-    pub(super) fn reverted(&mut self, id: &str, image: &Qcow2) {
-        match self.snapshots.iter().find(|snapshot| snapshot.id == id) {
-            Some(snapshot) => self.disk.clone_from(&snapshot.disk),
-            None => self.disk = read_all(image).unwrap_or_default(),
-        }
+    /// Back to a snapshot. One that was there before has a disk that is not known, of any size.
+    pub(super) fn reverted(mut self, id: &str, image: &Qcow2) -> Option<Self> {
+        self.disk = match self.snapshots.iter().find(|snapshot| snapshot.id == id) {
+            Some(snapshot) => snapshot.disk.clone(),
+            None if image.size() <= MAX_SIZE => read_all(image).ok()?,
+            None => return None,
+        };
+        Some(self)
     }
 
     /// The disk is as it should be.

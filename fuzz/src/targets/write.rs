@@ -23,6 +23,7 @@ pub(super) fn run(input: &[u8]) {
     let file = input::unpack(image);
     let _limit = limit(&file);
     let clean = is_clean(&file);
+    let len = file.len().expect("memory has a length");
     // Bitmaps are dropped by who does not know them.
     let mut whole = clean && !has_autoclear(&file);
     let Ok(image) = open(&file, false) else { return };
@@ -48,7 +49,8 @@ pub(super) fn run(input: &[u8]) {
     }
     drop(image);
     if clean {
-        still_clean(&file, whole);
+        let known = file.len().expect("memory has a length") <= len + AHEAD;
+        still_clean(&file, whole && known);
     }
     if let Some(model) = model {
         let image = open(&file, false).expect("the image was clean");
@@ -56,9 +58,15 @@ pub(super) fn run(input: &[u8]) {
     }
 }
 
-/// Whether there is nothing wrong with an image.
+/// Bytes past the end of the file that are looked at.
+const AHEAD: u64 = 8 << 20;
+
+/// Whether there is nothing wrong with an image, counts of clusters past its end included: those
+/// would come to light as it grows.
 fn is_clean(file: &Arc<Sparse>) -> bool {
-    check(&**file, &Options::default())
+    let longer = file.copy();
+    longer.put_len(file.len().expect("memory has a length") + AHEAD);
+    check(&longer, &Options::default())
         .is_ok_and(|report| report.exit_code() == 0 && report.overlaps == 0)
 }
 
@@ -120,7 +128,7 @@ fn perform(
                     note(model, |model| model.deleted(&id));
                 }
             } else if steps(&mut *image.revert_snapshot(&id)?, op.small >> 4)? {
-                note(model, |model| model.reverted(&id, image));
+                *model = model.take().and_then(|model| model.reverted(&id, image));
             }
         }
         // A large range at once.
