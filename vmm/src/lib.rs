@@ -1,6 +1,7 @@
 //! The Tardigrade virtual machine monitor: the machine itself, the QMP command handlers and the
 //! command line of the binary `tardigrade`. `docs/architecture.md` tells how its threads work together.
 
+pub mod blocks;
 pub mod boot;
 pub mod bus;
 pub mod cli;

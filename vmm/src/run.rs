@@ -1,4 +1,4 @@
-//! From the command line to a machine that has ended.
+//! From the command line to a machine, or a storage daemon, that has ended.
 
 use std::fs;
 use std::io::Write;
@@ -11,8 +11,10 @@ use std::thread;
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
 
-use crate::cli::{self, MachineArgs, Options};
+use crate::blocks::Blocks;
+use crate::cli::{self, GuestOptions, MachineArgs, Options};
 use crate::console::Console;
+use crate::control::daemon::{self, Daemon};
 use crate::control::mailbox::{Mailbox, Message, mailbox};
 use crate::control::work::{Revival, Target, WorkError};
 use crate::control::{self, Controller, Parts};
@@ -51,43 +53,78 @@ pub enum Error {
     },
 }
 
-/// Runs the machine that `args` ask for, until it ends.
+/// Runs what `args` ask for, a machine or a storage daemon, until it ends.
 ///
 /// # Errors
 /// It cannot be started, or a disk cannot be flushed at its end.
 pub fn run(args: &MachineArgs) -> Result<(), Error> {
     let options = Options::from_args(args)?;
     let _pidfile = options.pidfile.as_deref().map(PidFile::create).transpose()?;
-    let graph = open_nodes(&options)?;
+    match &options.guest {
+        Some(guest) => run_machine(&options, guest, args),
+        None => run_daemon(&options, args),
+    }
+}
+
+fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> Result<(), Error> {
+    let graph = open_nodes(options)?;
     let host = |what| move |source| Error::Host { what, source };
     let (mailbox, inbox) = mailbox().map_err(host("cannot make event descriptors"))?;
-    let console = Console::open(&options.serial)
-        .map_err(|error| cli::Error::new("serial", &args.serial, error))?;
+    let console = Console::open(&guest.serial)
+        .map_err(|error| cli::Error::new("serial", &guest.serial_text, error))?;
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
-    let machine = make_machine(&options, &graph, output, &mailbox)?;
-    let (server, requests) = qmp::Server::start(qmp::Options::new(version::qmp_version()))
-        .map_err(host("cannot start the QMP server"))?;
-    for (spec, text) in options.qmp.iter().zip(&args.qmp) {
-        let listening =
-            if spec.wait { server.listen_and_wait(&spec.path) } else { server.listen(&spec.path) };
-        listening.map_err(|error| cli::Error::new("qmp", text, error))?;
-    }
+    let machine = make_machine(guest, &graph, output, &mailbox)?;
+    let (blocks, server, requests) = start_services(options, args, graph, &[])?;
     let controller = Controller::new(Parts {
         machine,
-        graph,
+        blocks,
         console,
         inbox,
         mailbox,
         server,
         requests,
-        no_reboot: options.no_reboot,
+        no_reboot: guest.no_reboot,
     })?;
-    Ok(controller.run(!options.start_paused)?)
+    Ok(controller.run(!guest.start_paused)?)
+}
+
+fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
+    let graph = open_nodes(options)?;
+    let (blocks, server, requests) = start_services(options, args, graph, daemon::WITHOUT)?;
+    Ok(Daemon::new(blocks, server, requests)?.run()?)
+}
+
+/// Starts the NBD server with its exports, then the QMP server: who waits for its socket finds all
+/// there.
+fn start_services(
+    options: &Options,
+    args: &MachineArgs,
+    graph: Arc<Graph>,
+    without: &'static [&'static str],
+) -> Result<(Arc<Blocks>, qmp::Server, qmp::Requests), Error> {
+    let qmp_options = qmp::Options { without, ..qmp::Options::new(version::qmp_version()) };
+    let (server, requests) = qmp::Server::start(qmp_options)
+        .map_err(|source| Error::Host { what: "cannot start the QMP server", source })?;
+    let blocks = Arc::new(Blocks::new(graph, server.events()));
+    if let (Some(spec), Some(text)) = (&options.nbd_server, &args.nbd_server) {
+        let started = blocks.exports().start(spec);
+        started.map_err(|error| cli::Error::new("nbd-server", text, error))?;
+    }
+    for (spec, text) in options.exports.iter().zip(&args.export) {
+        let added = blocks.exports().add(spec.clone());
+        added.map_err(|error| cli::Error::new("export", text, error))?;
+    }
+    for (spec, text) in options.qmp.iter().zip(&args.qmp) {
+        let listening =
+            if spec.wait { server.listen_and_wait(&spec.path) } else { server.listen(&spec.path) };
+        listening.map_err(|error| cli::Error::new("qmp", text, error))?;
+    }
+    Ok((blocks, server, requests))
 }
 
 /// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.
 fn make_machine(
-    options: &Options,
+    options: &GuestOptions,
     graph: &Graph,
     console: Box<dyn Write + Send>,
     mailbox: &Mailbox,

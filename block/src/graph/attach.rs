@@ -89,15 +89,26 @@ impl Graph {
     /// As [`Graph::attach`] for an export.
     ///
     /// # Errors
-    /// As for [`Graph::attach`]; and the text of QEMU's block-export-add for a node that is
-    /// missing or read-only.
+    /// As for [`Graph::attach`] and [`Graph::check_export`].
     pub fn attach_export(&self, name: &str, writable: bool) -> Result<Attachment> {
+        self.check_export(name, writable)?;
+        // QEMU finds out in two steps, which decides which conflict is told of.
+        drop(self.attach(name, User::unnamed(used(writable), Perm::all()))?);
+        self.attach(name, User::export(writable))
+    }
+
+    /// What can be said of an export before it is made.
+    ///
+    /// # Errors
+    /// The node is missing, or read-only where clients are to write; the texts of QEMU's
+    /// block-export-add.
+    pub fn check_export(&self, name: &str, writable: bool) -> Result<()> {
         let node = self.get(name).ok_or_else(|| {
             Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"))
         })?;
         if writable && node.read_only() {
             return Err(Error::Invalid("Cannot export read-only node as writable".to_owned()));
         }
-        self.attach(name, User::export(writable))
+        Ok(())
     }
 }

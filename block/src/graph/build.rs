@@ -10,7 +10,7 @@ use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
 use crate::raw::Raw;
 use crate::storage::{FileOptions, FileStorage, Locking, Storage};
-use crate::{Error, ReadBuf, Result};
+use crate::{Error, ReadBuf, Result, StatusExtent};
 
 /// What holds for a node once what it gets from the one above is put to its own options.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -213,6 +213,14 @@ impl Format for Below {
 
     fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
         self.0.read(offset, bufs)
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
+        self.0.access().block_status(offset, len)
+    }
+
+    fn fast_zeroes(&self) -> bool {
+        self.0.access().fast_zeroes()
     }
 
     fn write(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {

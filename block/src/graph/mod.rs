@@ -17,10 +17,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 
 use crate::node::Node;
+use crate::qcow2::Corruption;
 use crate::{Error, Result};
 
 mod attach;
 mod build;
+mod damage;
 mod info;
 mod locks;
 mod open;
@@ -35,8 +37,10 @@ pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 pub use options::DetectZeroes;
 pub(crate) use options::NodeOptions;
 
+use damage::Damage;
 use open::Opener;
-use options::{Source, is_well_formed};
+use options::Source;
+pub use options::is_well_formed;
 use permissions::{Edge, Parent, Role};
 
 /// All nodes. Safe to use from several threads.
@@ -55,6 +59,8 @@ struct State {
     next: u32,
     /// Number of the next user.
     next_user: u64,
+    /// Who is told of damage in images.
+    damage: Arc<Damage>,
 }
 
 impl State {
@@ -119,7 +125,8 @@ impl Graph {
         }
         // Held while files are opened: names stay free and a node cannot go away meanwhile.
         let mut state = self.state();
-        let opener = Opener::new(&state.nodes, state.edges.clone(), state.next);
+        let opener =
+            Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone());
         match opener.open_root(options) {
             Ok(opened) => {
                 state.nodes.extend(opened.made);
@@ -132,6 +139,27 @@ impl Graph {
                 Err(error)
             }
         }
+    }
+
+    /// Sets who is told, with the node's name, when an image is found damaged while it is in use. It
+    /// is called with the image's lock held: it must not use nodes.
+    pub fn on_corruption(&self, hook: impl Fn(&str, &Corruption) + Send + Sync + 'static) {
+        self.state().damage.set(Box::new(hook));
+    }
+
+    /// Makes every image durable and stores its bitmaps, overlays before what is below them: for the
+    /// end of the program. Nobody may write any more.
+    ///
+    /// # Errors
+    /// The first image that could not be written; the others are closed all the same.
+    pub fn close_images(&self) -> Result<()> {
+        let close = |node: &Arc<Node>| {
+            node.flush()?;
+            node.qcow2().map_or(Ok(()), |image| image.store_bitmaps())
+        };
+        let writable = self.list().into_iter().filter(|node| !node.read_only());
+        let results: Vec<_> = writable.map(|node| close(&node)).collect();
+        results.into_iter().collect()
     }
 
     /// The node of that name.
@@ -169,10 +197,7 @@ impl Graph {
             }
         }
         state.forget(&node);
-        // Children that only this node had go with it, top-down.
-        while let Some(orphan) = state.orphan() {
-            state.forget(&orphan);
-        }
+        state.forget_orphans();
         state.put_locks_back();
         Ok(())
     }
@@ -182,6 +207,13 @@ impl State {
     fn forget(&mut self, node: &Arc<Node>) {
         self.nodes.retain(|other| !Arc::ptr_eq(other, node));
         self.edges.retain(|edge| edge.parent != Parent::Node(node.name().to_owned()));
+    }
+
+    /// Nodes that were made for others go with these, top-down.
+    fn forget_orphans(&mut self) {
+        while let Some(orphan) = self.orphan() {
+            self.forget(&orphan);
+        }
     }
 
     /// A node that was made for another one, which is gone.
@@ -195,6 +227,9 @@ impl State {
 
 fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
     let name = node.name();
+    if state.users_of(name).any(|edge| matches!(edge.parent, Parent::User { .. })) {
+        return Err(Error::Invalid(format!("Node {name} is in use")));
+    }
     for edge in state.users_of(name) {
         if let (Role::Backing, Parent::Node(overlay)) = (edge.role, &edge.parent) {
             return Err(Error::Invalid(format!(
@@ -207,10 +242,7 @@ fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
     }
     match state.users_of(name).next() {
         None => Ok(()),
-        Some(Edge { parent: Parent::Node(_), .. }) => {
-            Err(Error::Invalid(format!("Block device {name} is in use")))
-        }
-        Some(_) => Err(Error::Invalid(format!("Node {name} is in use"))),
+        Some(_) => Err(Error::Invalid(format!("Block device {name} is in use"))),
     }
 }
 

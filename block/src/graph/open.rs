@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::build::{self, Built, Flags};
 use super::check_name;
+use super::damage::Damage;
 use super::locks;
 use super::options::{Backing, Driver, NodeOptions, NodeRef, Window};
 use super::permissions::{Edge, Parent, Role, reaches};
@@ -28,6 +29,7 @@ pub(super) struct Opener<'a> {
     next: u32,
     /// Device and inode of the images of the chain being opened.
     chain: HashSet<(u64, u64)>,
+    damage: Arc<Damage>,
 }
 
 /// What an opening leads to.
@@ -40,8 +42,14 @@ pub(super) struct Opened {
 }
 
 impl<'a> Opener<'a> {
-    pub(super) fn new(existing: &'a [Arc<Node>], edges: Vec<Edge>, next: u32) -> Self {
-        Self { existing, made: Vec::new(), edges, pending: Vec::new(), next, chain: HashSet::new() }
+    pub(super) fn new(
+        existing: &'a [Arc<Node>],
+        edges: Vec<Edge>,
+        next: u32,
+        damage: Arc<Damage>,
+    ) -> Self {
+        let (made, pending, chain) = (Vec::new(), Vec::new(), HashSet::new());
+        Self { existing, made, edges, pending, next, chain, damage }
     }
 
     /// Opens the node and all below it. On failure the locks of nodes that were there before may
@@ -111,6 +119,7 @@ impl<'a> Opener<'a> {
             inherits_from: above.map(str::to_owned),
             ..built.details
         };
+        self.damage.watch(&name, &details);
         self.pending.retain(|(pending, _)| *pending != name);
         let node = Arc::new(Node::with_details(name, built.format, details));
         self.made.insert(place, node.clone());

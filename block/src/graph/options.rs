@@ -460,8 +460,8 @@ fn backing(all: &mut Members<'_>, depth: usize) -> Result<Backing> {
     }
 }
 
-/// Whether QEMU takes a name for a node or a job.
-pub(crate) fn is_well_formed(name: &str) -> bool {
+/// Whether QEMU takes a name for a node, a job or an export.
+pub fn is_well_formed(name: &str) -> bool {
     let mut chars = name.chars();
     chars.next().is_some_and(|c| c.is_ascii_alphabetic())
         && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))

@@ -20,7 +20,6 @@ use serde_json::Value;
 
 use super::build::{self, Built, Flags};
 use super::locks;
-use super::open::not_found;
 use super::options::{Backing, Driver, NodeOptions, NodeRef, Source};
 use super::permissions::{self, Edge, Facts, Parent, Role, Uses, parents_first, reaches};
 use super::{Graph, State};
@@ -71,12 +70,15 @@ impl Graph {
         for Swap { node, closed, built } in swaps {
             // Before the old image goes: it must not store once more what the new one keeps now.
             built.details.bitmaps.adopt(&node.bitmaps());
+            state.damage.watch(node.name(), &built.details);
             node.replace(&closed, built.format, built.details);
             // A raw node may have become another part of its file.
             node.bitmaps().resize(node.size());
         }
-        locks::reduce(&state.nodes, &uses);
         state.edges = edges;
+        // A backing file that was opened with its overlay goes when that has another.
+        state.forget_orphans();
+        locks::reduce(&state.nodes, &uses);
         Ok(())
     }
 }
@@ -206,7 +208,9 @@ impl Planner<'_> {
             |child: &Arc<Node>| child.details().inherits_from.as_deref() == Some(node.name());
         match wanted {
             NodeRef::Name(name) => {
-                let child = self.find(name).ok_or_else(|| not_found(name))?;
+                let missing =
+                    || Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"));
+                let child = self.find(name).ok_or_else(missing)?;
                 let same = current.is_some_and(|current| Arc::ptr_eq(current, &child));
                 if same && inherits(&child) && !self.plans.contains_key(child.name()) {
                     let options = child.details().options.clone();

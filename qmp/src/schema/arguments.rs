@@ -1,9 +1,38 @@
 //! The arguments of commands.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::macros::objects;
-use super::types::QmpCapability;
+use super::types::{BlockExportRemoveMode, BlockExportType, QmpCapability, SocketAddress};
+use super::{Member, Qapi, Type};
+
+/// Arguments of `blockdev-add`: a flat union by `driver`. The drivers and their options are the
+/// matter of who opens the node, and are checked there, with the same texts.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct BlockdevOptions(pub Map<String, Value>);
+
+impl BlockdevOptions {
+    pub(crate) const MEMBERS: &'static [Member] = &[
+        Member {
+            name: "driver",
+            doc: "The driver; other options depend on it.",
+            ty: <String as Qapi>::TYPE,
+            optional: false,
+        },
+        Member {
+            name: "node-name",
+            doc: "The node's name.",
+            ty: <String as Qapi>::TYPE,
+            optional: true,
+        },
+    ];
+}
+
+impl Qapi for BlockdevOptions {
+    const TYPE: Type = Type::Any;
+    const OPEN: bool = true;
+}
 
 objects! {
     /// Arguments of `qmp_capabilities`.
@@ -76,5 +105,65 @@ objects! {
     JobArguments {
         /// The job.
         "id" id: String,
+    }
+
+    /// Arguments of `blockdev-del`.
+    BlockdevDelArguments {
+        /// The node.
+        "node-name" node_name: String,
+    }
+
+    /// Arguments of `blockdev-reopen`.
+    BlockdevReopenArguments {
+        /// Options of each node, as for `blockdev-add`.
+        "options" options: Vec<Value>,
+    }
+
+    /// Arguments of `nbd-server-start`.
+    NbdServerArguments {
+        /// Where it listens.
+        "addr" addr: SocketAddress,
+        /// Seconds that a handshake may take; 0 is no limit. Default 10.
+        "handshake-max-seconds" handshake_max_seconds: Option<i64>,
+        /// Credentials for TLS; refused, there is none.
+        "tls-creds" tls_creds: Option<String>,
+        /// Authorization of TLS clients; refused.
+        "tls-authz" tls_authz: Option<String>,
+        /// Clients at the same time; 0 is no limit. Default 100.
+        "max-connections" max_connections: Option<i64>,
+    }
+
+    /// Arguments of `block-export-add`: a flat union by `type`, of which there is one.
+    BlockExportOptions {
+        /// The protocol.
+        "type" kind: BlockExportType,
+        /// The export's id.
+        "id" id: String,
+        /// Whether the export stays with its thread; refused where it asks for anything.
+        "fixed-iothread" fixed_iothread: Option<bool>,
+        /// The thread it is to run on; refused.
+        "iothread" iothread: Option<String>,
+        /// The node.
+        "node-name" node_name: String,
+        /// Whether clients may write.
+        "writable" writable: Option<bool>,
+        /// Whether each write is durable when it is answered; refused where it is on.
+        "writethrough" writethrough: Option<bool>,
+        /// The name clients ask for; default the node's.
+        "name" name: Option<String>,
+        /// A text for people.
+        "description" description: Option<String>,
+        /// Dirty bitmaps that clients may ask for.
+        "bitmaps" bitmaps: Option<Vec<Value>>,
+        /// Whether clients may ask how deep in the chain a range is.
+        "allocation-depth" allocation_depth: Option<bool>,
+    }
+
+    /// Arguments of `block-export-del`.
+    BlockExportDelArguments {
+        /// The export.
+        "id" id: String,
+        /// What becomes of its clients; default "safe".
+        "mode" mode: Option<BlockExportRemoveMode>,
     }
 }

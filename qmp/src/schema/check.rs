@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{EnumInfo, Member, Type};
+use super::{CommandInfo, EnumInfo, Member, Type, UnionInfo};
 use crate::Error;
 
 /// Checks an object against its members.
@@ -14,26 +14,68 @@ pub(crate) fn check(members: &[Member], object: &Map<String, Value>) -> Result<(
     check_object(members, object, "")
 }
 
+/// Checks the arguments of a command.
+pub(crate) fn check_arguments(
+    command: &CommandInfo,
+    arguments: &Map<String, Value>,
+) -> Result<(), Error> {
+    if command.open {
+        return check_members(command.arguments, arguments, "");
+    }
+    check(command.arguments, arguments)
+}
+
+fn path(parent: &str, name: &str) -> String {
+    if parent.is_empty() { name.to_owned() } else { format!("{parent}.{name}") }
+}
+
 fn check_object(
     members: &[Member],
     object: &Map<String, Value>,
     parent: &str,
 ) -> Result<(), Error> {
-    let path = |name: &str| match parent {
-        "" => name.to_owned(),
-        _ => format!("{parent}.{name}"),
-    };
+    check_members(members, object, parent)?;
+    no_more_than(object, parent, |key| members.iter().any(|member| member.name == key))
+}
+
+fn check_members(
+    members: &[Member],
+    object: &Map<String, Value>,
+    parent: &str,
+) -> Result<(), Error> {
     for member in members {
+        let path = path(parent, member.name);
         match object.get(member.name) {
-            Some(value) => check_value(&member.ty, value, member.name, &path(member.name))?,
+            Some(value) => check_value(&member.ty, value, member.name, &path)?,
             None if member.optional => {}
-            None => return Err(Error::missing_parameter(&path(member.name))),
+            None => return Err(Error::missing_parameter(&path)),
         }
     }
-    match object.keys().find(|key| members.iter().all(|member| member.name != key.as_str())) {
-        Some(key) => Err(Error::unexpected_parameter(&path(key))),
+    Ok(())
+}
+
+fn no_more_than(
+    object: &Map<String, Value>,
+    parent: &str,
+    known: impl Fn(&str) -> bool,
+) -> Result<(), Error> {
+    match object.keys().find(|key| !known(key)) {
+        Some(key) => Err(Error::unexpected_parameter(&path(parent, key))),
         None => Ok(()),
     }
+}
+
+/// The tag first: it tells which members there are.
+fn check_union(info: &UnionInfo, object: &Map<String, Value>, parent: &str) -> Result<(), Error> {
+    let at = path(parent, info.tag);
+    let tag = object.get(info.tag).ok_or_else(|| Error::missing_parameter(&at))?;
+    let tag = tag.as_str().ok_or_else(|| Error::invalid_type(&at, "string"))?;
+    let branch = info.branches.iter().find(|branch| branch.value == tag);
+    let members = branch.ok_or_else(|| Error::bad_value(info.tag, tag))?.members;
+    check_members(members, object, parent)?;
+    no_more_than(object, parent, |key| {
+        key == info.tag || members.iter().any(|member| member.name == key)
+    })
 }
 
 fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), Error> {
@@ -58,6 +100,10 @@ fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), E
         Type::Object(info) => {
             let object = value.as_object().ok_or_else(|| Error::invalid_type(path, "object"))?;
             check_object(info().members, object, path)
+        }
+        Type::Union(info) => {
+            let object = value.as_object().ok_or_else(|| Error::invalid_type(path, "object"))?;
+            check_union(info, object, path)
         }
     }
 }

@@ -35,6 +35,22 @@ command_enum! {
     QueryBlock = "query-block" -> Vec<BlockInfo>;
     /// The nodes of the block graph, newest first.
     QueryNamedBlockNodes(NamedNodesArguments) = "query-named-block-nodes" -> Vec<BlockDeviceInfo>;
+    /// Opens a node of the block graph and those below it.
+    BlockdevAdd(BlockdevOptions) = "blockdev-add" -> ();
+    /// Closes a node that nothing uses.
+    BlockdevDel(BlockdevDelArguments) = "blockdev-del" -> ();
+    /// Gives nodes that may be in use other options: all of them, or none.
+    BlockdevReopen(BlockdevReopenArguments) = "blockdev-reopen" -> ();
+    /// Starts the NBD server.
+    NbdServerStart(NbdServerArguments) = "nbd-server-start" -> ();
+    /// Ends the NBD server with all its exports: BLOCK_EXPORT_DELETED of each before the reply.
+    NbdServerStop = "nbd-server-stop" -> ();
+    /// Offers a node to clients of the NBD server.
+    BlockExportAdd(BlockExportOptions) = "block-export-add" -> ();
+    /// Takes an export away.
+    BlockExportDel(BlockExportDelArguments) = "block-export-del" -> ();
+    /// The exports, newest first.
+    QueryBlockExports = "query-block-exports" -> Vec<BlockExportInfo>;
     /// Starts to note which parts of a node are written.
     BlockDirtyBitmapAdd(BitmapAddArguments) = "block-dirty-bitmap-add" -> ();
     /// Removes a bitmap, from the image too.

@@ -26,6 +26,28 @@ event_enum! {
         "reason" reason: ShutdownCause,
     } = "RESET";
 
+    /// An export is gone, and its node is free.
+    BlockExportDeleted {
+        /// The export.
+        "id" id: String,
+    } = "BLOCK_EXPORT_DELETED";
+
+    /// An image turned out to be damaged while it was in use.
+    BlockImageCorrupted {
+        /// The backend; empty for nodes from `--blockdev` and `blockdev-add`.
+        "device" device: String,
+        /// The node.
+        "node-name" node_name: Option<String>,
+        /// What is wrong.
+        "msg" msg: String,
+        /// Host offset in bytes of the access that showed it.
+        "offset" offset: Option<i64>,
+        /// Its length in bytes.
+        "size" size: Option<i64>,
+        /// Whether the image takes no more writes.
+        "fatal" fatal: bool,
+    } = "BLOCK_IMAGE_CORRUPTED";
+
     /// A job went to another state.
     JobStatusChange {
         /// The job.

@@ -100,6 +100,7 @@ macro_rules! command_enum {
                 name: $wire,
                 doc: concat!($($doc, "\n"),+),
                 arguments: $crate::schema::macros::members!($($arguments)?),
+                open: $crate::schema::macros::open!($($arguments)?),
                 returns: <$returned as $crate::schema::Qapi>::TYPE,
             },
         )+];
@@ -156,6 +157,16 @@ macro_rules! members {
     };
 }
 
+/// Whether a command's arguments are an open set.
+macro_rules! open {
+    () => {
+        false
+    };
+    ($ty:ident) => {
+        <$ty as $crate::schema::Qapi>::OPEN
+    };
+}
+
 /// Events: `Variant { "wire-name" field: Type, ... } = "WIRE_NAME"`, as an enum and its table.
 macro_rules! event_enum {
     ($(
@@ -201,4 +212,4 @@ macro_rules! event_enum {
     };
 }
 
-pub(crate) use {command_enum, decode, enums, event_enum, members, objects};
+pub(crate) use {command_enum, decode, enums, event_enum, members, objects, open};

@@ -16,7 +16,9 @@ mod types;
 mod tests;
 
 pub use arguments::*;
+#[cfg(test)]
 pub(crate) use check::check;
+pub(crate) use check::check_arguments;
 pub(crate) use commands::Control;
 pub use commands::{Command, commands, find};
 pub use events::{EVENTS, Event};
@@ -43,6 +45,30 @@ pub enum Type {
     Enum(&'static EnumInfo),
     /// An object with known members.
     Object(fn() -> &'static ObjectInfo),
+    /// An object whose members depend on one of them (QAPI's unions).
+    Union(&'static UnionInfo),
+}
+
+/// A union: an object with a member that tells which other members there are.
+#[derive(Debug)]
+pub struct UnionInfo {
+    /// Its name in the schema.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// The member that decides.
+    pub tag: &'static str,
+    /// Its values, each with the members that come with it.
+    pub branches: &'static [Branch],
+}
+
+/// One kind of a union.
+#[derive(Debug)]
+pub struct Branch {
+    /// The value of the tag.
+    pub value: &'static str,
+    /// The members besides the tag.
+    pub members: &'static [Member],
 }
 
 /// An enumeration.
@@ -89,6 +115,8 @@ pub struct CommandInfo {
     pub doc: &'static str,
     /// Its arguments, in the order in which they are checked.
     pub arguments: &'static [Member],
+    /// Further arguments depend on the value of one of these, and are checked by who runs it.
+    pub open: bool,
     /// The type of what it returns.
     pub returns: Type,
 }
@@ -110,6 +138,8 @@ pub trait Qapi {
     const TYPE: Type;
     /// Whether a member of this type may be left out.
     const OPTIONAL: bool = false;
+    /// Whether there are more members than the table knows; see [`CommandInfo::open`].
+    const OPEN: bool = false;
 
     /// Whether this value is left out of its object.
     fn is_absent(&self) -> bool {

@@ -114,6 +114,12 @@ fn example(ty: &Type, depth: usize) -> Value {
         Type::Enum(info) => json!(info.values.last()),
         Type::Array(element) => json!([example(element, depth)]),
         Type::Object(info) => example_object(info().members, depth),
+        Type::Union(info) => {
+            let branch = &info.branches[0];
+            let mut all = object(example_object(branch.members, depth));
+            all.insert(info.tag.to_owned(), branch.value.into());
+            all.into()
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::macros::{enums, objects};
+use super::{Branch, Member, Qapi, Type, UnionInfo};
 
 enums! {
     /// What a client and the server may agree on.
@@ -119,6 +120,20 @@ enums! {
         Concluded = "concluded",
         /// Gone.
         Null = "null",
+    }
+
+    /// How a node is exported.
+    BlockExportType {
+        /// Over NBD.
+        Nbd = "nbd",
+    }
+
+    /// What becomes of an export's clients when it is taken away.
+    BlockExportRemoveMode {
+        /// It stays if it has any.
+        Safe = "safe",
+        /// They are disconnected.
+        Hard = "hard",
     }
 
     /// What can be asked of a job.
@@ -359,6 +374,32 @@ objects! {
         "inconsistent" inconsistent: Option<bool>,
     }
 
+    /// An export.
+    BlockExportInfo {
+        /// Its id.
+        "id" id: String,
+        /// How it is exported.
+        "type" kind: BlockExportType,
+        /// The node.
+        "node-name" node_name: String,
+        /// Whether it is gone as soon as its last client is.
+        "shutting-down" shutting_down: bool,
+    }
+
+    /// An internet address to listen on.
+    InetSocketAddress {
+        /// Host name or address.
+        "host" host: String,
+        /// Port number; 0 is any.
+        "port" port: String,
+    }
+
+    /// A unix socket to listen on.
+    UnixSocketAddress {
+        /// Its path.
+        "path" path: String,
+    }
+
     /// A block device.
     BlockInfo {
         /// The backend's name; empty for nodes from `--blockdev`.
@@ -376,4 +417,30 @@ objects! {
         /// Whether I/O works: "ok", "failed" or "nospace".
         "io-status" io_status: Option<String>,
     }
+}
+
+/// Where a server listens (QAPI `SocketAddressLegacy`, as far as it goes).
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(tag = "type", content = "data", rename_all = "lowercase")]
+pub enum SocketAddress {
+    /// On a TCP port.
+    Inet(InetSocketAddress),
+    /// On a unix socket.
+    Unix(UnixSocketAddress),
+}
+
+impl Qapi for SocketAddress {
+    const TYPE: Type = Type::Union(&UnionInfo {
+        name: "SocketAddressLegacy",
+        doc: "Where a server listens.",
+        tag: "type",
+        branches: &[
+            Branch { value: "inet", members: &[data::<InetSocketAddress>()] },
+            Branch { value: "unix", members: &[data::<UnixSocketAddress>()] },
+        ],
+    });
+}
+
+const fn data<T: Qapi>() -> Member {
+    Member { name: "data", doc: "The address.", ty: T::TYPE, optional: false }
 }

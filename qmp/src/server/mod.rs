@@ -49,6 +49,8 @@ pub struct Options {
     pub unread: usize,
     /// How long a shutdown waits for clients to read their last answers.
     pub linger: Duration,
+    /// Commands of the schema that are not there: unknown to clients, and not listed.
+    pub without: &'static [&'static str],
 }
 
 impl Options {
@@ -60,6 +62,7 @@ impl Options {
             clients: 64,
             unread: 8 << 20,
             linger: Duration::from_secs(1),
+            without: &[],
         }
     }
 }

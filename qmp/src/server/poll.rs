@@ -208,7 +208,7 @@ impl Poll {
             return;
         }
         self.next_client += 1;
-        let session = Session::new(self.options.limits, self.version.clone());
+        let session = Session::new(self.options.limits, self.version.clone(), self.options.without);
         self.clients.insert(token, Connection::new(MonitorId(token), stream, session));
         self.serve(token, false);
     }

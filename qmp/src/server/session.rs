@@ -28,11 +28,17 @@ pub(super) struct Session {
     parser: Parser,
     negotiated: bool,
     version: Arc<VersionInfo>,
+    /// Commands that this program does not have.
+    without: &'static [&'static str],
 }
 
 impl Session {
-    pub(super) fn new(limits: Limits, version: Arc<VersionInfo>) -> Self {
-        Self { parser: Parser::new(limits), negotiated: false, version }
+    pub(super) fn new(
+        limits: Limits,
+        version: Arc<VersionInfo>,
+        without: &'static [&'static str],
+    ) -> Self {
+        Self { parser: Parser::new(limits), negotiated: false, version, without }
     }
 
     pub(super) fn greeting(&self) -> Vec<u8> {
@@ -68,8 +74,10 @@ impl Session {
         if !self.negotiated && name != "qmp_capabilities" {
             return Err(Error::expecting_negotiation());
         }
-        let info = schema::find(name).ok_or_else(|| Error::command_not_found(name))?;
-        schema::check(info.arguments, &arguments)?;
+        let info = schema::find(name)
+            .filter(|info| !self.without.contains(&info.name))
+            .ok_or_else(|| Error::command_not_found(name))?;
+        schema::check_arguments(info, &arguments)?;
         let mismatch = |error| Error::generic(format!("Invalid arguments of {name}: {error}"));
         if let Some(control) = Control::decode(name, arguments.clone()) {
             return self.control(control.map_err(mismatch)?).map(Dispatched::Control);
@@ -97,9 +105,10 @@ impl Session {
             }
             Control::QueryVersion => serde_json::to_value(&*self.version)
                 .map_err(|error| Error::generic(error.to_string())),
-            Control::QueryCommands => {
-                Ok(schema::commands().map(|info| json!({ "name": info.name })).collect())
-            }
+            Control::QueryCommands => Ok(schema::commands()
+                .filter(|info| !self.without.contains(&info.name))
+                .map(|info| json!({ "name": info.name }))
+                .collect()),
         }
     }
 }

@@ -17,7 +17,14 @@ Examples:
     tardigrade snapshot list   --qmp /tmp/vm.qmp
     tardigrade snapshot load   --qmp /tmp/vm.qmp before-upgrade
 
-  Revive a checkpoint in a new process: the command line it was saved with, and --loadvm TAG.";
+  Revive a checkpoint in a new process: the command line it was saved with, and --loadvm TAG.
+
+  Serve an image over NBD, without a guest and without /dev/kvm:
+    tardigrade --machine none --qmp unix:/tmp/sd.qmp,server=on,wait=off \\
+      --blockdev driver=qcow2,node-name=disk0,file.driver=file,file.filename=disk.qcow2 \\
+      --nbd-server addr.type=unix,addr.path=/tmp/nbd.sock \\
+      --export type=nbd,id=e0,node-name=disk0,name=disk,writable=on
+    qemu-img info 'nbd+unix:///disk?socket=/tmp/nbd.sock'";
 
 /// A lightweight KVM hypervisor whose guests can be frozen, copied and revived at any moment.
 ///
@@ -36,21 +43,21 @@ pub struct Cli {
 /// The machine to run.
 #[derive(Debug, Args)]
 pub struct MachineArgs {
-    /// Machine type
+    /// Machine type: microvm, or none for a storage daemon without a guest
     #[arg(long, value_name = "TYPE", default_value = "microvm")]
     pub machine: String,
     /// Accelerator; there is only kvm
     #[arg(long, value_name = "NAME")]
     pub accel: Option<String>,
-    /// CPU model: host, what the host's KVM supports
-    #[arg(long, value_name = "MODEL", default_value = "host")]
-    pub cpu: String,
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value = "1")]
-    pub smp: String,
-    /// Guest RAM; a plain number is MiB, suffixes are K, M, G, T
-    #[arg(short = 'm', long = "m", value_name = "SIZE", default_value = "128M")]
-    pub memory: String,
+    /// CPU model: host, what the host's KVM supports [default: host]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<String>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub smp: Option<String>,
+    /// Guest RAM; a plain number is MiB, suffixes are K, M, G, T [default: 128M]
+    #[arg(short = 'm', long = "m", value_name = "SIZE")]
+    pub memory: Option<String>,
     /// Kernel: an ELF vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -58,21 +65,29 @@ pub struct MachineArgs {
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
-    pub append: String,
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
     /// Block node: driver=qcow2|raw,node-name=N,file.driver=file,file.filename=F, then if wanted
     /// ,read-only=on and ,file.cache.direct=on; or JSON
     #[arg(long, value_name = "OPTIONS")]
     pub blockdev: Vec<String>,
-    /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N], virtio-rng-device, or JSON
+    /// NBD server: addr.type=unix,addr.path=P or addr.type=inet,addr.host=H,addr.port=N, then if
+    /// wanted ,max-connections=N; or JSON
+    #[arg(long, value_name = "OPTIONS")]
+    pub nbd_server: Option<String>,
+    /// Export of a node: type=nbd,id=I,node-name=N[,name=E][,writable=on][,bitmaps.0=B]; or JSON
+    #[arg(long, value_name = "OPTIONS")]
+    pub export: Vec<String>,
+    /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N][,share-rw=on],
+    /// virtio-rng-device, or JSON
     #[arg(long, value_name = "OPTIONS")]
     pub device: Vec<String>,
     /// QMP server: unix:PATH,server=on,wait=off
     #[arg(long, value_name = "ADDRESS")]
     pub qmp: Vec<String>,
-    /// Serial port: stdio, null, file:F or unix:PATH,server=on,wait=off
-    #[arg(long, value_name = "TARGET", default_value = "stdio")]
-    pub serial: String,
+    /// Serial port: stdio, null, file:F or unix:PATH,server=on,wait=off [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    pub serial: Option<String>,
     /// Do not start the vCPUs: wait for QMP's cont
     #[arg(short = 'S')]
     pub start_paused: bool,
@@ -172,6 +187,6 @@ mod tests {
     #[test]
     fn a_kernel_command_line_may_start_with_a_dash() {
         let cli = Cli::parse_from(["tardigrade", "--kernel", "k", "--append", "-x y"]);
-        assert_eq!(cli.machine.append, "-x y");
+        assert_eq!(cli.machine.append.as_deref(), Some("-x y"));
     }
 }

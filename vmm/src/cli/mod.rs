@@ -1,13 +1,15 @@
 //! The command line: QEMU's names and values, so that one command line can drive both programs.
 
 pub mod args;
+pub mod export;
 pub mod values;
 
 pub use args::{Cli, MachineArgs, Subcommand};
 
+use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
-use values::QmpSpec;
+use values::{MachineType, QmpSpec};
 
 /// A value on the command line that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -28,22 +30,35 @@ impl Error {
 /// What the command line asks for, checked as far as that is possible without opening anything.
 #[derive(Debug)]
 pub struct Options {
-    /// The machine.
-    pub machine: MachineSpec,
     /// `--blockdev`
     pub blockdevs: Vec<String>,
+    /// `--nbd-server`
+    pub nbd_server: Option<NbdServerSpec>,
+    /// `--export`
+    pub exports: Vec<ExportSpec>,
     /// Where the QMP servers listen.
     pub qmp: Vec<QmpSpec>,
+    /// `--pidfile`.
+    pub pidfile: Option<std::path::PathBuf>,
+    /// The guest; none with `--machine none`.
+    pub guest: Option<GuestOptions>,
+}
+
+/// What is asked for of a guest.
+#[derive(Debug)]
+pub struct GuestOptions {
+    /// The machine.
+    pub machine: MachineSpec,
     /// What the serial port is connected to.
     pub serial: ConsoleSpec,
+    /// The same as the user wrote it.
+    pub serial_text: String,
     /// `-S`: do not start the vCPUs.
     pub start_paused: bool,
     /// `--loadvm`: the checkpoint to revive.
     pub loadvm: Option<String>,
     /// `--no-reboot`: a reset of the guest ends the machine.
     pub no_reboot: bool,
-    /// `--pidfile`.
-    pub pidfile: Option<std::path::PathBuf>,
 }
 
 impl Options {
@@ -52,22 +67,76 @@ impl Options {
     /// # Errors
     /// Names the option and the value that cannot be used.
     pub fn from_args(args: &MachineArgs) -> Result<Self, Error> {
-        values::check_machine(&args.machine)?;
-        values::check_accel(args.accel.as_deref())?;
-        values::check_cpu(&args.cpu)?;
-        let devices =
-            args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
+        let guest = match values::machine_type(&args.machine)? {
+            MachineType::Microvm => Some(guest_options(args)?),
+            MachineType::None => {
+                no_guest_options(args)?;
+                None
+            }
+        };
+        if args.nbd_server.is_none()
+            && let Some(export) = args.export.first()
+        {
+            return Err(Error::new("export", export, "needs --nbd-server"));
+        }
         Ok(Self {
-            machine: machine_spec(args, devices)?,
             blockdevs: args.blockdev.clone(),
+            nbd_server: args.nbd_server.as_deref().map(export::nbd_server).transpose()?,
+            exports: args
+                .export
+                .iter()
+                .map(|text| export::export(text))
+                .collect::<Result<_, _>>()?,
             qmp: args.qmp.iter().map(|text| values::qmp(text)).collect::<Result<_, _>>()?,
-            serial: values::serial(&args.serial)?,
-            start_paused: args.start_paused,
-            loadvm: args.loadvm.clone(),
-            no_reboot: args.no_reboot,
             pidfile: args.pidfile.clone(),
+            guest,
         })
     }
+}
+
+fn guest_options(args: &MachineArgs) -> Result<GuestOptions, Error> {
+    values::check_accel(args.accel.as_deref())?;
+    values::check_cpu(args.cpu.as_deref().unwrap_or("host"))?;
+    let devices =
+        args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
+    let serial_text = args.serial.as_deref().unwrap_or("stdio");
+    Ok(GuestOptions {
+        machine: machine_spec(args, devices)?,
+        serial: values::serial(serial_text)?,
+        serial_text: serial_text.to_owned(),
+        start_paused: args.start_paused,
+        loadvm: args.loadvm.clone(),
+        no_reboot: args.no_reboot,
+    })
+}
+
+/// Without a guest, what is said of one would have no effect.
+fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
+    let path =
+        |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let flag = |on: bool| on.then(String::new);
+    let given = [
+        ("accel", args.accel.clone()),
+        ("cpu", args.cpu.clone()),
+        ("smp", args.smp.clone()),
+        ("m", args.memory.clone()),
+        ("kernel", path(&args.kernel)),
+        ("initrd", path(&args.initrd)),
+        ("append", args.append.clone()),
+        ("device", args.device.first().cloned()),
+        ("serial", args.serial.clone()),
+        ("S", flag(args.start_paused)),
+        ("loadvm", args.loadvm.clone()),
+        ("no-reboot", flag(args.no_reboot)),
+        ("name", args.name.clone()),
+        ("uuid", args.uuid.clone()),
+    ];
+    for (option, value) in given {
+        if let Some(value) = value {
+            return Err(Error::new(option, &value, "there is no guest with --machine none"));
+        }
+    }
+    Ok(())
 }
 
 fn machine_spec(args: &MachineArgs, devices: Vec<DeviceSpec>) -> Result<MachineSpec, Error> {
@@ -85,11 +154,11 @@ fn machine_spec(args: &MachineArgs, devices: Vec<DeviceSpec>) -> Result<MachineS
     Ok(MachineSpec {
         name: args.name.clone(),
         uuid: values::uuid(args.uuid.as_deref())?,
-        vcpus: values::smp(&args.smp)?,
-        ram_bytes: values::memory(&args.memory)?,
+        vcpus: values::smp(args.smp.as_deref().unwrap_or("1"))?,
+        ram_bytes: values::memory(args.memory.as_deref().unwrap_or("128M"))?,
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
-        cmdline: args.append.clone(),
+        cmdline: args.append.clone().unwrap_or_default(),
         devices,
     })
 }

@@ -11,7 +11,7 @@ use crate::boot::layout;
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceKind, DeviceSpec};
 
-/// The one machine type.
+/// The type of machine that there is.
 pub const MACHINE_TYPE: &str = "microvm";
 /// Most vCPUs a machine can have: APIC ids are bytes, 255 is broadcast and the IOAPIC takes one.
 pub const MAX_VCPUS: u8 = 254;
@@ -29,11 +29,25 @@ pub struct QmpSpec {
     pub wait: bool,
 }
 
-/// `--machine`: there is one type, without properties to set.
-pub fn check_machine(text: &str) -> Result<(), Error> {
+/// The values of `--machine`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineType {
+    /// A guest.
+    Microvm,
+    /// A storage daemon without one.
+    None,
+}
+
+/// `--machine`: a type, without properties to set.
+pub fn machine_type(text: &str) -> Result<MachineType, Error> {
     match text {
-        MACHINE_TYPE | "type=microvm" => Ok(()),
-        _ => Err(Error::new("machine", text, "the machine type is microvm, without properties")),
+        MACHINE_TYPE | "type=microvm" => Ok(MachineType::Microvm),
+        "none" | "type=none" => Ok(MachineType::None),
+        _ => Err(Error::new(
+            "machine",
+            text,
+            "the machine type is microvm or none, without properties",
+        )),
     }
 }
 

@@ -1,4 +1,4 @@
-//! query-block and query-named-block-nodes.
+//! query-block.
 
 use serde_json::{Value, json};
 
@@ -10,19 +10,6 @@ impl Controller {
     pub(super) fn block_devices(&self) -> Result<Value, qmp::Error> {
         let disks = self.machine.devices().virtio().filter(|slot| slot.disk().is_some());
         disks.enumerate().map(|(index, slot)| block_device(index, slot)).collect()
-    }
-
-    /// The nodes, newest first. `flat` leaves out what their images say of backing images.
-    pub(super) fn named_nodes(&self, flat: bool) -> Result<Value, qmp::Error> {
-        self.graph
-            .list()
-            .iter()
-            .map(|node| {
-                let info =
-                    node.info(flat).map_err(|error| qmp::Error::generic(error.to_string()))?;
-                serde_json::to_value(info).map_err(|error| qmp::Error::generic(error.to_string()))
-            })
-            .collect()
     }
 }
 

@@ -1,20 +1,22 @@
 //! QMP commands. Each either does its thing and answers, or answers with an error.
 
 use qmp::schema::{
-    BitmapArguments, Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, ShutdownCause,
-    StatusInfo, UuidInfo,
+    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, ShutdownCause, StatusInfo,
+    UuidInfo,
 };
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::work::{Target, Task};
 use super::{Controller, RunState};
-
-type Answer = Result<Value, qmp::Error>;
+use crate::blocks::{Answer, is_block_command};
 
 impl Controller {
     /// Runs a command and answers it. Events that it causes go out before the answer.
     pub(super) fn command(&mut self, request: qmp::Request) {
+        if is_block_command(&request.command) {
+            return self.worker.run(request);
+        }
         let answer = self.execute(request.command);
         request.reply.send(answer);
     }
@@ -29,27 +31,6 @@ impl Controller {
             Command::QueryKvm => value(&KvmInfo { enabled: true, present: true }),
             Command::QueryCpusFast => value(&self.cpus()),
             Command::QueryBlock => self.block_devices(),
-            Command::QueryNamedBlockNodes(arguments) => {
-                self.named_nodes(arguments.flat.unwrap_or(false))
-            }
-            Command::BlockDirtyBitmapAdd(arguments) => {
-                self.add_bitmap(&arguments).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapRemove(BitmapArguments { node, name }) => {
-                self.with_bitmaps(&node, |node| node.remove_bitmap(&name)).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapClear(BitmapArguments { node, name }) => {
-                self.with_bitmaps(&node, |node| node.clear_bitmap(&name)).and_then(|()| done())
-            }
-            Command::BlockDirtyBitmapEnable(BitmapArguments { node, name }) => self
-                .with_bitmaps(&node, |node| node.enable_bitmap(&name, true))
-                .and_then(|()| done()),
-            Command::BlockDirtyBitmapDisable(BitmapArguments { node, name }) => self
-                .with_bitmaps(&node, |node| node.enable_bitmap(&name, false))
-                .and_then(|()| done()),
-            Command::BlockDirtyBitmapMerge(arguments) => {
-                self.merge_bitmaps(&arguments).and_then(|()| done())
-            }
             Command::Stop => {
                 self.stop();
                 done()
@@ -85,6 +66,8 @@ impl Controller {
             Command::JobDismiss(arguments) => {
                 self.jobs.dismiss(&arguments.id).and_then(|()| done())
             }
+            // The worker's.
+            other => Err(qmp::Error::command_not_found(other.name())),
         }
     }
 

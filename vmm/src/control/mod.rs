@@ -5,9 +5,9 @@
 //! not block but for the time a pause takes; what takes longer runs on a job's thread (see
 //! [`work`]), which comes back with messages.
 
-mod bitmaps;
 mod block_info;
 mod commands;
+pub mod daemon;
 pub mod mailbox;
 mod run_state;
 mod snapshot_jobs;
@@ -17,12 +17,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use block::Graph;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use qmp::schema::{Event, RunState, ShutdownCause};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing::error;
 
+use crate::blocks::Blocks;
+use crate::blocks::worker::Worker;
 use crate::console::{Console, Input};
 use crate::machine::{self, Machine};
 use crate::vcpu::VcpuEvent;
@@ -42,6 +43,12 @@ pub enum Error {
     /// Signals cannot be received.
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
+    /// The host has no thread for block commands.
+    #[error("cannot start a thread: {0}")]
+    Worker(std::io::Error),
+    /// An image could not be written at the end.
+    #[error(transparent)]
+    Image(#[from] block::Error),
     /// The terminal on the serial port refuses.
     #[error("cannot use the terminal: {0}")]
     Terminal(std::io::Error),
@@ -60,8 +67,8 @@ impl From<event_manager::Error> for Error {
 pub struct Parts {
     /// A machine that is paused, booted or revived.
     pub machine: Machine,
-    /// The block nodes.
-    pub graph: Arc<Graph>,
+    /// The block nodes and exports.
+    pub blocks: Arc<Blocks>,
     /// The host's end of the serial port.
     pub console: Console,
     /// Where other threads leave messages.
@@ -79,7 +86,8 @@ pub struct Parts {
 /// The main thread's state.
 pub struct Controller {
     machine: Machine,
-    graph: Arc<Graph>,
+    blocks: Arc<Blocks>,
+    worker: Worker,
     console: Console,
     inbox: Inbox,
     mailbox: Mailbox,
@@ -108,7 +116,8 @@ impl Controller {
         let events = parts.server.events();
         Ok(Self {
             machine: parts.machine,
-            graph: parts.graph,
+            worker: Worker::start(Arc::clone(&parts.blocks)).map_err(Error::Worker)?,
+            blocks: parts.blocks,
             console: parts.console,
             inbox: parts.inbox,
             mailbox: parts.mailbox,
@@ -144,9 +153,16 @@ impl Controller {
 
     fn finish(mut self) -> Result<(), Error> {
         self.abandon_jobs();
+        self.worker.finish();
+        // Clients of exports first, whose BLOCK_EXPORT_DELETED monitors still hear. The guest's disks
+        // are flushed, then all images are closed; the console goes last: it puts the terminal back.
+        let exports = self.blocks.exports().stop();
+        tracing::debug!("the NBD server at the end: {exports:?}");
         self.server.shutdown();
-        // The console goes last: it puts the terminal back.
-        self.machine.shutdown()?;
+        let machine = self.machine.shutdown();
+        let images = self.blocks.close();
+        machine?;
+        images?;
         Ok(())
     }
 
@@ -236,7 +252,7 @@ fn unwatch(ops: &mut EventOps<'_>, fd: RawFd) {
 }
 
 /// A stream that becomes readable when the process is told to end.
-fn end_signals() -> std::io::Result<UnixStream> {
+pub(crate) fn end_signals() -> std::io::Result<UnixStream> {
     let (receiver, sender) = UnixStream::pair()?;
     for signal in [SIGTERM, SIGINT, SIGHUP] {
         signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;

@@ -135,7 +135,7 @@ impl Controller {
         while self.jobs.current.is_none() && !self.ending {
             let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
             let context = WorkContext {
-                graph: Arc::clone(&self.graph),
+                graph: Arc::clone(self.blocks.graph()),
                 memory: self.machine.memory().clone(),
                 config: recorded::describe(&self.machine),
                 shape: self.machine.shape(),

@@ -7,12 +7,12 @@ use block::{Graph, Node};
 use qmp::schema::{BitmapAddArguments, BitmapMergeArguments};
 use serde_json::Value;
 
-use super::Controller;
+use super::Blocks;
 
 /// Most of what QMP's `uint32` takes.
 const MAX_GRANULARITY: i64 = u32::MAX as i64;
 
-impl Controller {
+impl Blocks {
     /// block-dirty-bitmap-add.
     pub(super) fn add_bitmap(&self, arguments: &BitmapAddArguments) -> Result<(), qmp::Error> {
         let granularity = match arguments.granularity {

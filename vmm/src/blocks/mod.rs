@@ -1,0 +1,189 @@
+//! The block side of the program: nodes, the NBD server and its exports, and the QMP commands about
+//! them. It is the same beside a guest and without one (`--machine none`).
+//!
+//! ```text
+//!   main thread ── block commands ──> worker thread (one, in order) ── graph, NBD server
+//!                                          └── answers the client itself
+//! ```
+//!
+//! Opening, flushing and closing images takes as long as the disk takes, so no such command runs on
+//! the main thread. A client's next command is read only after its answer, so it sees its commands
+//! done in order whichever thread does them.
+
+mod bitmaps;
+pub mod exports;
+pub mod worker;
+
+use std::sync::Arc;
+
+use block::Graph;
+use qmp::schema::{BitmapArguments, Command, Event};
+use serde_json::{Value, json};
+
+use exports::{ExportSpec, Exports, NbdServerSpec};
+
+/// What a command comes to.
+pub type Answer = Result<Value, qmp::Error>;
+
+/// Nodes and exports.
+pub struct Blocks {
+    graph: Arc<Graph>,
+    exports: Exports,
+}
+
+/// Whether a command is for [`Blocks::execute`].
+pub fn is_block_command(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::QueryNamedBlockNodes(_)
+            | Command::BlockdevAdd(_)
+            | Command::BlockdevDel(_)
+            | Command::BlockdevReopen(_)
+            | Command::NbdServerStart(_)
+            | Command::NbdServerStop
+            | Command::BlockExportAdd(_)
+            | Command::BlockExportDel(_)
+            | Command::QueryBlockExports
+            | Command::BlockDirtyBitmapAdd(_)
+            | Command::BlockDirtyBitmapRemove(_)
+            | Command::BlockDirtyBitmapClear(_)
+            | Command::BlockDirtyBitmapEnable(_)
+            | Command::BlockDirtyBitmapDisable(_)
+            | Command::BlockDirtyBitmapMerge(_)
+    )
+}
+
+impl Blocks {
+    /// The block side with the nodes of `graph`; `events` hears of exports that go and of damage.
+    pub fn new(graph: Arc<Graph>, events: qmp::Events) -> Self {
+        let damage = events.clone();
+        graph.on_corruption(move |node, corruption| {
+            damage.emit(&Event::BlockImageCorrupted {
+                device: String::new(),
+                node_name: Some(node.to_owned()),
+                msg: corruption.reason.clone(),
+                offset: corruption.offset.and_then(|offset| i64::try_from(offset).ok()),
+                size: corruption.size.and_then(|size| i64::try_from(size).ok()),
+                fatal: corruption.fatal,
+            });
+        });
+        let exports = Exports::new(Arc::clone(&graph), events);
+        Self { graph, exports }
+    }
+
+    /// The nodes.
+    pub fn graph(&self) -> &Arc<Graph> {
+        &self.graph
+    }
+
+    /// The NBD server and its exports.
+    pub fn exports(&self) -> &Exports {
+        &self.exports
+    }
+
+    /// Carries out a block command; takes as long as it takes.
+    ///
+    /// # Errors
+    /// With QEMU's text where QEMU has one.
+    pub fn execute(&self, command: Command) -> Answer {
+        match command {
+            Command::QueryNamedBlockNodes(arguments) => {
+                self.named_nodes(arguments.flat.unwrap_or(false))
+            }
+            Command::BlockdevAdd(options) => {
+                self.graph.add(&Value::Object(options.0)).map_err(failed)?;
+                done()
+            }
+            Command::BlockdevDel(arguments) => {
+                self.graph.remove(&arguments.node_name).map_err(failed)?;
+                done()
+            }
+            Command::BlockdevReopen(arguments) => {
+                self.graph.reopen(&arguments.options).map_err(failed)?;
+                done()
+            }
+            Command::NbdServerStart(arguments) => {
+                self.exports.start(&NbdServerSpec::from_arguments(arguments)?)?;
+                done()
+            }
+            Command::NbdServerStop => {
+                self.exports.stop()?;
+                done()
+            }
+            Command::BlockExportAdd(options) => {
+                self.exports.add(ExportSpec::from_options(options)?)?;
+                done()
+            }
+            Command::BlockExportDel(arguments) => {
+                self.exports.remove(&arguments.id, arguments.mode)?;
+                done()
+            }
+            Command::QueryBlockExports => {
+                serde_json::to_value(self.exports.list()).map_err(|error| text(error.to_string()))
+            }
+            Command::BlockDirtyBitmapAdd(arguments) => {
+                self.add_bitmap(&arguments).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapRemove(BitmapArguments { node, name }) => {
+                self.with_bitmaps(&node, |node| node.remove_bitmap(&name)).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapClear(BitmapArguments { node, name }) => {
+                self.with_bitmaps(&node, |node| node.clear_bitmap(&name)).and_then(|()| done())
+            }
+            Command::BlockDirtyBitmapEnable(BitmapArguments { node, name }) => self
+                .with_bitmaps(&node, |node| node.enable_bitmap(&name, true))
+                .and_then(|()| done()),
+            Command::BlockDirtyBitmapDisable(BitmapArguments { node, name }) => self
+                .with_bitmaps(&node, |node| node.enable_bitmap(&name, false))
+                .and_then(|()| done()),
+            Command::BlockDirtyBitmapMerge(arguments) => {
+                self.merge_bitmaps(&arguments).and_then(|()| done())
+            }
+            other => Err(qmp::Error::command_not_found(other.name())),
+        }
+    }
+
+    /// The nodes, newest first. `flat` leaves out what their images say of backing images.
+    fn named_nodes(&self, flat: bool) -> Answer {
+        self.graph
+            .list()
+            .iter()
+            .map(|node| {
+                let info = node.info(flat).map_err(failed)?;
+                serde_json::to_value(info).map_err(|error| text(error.to_string()))
+            })
+            .collect()
+    }
+
+    /// Ends all exports, then makes every image durable and tells it that it is closed. Nobody else
+    /// may use the nodes any more.
+    ///
+    /// # Errors
+    /// An image could not be written; the others are closed all the same.
+    pub fn close(&self) -> block::Result<()> {
+        // There may be no server.
+        let _ = self.exports.stop();
+        self.graph.close_images()
+    }
+}
+
+fn done() -> Answer {
+    Ok(json!({}))
+}
+
+fn text(text: impl Into<String>) -> qmp::Error {
+    qmp::Error::generic(text)
+}
+
+/// The error as clients get it: the host's words as QEMU has them, without a number.
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+fn failed(error: block::Error) -> qmp::Error {
+    let words = error.to_string();
+    match words.split_once(" (os error ") {
+        Some((before, after)) => {
+            let rest = after.split_once(')').map_or("", |(_, rest)| rest);
+            text(format!("{before}{rest}"))
+        }
+        None => text(words),
+    }
+}

@@ -1,0 +1,212 @@
+//! `--nbd-server` and `--export`, with qemu-storage-daemon's options.
+
+use block::graph::text;
+use qmp::schema::{
+    BlockExportOptions, BlockExportType, InetSocketAddress, NbdServerArguments, SocketAddress,
+    UnixSocketAddress,
+};
+use serde_json::{Map, Value};
+
+use super::Error;
+use crate::blocks::exports::{ExportSpec, NbdServerSpec};
+
+/// The members of an option's value, taken out one by one.
+struct Fields {
+    members: Map<String, Value>,
+    path: &'static str,
+}
+
+type Result<T> = std::result::Result<T, String>;
+
+impl Fields {
+    fn path_of(&self, name: &str) -> String {
+        format!("{}{name}", self.path)
+    }
+
+    fn text(&mut self, name: &str) -> Result<Option<String>> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(Value::Number(number)) => Ok(Some(number.to_string())),
+            Some(_) => Err(format!(
+                "Invalid parameter type for '{}', expected: string",
+                self.path_of(name)
+            )),
+        }
+    }
+
+    fn needed(&mut self, name: &str) -> Result<String> {
+        self.text(name)?.ok_or_else(|| format!("Parameter '{}' is missing", self.path_of(name)))
+    }
+
+    fn flag(&mut self, name: &str) -> Result<Option<bool>> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(on)),
+            Some(Value::String(text)) if text == "on" => Ok(Some(true)),
+            Some(Value::String(text)) if text == "off" => Ok(Some(false)),
+            Some(_) => Err(format!("Parameter '{}' expects 'on' or 'off'", self.path_of(name))),
+        }
+    }
+
+    fn number(&mut self, name: &str) -> Result<Option<i64>> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        match text.parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(format!("Parameter '{}' expects a number", self.path_of(name))),
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        match self.members.keys().next() {
+            Some(name) => Err(format!("Parameter '{}' is unexpected", self.path_of(name))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn fields(text: &str, implied: &str) -> Result<Fields> {
+    let members = text::object(text, implied).map_err(|error| error.to_string())?;
+    Ok(Fields { members, path: "" })
+}
+
+/// `--nbd-server`
+pub fn nbd_server(text: &str) -> std::result::Result<NbdServerSpec, Error> {
+    read_nbd_server(text).map_err(|reason| Error::new("nbd-server", text, reason))
+}
+
+fn read_nbd_server(text: &str) -> Result<NbdServerSpec> {
+    let mut all = fields(text, "addr")?;
+    let addr = match all.members.remove("addr") {
+        Some(Value::Object(members)) => address(Fields { members, path: "addr." })?,
+        _ => return Err("Parameter 'addr.type' is missing".to_owned()),
+    };
+    let arguments = NbdServerArguments {
+        addr,
+        handshake_max_seconds: all.number("handshake-max-seconds")?,
+        tls_creds: all.text("tls-creds")?,
+        tls_authz: all.text("tls-authz")?,
+        max_connections: all.number("max-connections")?,
+    };
+    all.end()?;
+    NbdServerSpec::from_arguments(arguments).map_err(|error| error.desc)
+}
+
+fn address(mut all: Fields) -> Result<SocketAddress> {
+    let kind = all.needed("type")?;
+    let address = match kind.as_str() {
+        "unix" => SocketAddress::Unix(UnixSocketAddress { path: all.needed("path")? }),
+        "inet" => SocketAddress::Inet(InetSocketAddress {
+            host: all.needed("host")?,
+            port: all.needed("port")?,
+        }),
+        _ => return Err(format!("Parameter 'type' does not accept value '{kind}'")),
+    };
+    all.end()?;
+    Ok(address)
+}
+
+/// `--export`
+pub fn export(text: &str) -> std::result::Result<ExportSpec, Error> {
+    read_export(text).map_err(|reason| Error::new("export", text, reason))
+}
+
+fn read_export(text: &str) -> Result<ExportSpec> {
+    let mut all = fields(text, "type")?;
+    let kind = all.needed("type")?;
+    if kind != BlockExportType::Nbd.as_str() {
+        return Err(format!("Parameter 'type' does not accept value '{kind}'"));
+    }
+    let options = BlockExportOptions {
+        kind: BlockExportType::Nbd,
+        id: all.needed("id")?,
+        node_name: all.needed("node-name")?,
+        fixed_iothread: all.flag("fixed-iothread")?,
+        iothread: all.text("iothread")?,
+        writable: all.flag("writable")?,
+        writethrough: all.flag("writethrough")?,
+        name: all.text("name")?,
+        description: all.text("description")?,
+        bitmaps: list(&mut all, "bitmaps")?,
+        allocation_depth: all.flag("allocation-depth")?,
+    };
+    all.end()?;
+    ExportSpec::from_options(options).map_err(|error| error.desc)
+}
+
+/// A JSON array, or `name.0=..,name.1=..`.
+fn list(all: &mut Fields, name: &str) -> Result<Option<Vec<Value>>> {
+    match all.members.remove(name) {
+        None => Ok(None),
+        Some(Value::Array(list)) => Ok(Some(list)),
+        Some(Value::Object(mut members)) => {
+            let take = |index: usize| members.remove(&index.to_string());
+            let list: Vec<_> = (0..).map_while(take).collect();
+            match members.keys().next() {
+                Some(key) => Err(format!("Parameter '{name}.{key}' is unexpected")),
+                None => Ok(Some(list)),
+            }
+        }
+        Some(_) => Err(format!("Invalid parameter type for '{name}', expected: array")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::blocks::exports::AddressSpec;
+
+    #[test]
+    fn a_server_is_read_from_text_and_json() {
+        let spec = nbd_server("addr.type=unix,addr.path=/a,,b,max-connections=7").unwrap();
+        let address = AddressSpec::Unix("/a,b".to_owned());
+        let handshake_max = Duration::from_secs(10);
+        assert_eq!(spec, NbdServerSpec { address, max_connections: 7, handshake_max });
+        let spec = nbd_server(r#"{"addr":{"type":"inet","host":"::1","port":"0"}}"#).unwrap();
+        let address = AddressSpec::Inet { host: "::1".to_owned(), port: "0".to_owned() };
+        assert_eq!(spec, NbdServerSpec { address, max_connections: 100, handshake_max });
+    }
+
+    #[test]
+    fn an_export_is_read_with_its_bitmaps() {
+        let text =
+            "type=nbd,id=e,node-name=n,writable=on,bitmaps.0=b,bitmaps.1.node=x,bitmaps.1.name=c";
+        let spec = export(text).unwrap();
+        assert_eq!((spec.id.as_str(), spec.name.as_str(), spec.writable), ("e", "n", true));
+        let bitmaps = [(None, "b".to_owned()), (Some("x".to_owned()), "c".to_owned())];
+        assert_eq!(spec.bitmaps, bitmaps);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let cases = [
+            ("type=fuse,id=e,node-name=n", "Parameter 'type' does not accept value 'fuse'"),
+            ("type=nbd,id=e", "Parameter 'node-name' is missing"),
+            ("type=nbd,id=e,node-name=n,zz=1", "Parameter 'zz' is unexpected"),
+            (
+                "type=nbd,id=e,node-name=n,writable=yes",
+                "Parameter 'writable' expects 'on' or 'off'",
+            ),
+            ("type=nbd,id=e,node-name=n,iothread=t", "Parameter 'iothread' is not supported"),
+        ];
+        for (text, reason) in cases {
+            assert_eq!(export(text).unwrap_err().to_string(), format!("--export {text}: {reason}"));
+        }
+        let cases = [
+            ("addr.type=vsock,addr.cid=1", "Parameter 'type' does not accept value 'vsock'"),
+            ("addr.type=unix", "Parameter 'addr.path' is missing"),
+            ("max-connections=1", "Parameter 'addr.type' is missing"),
+            (
+                "addr.type=unix,addr.path=p,max-connections=-1",
+                "Parameter 'max-connections' expects uint32_t",
+            ),
+            ("addr.type=unix,addr.path=p,tls-creds=t", "Parameter 'tls-creds' is not supported"),
+        ];
+        for (text, reason) in cases {
+            let error = nbd_server(text).unwrap_err().to_string();
+            assert_eq!(error, format!("--nbd-server {text}: {reason}"));
+        }
+    }
+}

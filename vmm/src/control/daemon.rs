@@ -1,0 +1,129 @@
+//! The main thread without a machine (`--machine none`): a storage daemon.
+//!
+//! It is a type of its own and not a controller whose machine may be missing: there is no run state,
+//! no console, nothing that could be asked of a guest. As with qemu-storage-daemon the commands
+//! about a machine do not exist: [`WITHOUT`].
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use qmp::jobs::Jobs;
+use qmp::schema::Command;
+use serde_json::{Value, json};
+
+use super::{Error, end_signals, watch};
+use crate::blocks::worker::Worker;
+use crate::blocks::{Answer, Blocks, is_block_command};
+
+/// The commands that need a machine.
+pub const WITHOUT: &[&str] = &[
+    "query-status",
+    "query-name",
+    "query-uuid",
+    "query-kvm",
+    "query-cpus-fast",
+    "stop",
+    "cont",
+    "system_reset",
+    "snapshot-save",
+    "snapshot-load",
+    "snapshot-delete",
+];
+
+/// The main thread's state.
+pub struct Daemon {
+    blocks: Arc<Blocks>,
+    worker: Worker,
+    server: qmp::Server,
+    requests: qmp::Requests,
+    /// No command makes one so far.
+    jobs: Jobs,
+    /// Readable after a signal that ends the program.
+    signals: UnixStream,
+    ending: bool,
+}
+
+impl Daemon {
+    /// Takes over nodes and monitors.
+    ///
+    /// # Errors
+    /// Signals cannot be received, or the host has no thread to give.
+    pub fn new(
+        blocks: Arc<Blocks>,
+        server: qmp::Server,
+        requests: qmp::Requests,
+    ) -> Result<Self, Error> {
+        let signals = end_signals().map_err(Error::Signals)?;
+        let worker = Worker::start(Arc::clone(&blocks)).map_err(Error::Worker)?;
+        let events = server.events();
+        let jobs = Jobs::new(move |event| events.emit(event));
+        Ok(Self { blocks, worker, server, requests, jobs, signals, ending: false })
+    }
+
+    /// Serves until `quit` or a signal, then ends all exports and closes all images.
+    ///
+    /// # Errors
+    /// The event loop fails, or an image cannot be written at the end.
+    pub fn run(self) -> Result<(), Error> {
+        let mut manager = EventManager::new()?;
+        let id = manager.add_subscriber(self);
+        while !manager.subscriber_mut(id)?.ending {
+            manager.run()?;
+        }
+        manager.remove_subscriber(id)?.finish()
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        self.worker.finish();
+        // The monitors go after the exports: they hear BLOCK_EXPORT_DELETED.
+        let closed = self.blocks.close();
+        self.server.shutdown();
+        Ok(closed?)
+    }
+
+    fn command(&mut self, request: qmp::Request) {
+        if is_block_command(&request.command) {
+            return self.worker.run(request);
+        }
+        request.reply.send(self.execute(&request.command));
+    }
+
+    fn execute(&mut self, command: &Command) -> Answer {
+        match command {
+            // There are no devices.
+            Command::QueryBlock => Ok(json!([])),
+            Command::QueryJobs => serde_json::to_value(self.jobs.query())
+                .map_err(|error| qmp::Error::generic(error.to_string())),
+            Command::JobCancel(arguments) => done(self.jobs.cancel(&arguments.id)),
+            Command::JobDismiss(arguments) => done(self.jobs.dismiss(&arguments.id)),
+            Command::Quit => {
+                self.ending = true;
+                Ok(json!({}))
+            }
+            other => Err(qmp::Error::command_not_found(other.name())),
+        }
+    }
+}
+
+fn done(result: Result<(), qmp::Error>) -> Result<Value, qmp::Error> {
+    result.map(|()| json!({}))
+}
+
+impl MutEventSubscriber for Daemon {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.requests.event().as_raw_fd());
+        watch(ops, self.signals.as_raw_fd());
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        if events.fd() == self.signals.as_raw_fd() {
+            self.ending = true;
+            return;
+        }
+        for request in self.requests.take() {
+            self.command(request);
+        }
+    }
+}
