@@ -1,5 +1,6 @@
 //! What an image format must be able to do.
 
+use crate::queue::Located;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 use crate::status::StatusExtent;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
@@ -69,6 +70,31 @@ pub trait Format: Send + Sync {
     /// Whether [`Format::write_zeroes`] is faster than writing zeroes.
     fn fast_zeroes(&self) -> bool {
         true
+    }
+
+    /// Tells where a range is to be read from, if that can be told without waiting and without I/O:
+    /// says whether `out` has it. `out` is empty before, and its holder may transfer the range
+    /// until it clears it.
+    fn locate_read(&self, _offset: u64, _len: u64, _out: &mut Located) -> bool {
+        false
+    }
+
+    /// As [`Format::locate_read`] for a write. After the transfers [`Format::finish_write`] must be
+    /// called if there are new places in `out`.
+    fn locate_write(&self, _offset: u64, _len: u64, _out: &mut Located) -> bool {
+        false
+    }
+
+    /// Ends a located write that has new places: they come into the tables if all was `written`,
+    /// else they are given back. Gives the write's result, or `None` if it would have to wait and
+    /// may not; then nothing is done and it must be called again.
+    fn finish_write(
+        &self,
+        _located: &mut Located,
+        _written: bool,
+        _wait: bool,
+    ) -> Option<Result<()>> {
+        Some(Ok(()))
     }
 
     /// Whether the format has internal snapshots.

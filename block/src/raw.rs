@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::Format;
 use crate::iobuf;
+use crate::queue::Located;
 use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
@@ -188,6 +189,22 @@ impl Format for Raw {
         self.storage.flush()?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    fn locate_read(&self, offset: u64, len: u64, out: &mut Located) -> bool {
+        if self.check(offset, len).is_err() {
+            return false;
+        }
+        out.push_storage(&self.storage, self.offset + offset, len);
+        true
+    }
+
+    fn locate_write(&self, offset: u64, len: u64, out: &mut Located) -> bool {
+        if self.check_write(offset, len).is_err() {
+            return false;
+        }
+        out.push_storage(&self.storage, self.offset + offset, len);
+        true
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::format::Format;
 use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
 use crate::raw::Raw;
-use crate::storage::{FileOptions, FileStorage, Locking, Storage};
+use crate::storage::{Aio, FileOptions, FileStorage, Locking, Storage};
 use crate::{Error, ReadBuf, Result, StatusExtent};
 
 /// What holds for a node once what it gets from the one above is put to its own options.
@@ -61,14 +61,14 @@ pub(crate) struct Built {
 /// for reading.
 pub(super) fn host_file(
     filename: &str,
-    locking: Locking,
+    how: (Locking, Aio),
     host_device: bool,
     flags: &mut Flags,
 ) -> Result<FileStorage> {
     if host_device {
         check_device(filename)?;
     }
-    let options = file_options(*flags, locking);
+    let options = file_options(*flags, how);
     match FileStorage::open_unlocked(filename, options) {
         Err(Error::Open { source, .. })
             if flags.auto_read_only
@@ -85,12 +85,13 @@ pub(super) fn host_file(
     }
 }
 
-pub(super) fn file_options(flags: Flags, locking: Locking) -> FileOptions {
+pub(super) fn file_options(flags: Flags, (locking, aio): (Locking, Aio)) -> FileOptions {
     FileOptions {
         read_only: flags.read_only,
         direct: flags.direct,
         no_flush: flags.no_flush,
         locking,
+        aio,
         force_share: flags.force_share,
     }
 }

@@ -12,7 +12,7 @@ use super::options::{Backing, Driver, NodeOptions, NodeRef, Window};
 use super::permissions::{Edge, Parent, Role, reaches};
 use crate::node::{Details, Node};
 use crate::qcow2::Probe;
-use crate::storage::Locking;
+use crate::storage::{Aio, Locking};
 use crate::{Error, Result};
 
 /// Most images in a chain.
@@ -87,8 +87,9 @@ impl<'a> Opener<'a> {
         let name = self.name(options.node_name.as_deref())?;
         let mut flags = inherited.with(options)?;
         let built = match &options.driver {
-            Driver::File { filename, locking, host_device } => {
-                let storage = build::host_file(filename, *locking, *host_device, &mut flags)?;
+            Driver::File { filename, locking, aio, host_device } => {
+                let how = (*locking, *aio);
+                let storage = build::host_file(filename, how, *host_device, &mut flags)?;
                 build::file_node(Arc::new(storage), filename, *host_device, flags)?
             }
             Driver::Raw { file, window } => {
@@ -228,6 +229,7 @@ impl<'a> Opener<'a> {
         let file = NodeRef::Inline(Box::new(NodeOptions::of_driver(Driver::File {
             filename: path.to_owned(),
             locking: Locking::Auto,
+            aio: Aio::default(),
             host_device: false,
         })));
         let format = match format {

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 
 use crate::qcow2::{self, OverlapCheck};
-use crate::storage::Locking;
+use crate::storage::{Aio, Locking};
 use crate::{Error, Result};
 
 /// The options of one node, and of those that are opened with it.
@@ -68,7 +68,7 @@ impl Window {
 /// What is particular to a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Driver {
-    File { filename: String, locking: Locking, host_device: bool },
+    File { filename: String, locking: Locking, aio: Aio, host_device: bool },
     Raw { file: NodeRef, window: Window },
     Qcow2 { file: NodeRef, backing: Backing, image: ImageOptions },
 }
@@ -238,17 +238,6 @@ impl Members<'_> {
         Err(invalid(format!("Parameter '{}' is missing", self.path_of(name))))
     }
 
-    /// A member that must have its default, because nothing else is done here.
-    fn only(&mut self, name: &str, words: &[&str], done: &str) -> Result<()> {
-        match self.word(name, words)? {
-            Some(word) if word != done => Err(Error::NotSupported(format!(
-                "Parameter '{}' with value '{word}' is not supported, only '{done}'",
-                self.path_of(name)
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     /// What is left is unknown, or not done.
     fn end(self, driver: &str) -> Result<()> {
         let Some(name) = self.members.keys().next() else {
@@ -394,8 +383,17 @@ fn file_driver(all: &mut Members<'_>, host_device: bool) -> Result<Driver> {
         Some("off") => Locking::Off,
         _ => Locking::Auto,
     };
-    all.only("aio", &["threads", "native", "io_uring"], "threads")?;
-    Ok(Driver::File { filename, locking, host_device })
+    let aio = match all.word("aio", &["threads", "native", "io_uring"])?.as_deref() {
+        Some("native") => {
+            return Err(Error::NotSupported(format!(
+                "Parameter '{}' with value 'native' is not supported, only 'threads' and 'io_uring'",
+                all.path_of("aio")
+            )));
+        }
+        Some("threads") => Aio::Threads,
+        _ => Aio::IoUring,
+    };
+    Ok(Driver::File { filename, locking, aio, host_device })
 }
 
 fn image_options(all: &mut Members<'_>) -> Result<ImageOptions> {
@@ -510,7 +508,7 @@ mod tests {
             ),
             (
                 json!({"driver": "file", "filename": "x", "aio": "native"}),
-                "Parameter 'aio' with value 'native' is not supported, only 'threads'",
+                "Parameter 'aio' with value 'native' is not supported, only 'threads' and 'io_uring'",
             ),
             (
                 json!({"driver": "qcow2", "file": file, "l2-cache-size": 1}),

@@ -383,9 +383,9 @@ fn build(
         None => build::storage_of(file),
     };
     let built = match (&plan.options.driver, &plan.file) {
-        (Driver::File { filename, locking, host_device }, _) => {
+        (Driver::File { filename, locking, aio, host_device }, _) => {
             let Some(host) = &old.host else { return cannot_change("driver") };
-            let options = build::file_options(plan.flags, *locking);
+            let options = build::file_options(plan.flags, (*locking, *aio));
             let storage = if *host.options() == options {
                 host.clone()
             } else {

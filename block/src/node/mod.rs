@@ -78,6 +78,12 @@ pub struct Access {
     _passage: Passage,
 }
 
+impl Debug for Access {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access").field("driver", &self.format.driver()).finish_non_exhaustive()
+    }
+}
+
 impl Deref for Access {
     type Target = dyn Format;
 

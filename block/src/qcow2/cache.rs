@@ -171,7 +171,6 @@ impl TableCache {
     }
 
     /// Whether the table at `offset` is in memory.
-    #[cfg(test)]
     pub(crate) fn contains(&self, offset: HostOffset) -> bool {
         self.tables.contains_key(&offset)
     }

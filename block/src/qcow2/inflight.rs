@@ -1,10 +1,11 @@
 //! Which guest ranges are being worked on, so that requests for one cluster are ordered.
 //!
 //! Requests queue in order of arrival; one waits for every earlier one that it conflicts with.
-//! A request holds one range at a time, so there is no cycle to wait in.
+//! A request holds one range at a time, so there is no cycle to wait in. Who must not wait (the
+//! owner of a [`crate::queue::Queue`]) only tries, and never gets past one that waits.
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug)]
 struct Request {
@@ -17,52 +18,98 @@ struct Request {
 struct Queue {
     next: u64,
     requests: Vec<Request>,
+    /// How many of the requests wait: without any, the end of a request need not be told.
+    waiting: usize,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    ended: Condvar,
 }
 
 /// The requests in flight and waiting.
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
-    queue: Mutex<Queue>,
-    ended: Condvar,
+    shared: Arc<Shared>,
 }
 
-/// A range held until this is dropped.
+/// A range held until this is dropped, by any thread.
 #[derive(Debug)]
-pub(super) struct Held<'a> {
-    all: &'a InFlight,
+pub(crate) struct Held {
+    shared: Arc<Shared>,
     id: u64,
 }
 
-impl InFlight {
+impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
+impl Queue {
+    /// Whether a request conflicts with one before it; with id `next`, with any.
+    fn conflict(&self, id: u64, range: &Range<u64>, exclusive: bool) -> bool {
+        self.requests
+            .iter()
+            .take_while(|r| r.id != id)
+            .any(|r| (exclusive || r.exclusive) && overlap(&r.range, range))
+    }
+
+    fn push(&mut self, range: Range<u64>, exclusive: bool) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        self.requests.push(Request { id, range, exclusive });
+        id
+    }
+}
+
+impl InFlight {
     /// Holds a range together with others that only use what is mapped already.
-    pub(crate) fn shared(&self, range: Range<u64>) -> Held<'_> {
+    pub(crate) fn shared(&self, range: Range<u64>) -> Held {
         self.hold(range, false)
     }
 
     /// Holds a range alone, to change how it is mapped.
-    pub(crate) fn exclusive(&self, range: Range<u64>) -> Held<'_> {
+    pub(crate) fn exclusive(&self, range: Range<u64>) -> Held {
         self.hold(range, true)
     }
 
-    fn hold(&self, range: Range<u64>, exclusive: bool) -> Held<'_> {
-        let mut queue = self.queue();
-        let id = queue.next;
-        queue.next += 1;
-        queue.requests.push(Request { id, range: range.clone(), exclusive });
-        let conflicts = |queue: &mut Queue| {
-            queue
-                .requests
-                .iter()
-                .take_while(|r| r.id != id)
-                .any(|r| (exclusive || r.exclusive) && overlap(&r.range, &range))
-        };
-        let queue = self.ended.wait_while(queue, conflicts).unwrap_or_else(PoisonError::into_inner);
+    /// As [`InFlight::shared`]; `None` if it would have to wait.
+    pub(crate) fn try_shared(&self, range: Range<u64>) -> Option<Held> {
+        self.try_hold(range, false)
+    }
+
+    /// As [`InFlight::exclusive`]; `None` if it would have to wait.
+    pub(crate) fn try_exclusive(&self, range: Range<u64>) -> Option<Held> {
+        self.try_hold(range, true)
+    }
+
+    fn try_hold(&self, range: Range<u64>, exclusive: bool) -> Option<Held> {
+        let mut queue = self.shared.queue();
+        let next = queue.next;
+        if queue.conflict(next, &range, exclusive) {
+            return None;
+        }
+        let id = queue.push(range, exclusive);
         drop(queue);
-        Held { all: self, id }
+        Some(Held { shared: self.shared.clone(), id })
+    }
+
+    fn hold(&self, range: Range<u64>, exclusive: bool) -> Held {
+        let mut queue = self.shared.queue();
+        let id = queue.push(range.clone(), exclusive);
+        if queue.conflict(id, &range, exclusive) {
+            queue.waiting += 1;
+            queue = self
+                .shared
+                .ended
+                .wait_while(queue, |queue| queue.conflict(id, &range, exclusive))
+                .unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
+        }
+        drop(queue);
+        Held { shared: self.shared.clone(), id }
     }
 }
 
@@ -70,14 +117,14 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
-        let mut queue = self.all.queue();
+        let mut queue = self.shared.queue();
         queue.requests.retain(|r| r.id != self.id);
-        let wake = !queue.requests.is_empty();
+        let wake = queue.waiting > 0;
         drop(queue);
         if wake {
-            self.all.ended.notify_all();
+            self.shared.ended.notify_all();
         }
     }
 }
@@ -96,13 +143,13 @@ mod tests {
         range: Range<u64>,
         exclusive: bool,
     ) -> mpsc::Receiver<()> {
-        let before = all.queue().next;
+        let before = all.shared.queue().next;
         let (held, receiver) = mpsc::channel();
         scope.spawn(move || {
             let _held = all.hold(range, exclusive);
             let _ = held.send(());
         });
-        while all.queue().next == before {
+        while all.shared.queue().next == before {
             thread::yield_now();
         }
         receiver
@@ -127,6 +174,23 @@ mod tests {
             writer.recv().unwrap();
             reader.recv().unwrap();
         });
-        assert!(all.queue().requests.is_empty());
+        assert!(all.shared.queue().requests.is_empty());
+    }
+
+    #[test]
+    fn who_only_tries_never_gets_past_one_that_waits() {
+        let all = InFlight::default();
+        let first = all.try_shared(0..10).unwrap();
+        assert!(all.try_exclusive(9..12).is_none());
+        drop(all.try_shared(9..12).unwrap());
+        thread::scope(|scope| {
+            let writer = start(scope, &all, 0..5, true);
+            assert!(all.try_shared(4..6).is_none());
+            drop(all.try_exclusive(10..12).unwrap());
+            drop(first);
+            writer.recv().unwrap();
+        });
+        assert_eq!(all.shared.queue().waiting, 0);
+        drop(all.try_exclusive(0..100).unwrap());
     }
 }

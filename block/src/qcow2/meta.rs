@@ -506,6 +506,25 @@ impl Meta {
         self.noted(cluster)
     }
 
+    /// The entry of the active L1 table.
+    pub(crate) fn active_l1(&self, index: u64) -> u64 {
+        self.l1.get(to_usize(index)).copied().unwrap_or(0)
+    }
+
+    /// Whether all L2 tables of a range of the active disk are in memory (or not there at all).
+    pub(crate) fn tables_are_here(&self, guest: u64, len: u64) -> bool {
+        let geometry = self.geometry();
+        let last = guest + len.saturating_sub(1);
+        (geometry.l1_index(guest)..=geometry.l1_index(last)).all(|index| {
+            table_of(self.active_l1(index)).is_none_or(|offset| self.l2.contains(offset))
+        })
+    }
+
+    /// Whether [`Meta::trim`] has something to do.
+    pub(crate) fn needs_trim(&self) -> bool {
+        self.refcounts.needs_trim() || self.l2.is_over() || self.pending.len() > MAX_PENDING_RUNS
+    }
+
     /// Whether anything in memory differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
         self.unsettled

@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
+use crate::queue::Located;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
 use crate::status::StatusExtent;
 use crate::storage::Storage;
@@ -42,6 +43,7 @@ mod header;
 mod header_write;
 mod inflight;
 mod layout;
+mod locate;
 mod meta;
 mod options;
 mod overlap;
@@ -58,8 +60,10 @@ mod zero;
 pub use bitmaps::StoredBitmap;
 pub use corruption::Corruption;
 pub use header::Compression;
+pub(crate) use inflight::Held;
 pub use options::{Options, PassDiscard};
 pub use overlap::OverlapCheck;
+pub(crate) use write::Target;
 
 use header::{Header, autoclear, compatible, field, incompatible};
 use inflight::InFlight;
@@ -448,6 +452,14 @@ impl Format for Qcow2 {
 
     fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
         self.resize_disk(size, mode, progress)
+    }
+
+    fn locate_read(&self, offset: u64, len: u64, out: &mut Located) -> bool {
+        self.locate_disk_read(offset, len, out)
+    }
+
+    fn locate_write(&self, offset: u64, len: u64, out: &mut Located) -> bool {
+        self.locate_disk_write(offset, len, out)
     }
 
     fn supports_snapshots(&self) -> bool {

@@ -522,6 +522,11 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Whether [`Refcounts::trim`] has something to do.
+    pub(crate) fn needs_trim(&self) -> bool {
+        self.blocks.is_over()
+    }
+
     /// The index after the last cluster that anybody refers to; `None` if that cannot be told
     /// cheaply. Clusters count that were taken and are not written yet: they lie past the end of
     /// the file until then, and a file that is cut meanwhile would lose them.

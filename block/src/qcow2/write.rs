@@ -14,18 +14,18 @@ use super::subcluster::{Cluster, mask};
 
 /// A run of guest clusters to be written to a run of host clusters.
 #[derive(Debug)]
-struct Target {
+pub(crate) struct Target {
     /// Guest offset of the first byte written by the request.
-    guest: u64,
+    pub(super) guest: u64,
     /// Bytes the request writes.
-    len: u64,
+    pub(super) len: u64,
     /// Host offset of `guest`.
-    host: HostOffset,
+    pub(super) host: HostOffset,
     /// Bytes before and after that must be written too, with what they read as now.
-    head: u64,
-    tail: u64,
+    pub(super) head: u64,
+    pub(super) tail: u64,
     /// What each cluster was mapped to, if entries change. Empty if data goes where it is already.
-    old: Vec<Cluster>,
+    pub(super) old: Vec<Cluster>,
 }
 
 impl Target {
@@ -174,7 +174,7 @@ impl Qcow2 {
 
 /// Finds a place for every cluster of a range. Without `allocate` it ends with `false` at the first
 /// cluster whose entry would have to change.
-fn plan(
+pub(super) fn plan(
     meta: &mut Meta,
     guest: u64,
     len: u64,

@@ -7,8 +7,8 @@ use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use crate::num::to_u64;
-use crate::{ReadBuf, WriteBuf};
+use crate::num::{to_u64, to_usize};
+use crate::{ReadBuf, WriteBuf, iobuf};
 
 /// Alignment of an [`AlignedBuf`]: what O_DIRECT needs on any current disk.
 pub const BUF_ALIGN: usize = 4096;
@@ -220,6 +220,30 @@ impl OwnedBufs {
             Parts::One(part) => std::slice::from_ref(part),
             Parts::Many(parts) => parts,
         }
+    }
+
+    /// Adds the part `skip..skip + len` of the bytes to a list of buffers.
+    pub(super) fn slice_into(&self, skip: u64, len: u64, out: &mut Vec<libc::iovec>) {
+        if skip == 0 && len == self.len {
+            out.extend_from_slice(self.parts());
+            return;
+        }
+        let (mut skip, mut len) = (to_usize(skip), to_usize(len));
+        for part in self.parts() {
+            let from = skip.min(part.iov_len);
+            let now = (part.iov_len - from).min(len);
+            skip -= from;
+            len -= now;
+            if now > 0 {
+                let iov_base = part.iov_base.wrapping_byte_add(from);
+                out.push(libc::iovec { iov_base, iov_len: now });
+            }
+        }
+    }
+
+    /// Fills a part of the bytes with zeroes.
+    pub(super) fn fill_zero(&mut self, skip: u64, len: u64) {
+        iobuf::fill_zero(&iobuf::slice_read(self.read_bufs(), skip, len));
     }
 
     /// The buffers as the target of a read.

@@ -8,13 +8,22 @@
 //! its own events and [`Queue::event`] together. See `docs/data-path.md`.
 
 mod bufs;
+mod engine;
+mod handover;
+mod located;
+mod pool;
+mod ring;
+mod transfer;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use bufs::{AlignedBuf, BUF_ALIGN, OwnedBufs};
+pub use located::Located;
+
+use engine::Engine;
 
 use crate::{Error, Node, Result};
 
@@ -102,8 +111,10 @@ pub struct Completion {
 pub struct Queue {
     node: Arc<Node>,
     staged: Vec<Request>,
-    completed: Vec<Completion>,
-    event: EventFd,
+    engine: Engine,
+    /// Submitted and not reaped.
+    in_flight: usize,
+    event: Epoll,
 }
 
 impl Queue {
@@ -112,10 +123,19 @@ impl Queue {
     /// # Errors
     /// If the host has no descriptor left.
     pub fn new(node: Arc<Node>) -> Result<Self> {
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
-            Error::Io { operation: "eventfd", filename: node.name().to_owned(), offset: 0, source }
-        })?;
-        Ok(Self { node, staged: Vec::new(), completed: Vec::new(), event })
+        let failed = |source| Error::Io {
+            operation: "open a request queue",
+            filename: node.name().to_owned(),
+            offset: 0,
+            source,
+        };
+        let engine = Engine::new(node.clone()).map_err(failed)?;
+        let event = Epoll::new().map_err(failed)?;
+        for fd in engine.fds() {
+            let readable = EpollEvent::new(EventSet::IN, 0);
+            event.ctl(ControlOperation::Add, fd, readable).map_err(failed)?;
+        }
+        Ok(Self { node, staged: Vec::new(), engine, in_flight: 0, event })
     }
 
     /// The node.
@@ -126,31 +146,37 @@ impl Queue {
     /// Takes a request; nothing is done before [`Queue::kick`].
     pub fn submit(&mut self, request: Request) {
         self.staged.push(request);
+        self.in_flight += 1;
     }
 
     /// Starts everything that was submitted. What can be done at once is: always [`Queue::reap`]
     /// after it, for such completions do not signal [`Queue::event`].
     pub fn kick(&mut self) {
-        for mut request in std::mem::take(&mut self.staged) {
-            let result = execute(&self.node, request.op, &mut request.bufs);
-            self.completed.push(Completion { id: request.id, result, bufs: request.bufs });
+        if !self.staged.is_empty() {
+            let mut staged = std::mem::take(&mut self.staged);
+            self.engine.start_all(staged.drain(..));
+            self.staged = staged;
         }
+        self.engine.submit(0);
     }
 
     /// Moves all completions to the end of `out` and gives their number. Clears the event.
     pub fn reap(&mut self, out: &mut Vec<Completion>) -> usize {
-        let count = self.completed.len();
-        out.append(&mut self.completed);
+        self.engine.collect();
+        self.engine.submit(0);
+        let count = self.engine.completed.len();
+        self.in_flight -= count;
+        out.append(&mut self.engine.completed);
         count
     }
 
     /// Requests that were submitted and not reaped.
     pub fn in_flight(&self) -> usize {
-        self.staged.len() + self.completed.len()
+        self.in_flight
     }
 
     /// Readable when completions wait that came after the last [`Queue::kick`] or [`Queue::reap`].
-    /// The owner only polls it.
+    /// The owner only polls it (a signal-like wake-up of io_uring may end its poll with EINTR).
     pub fn event(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as `self.event`, which the result borrows.
         unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
@@ -159,35 +185,38 @@ impl Queue {
     /// Kicks, and waits until there is something to reap, unless nothing is in flight.
     pub fn wait(&mut self) {
         self.kick();
+        while self.engine.completed.is_empty() && self.in_flight > 0 {
+            if self.engine.on_threads() || self.engine.on_ring() == 0 {
+                let mut events = [EpollEvent::default(); 2];
+                // An error is a signal: the loop looks again.
+                let _ = self.event.wait(-1, &mut events);
+            } else {
+                self.engine.submit(1);
+            }
+            self.engine.collect();
+            self.engine.submit(0);
+        }
     }
 
     /// Kicks, waits until every request is completed, and reaps them.
     pub fn drain(&mut self, out: &mut Vec<Completion>) {
-        self.kick();
-        self.reap(out);
+        while self.in_flight > 0 {
+            self.wait();
+            self.reap(out);
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // The kernel and other threads have pointers to the requests' memory.
+        self.drain(&mut Vec::new());
     }
 }
 
 impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event()
-    }
-}
-
-/// Carries out a request, waiting for it.
-fn execute(node: &Node, op: Op, bufs: &mut OwnedBufs) -> Result<()> {
-    match op {
-        Op::Read { offset } => node.read(offset, bufs.read_bufs()),
-        Op::Write { offset, fua } => {
-            node.write(offset, bufs.write_bufs())?;
-            if fua { node.flush() } else { Ok(()) }
-        }
-        Op::Flush => node.flush(),
-        Op::Discard { offset, len } => node.discard(offset, len),
-        Op::WriteZeroes { offset, len, unmap, fua } => {
-            node.write_zeroes(offset, len, unmap)?;
-            if fua { node.flush() } else { Ok(()) }
-        }
     }
 }
 

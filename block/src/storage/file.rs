@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +29,16 @@ pub enum Locking {
     Off,
 }
 
+/// QEMU's `aio` option: how transfers that wait for the disk are waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Aio {
+    /// By threads.
+    Threads,
+    /// By io_uring; by threads where the host does not allow it.
+    #[default]
+    IoUring,
+}
+
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FileOptions {
@@ -40,6 +50,8 @@ pub struct FileOptions {
     pub no_flush: bool,
     /// Whether to take QEMU's image locks.
     pub locking: Locking,
+    /// How a [`crate::queue::Queue`] waits for the disk.
+    pub aio: Aio,
     /// Open although another process writes the image; only for read-only.
     pub force_share: bool,
 }
@@ -82,6 +94,7 @@ impl FileStorage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed(io::Error::other("neither a regular file nor a block device")));
         }
+        sys::set_blocking(file.as_fd()).map_err(failed)?;
         // The path may lead to another file by now, which nobody locked.
         let direct = open_file(path, options, libc::O_DIRECT);
         let direct = match direct.and_then(|direct| same_file(&file, direct)) {
@@ -89,6 +102,9 @@ impl FileStorage {
             Err(e) if options.direct => return Err(failed(e)),
             Err(_) => None,
         };
+        if let Some(direct) = &direct {
+            sys::set_blocking(direct.as_fd()).map_err(failed)?;
+        }
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -154,6 +170,27 @@ impl FileStorage {
     /// How it was opened.
     pub fn options(&self) -> &FileOptions {
         &self.options
+    }
+
+    /// The descriptor for a transfer, and whether it bypasses the page cache: all do with
+    /// `cache.direct` where alignment allows, unless the file system `refused` it.
+    pub(crate) fn descriptor<'a>(
+        &self,
+        offset: u64,
+        mut parts: impl Iterator<Item = (*const u8, usize)> + 'a,
+        refused: bool,
+    ) -> (BorrowedFd<'_>, bool) {
+        match &self.direct {
+            Some(direct)
+                if self.options.direct
+                    && !refused
+                    && offset.is_multiple_of(to_u64(sys::DIRECT_ALIGN))
+                    && sys::aligned(&mut parts) =>
+            {
+                (direct.as_fd(), true)
+            }
+            _ => (self.file.as_fd(), false),
+        }
     }
 
     fn error(&self, operation: &'static str, offset: u64, source: io::Error) -> Error {
@@ -393,6 +430,14 @@ impl Storage for FileStorage {
 
     fn read_only(&self) -> bool {
         self.options.read_only
+    }
+
+    fn file(&self) -> Option<&FileStorage> {
+        Some(self)
+    }
+
+    fn zero_past_end(&self) -> bool {
+        !self.device
     }
 }
 

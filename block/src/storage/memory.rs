@@ -221,4 +221,8 @@ impl Storage for MemoryStorage {
     fn read_only(&self) -> bool {
         false
     }
+
+    fn zero_past_end(&self) -> bool {
+        true
+    }
 }

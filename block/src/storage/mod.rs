@@ -6,9 +6,9 @@ use crate::{ReadBuf, Result, WriteBuf};
 
 mod file;
 pub mod memory;
-mod sys;
+pub(crate) mod sys;
 
-pub use file::{FileOptions, FileStorage, Locking};
+pub use file::{Aio, FileOptions, FileStorage, Locking};
 pub(crate) use sys::{ofd_lock_held, ofd_lock_shared};
 
 /// A growable array of bytes with durable writes. Offsets and lengths are host bytes.
@@ -73,4 +73,15 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
+
+    /// The host file, for those who transfer by its descriptor.
+    fn file(&self) -> Option<&FileStorage> {
+        None
+    }
+
+    /// Whether what was never written since the storage was shorter reads as zeroes once it has
+    /// grown over it. Not so for a block device.
+    fn zero_past_end(&self) -> bool {
+        false
+    }
 }

@@ -7,7 +7,7 @@ use crate::num::{to_u64, to_usize};
 use crate::{ReadBuf, WriteBuf};
 
 /// Most buffers the kernel takes in one call (UIO_MAXIOV).
-pub(super) const MAX_IOVECS: usize = 1024;
+const MAX_IOVECS: usize = 1024;
 
 fn off(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
@@ -44,11 +44,35 @@ pub(super) fn preadv(fd: BorrowedFd<'_>, bufs: &[ReadBuf<'_>], offset: u64) -> i
     bytes(unsafe { libc::preadv(fd.as_raw_fd(), bufs.as_ptr().cast(), count(bufs.len()), offset) })
 }
 
+/// preadv2(2) of what is in the page cache: EAGAIN where the disk would have to be asked.
+pub(crate) fn preadv_cached(
+    fd: BorrowedFd<'_>,
+    bufs: &[ReadBuf<'_>],
+    offset: u64,
+) -> io::Result<u64> {
+    let offset = off(offset)?;
+    let (list, count, fd) = (bufs.as_ptr().cast(), count(bufs.len()), fd.as_raw_fd());
+    // SAFETY: as in `preadv`.
+    bytes(unsafe { libc::preadv2(fd, list, count, offset, libc::RWF_NOWAIT) })
+}
+
 /// pwritev(2); may write less than asked.
-pub(super) fn pwritev(fd: BorrowedFd<'_>, bufs: &[WriteBuf<'_>], offset: u64) -> io::Result<u64> {
+pub(crate) fn pwritev(fd: BorrowedFd<'_>, bufs: &[WriteBuf<'_>], offset: u64) -> io::Result<u64> {
     let offset = off(offset)?;
     // SAFETY: as in `preadv`, for readable memory.
     bytes(unsafe { libc::pwritev(fd.as_raw_fd(), bufs.as_ptr().cast(), count(bufs.len()), offset) })
+}
+
+/// Takes O_NONBLOCK, with which files are opened for the sake of what is no file, off again:
+/// io_uring would give EAGAIN where it should wait.
+pub(super) fn set_blocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no memory is passed.
+    ok(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) })
 }
 
 /// What `fallocate` shall do with a range.

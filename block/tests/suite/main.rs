@@ -20,6 +20,7 @@ mod lazy;
 mod locks;
 mod metadata;
 mod model;
+mod queue;
 mod races;
 mod reopen;
 mod repair;
