@@ -11,7 +11,7 @@ use crate::graph::{DetectZeroes, Flags, NodeOptions};
 use crate::iobuf;
 use crate::qcow2::Qcow2;
 use crate::storage::{FileStorage, Storage};
-use crate::{ReadBuf, Result, SnapshotInfo, WriteBuf};
+use crate::{Preallocation, Progress, ReadBuf, Result, SnapshotInfo, WriteBuf};
 
 mod gate;
 
@@ -202,6 +202,23 @@ impl Node {
     /// As [`Format::flush`].
     pub fn flush(&self) -> Result<()> {
         self.access().flush()
+    }
+
+    /// Gives the disk another size; its dirty bitmaps follow.
+    ///
+    /// # Errors
+    /// As [`Format::resize`]; or somebody has a bitmap.
+    pub fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
+        let access = self.access();
+        let bitmaps = self.bitmaps();
+        if size != access.size() {
+            bitmaps.check_resize(size)?;
+        }
+        let result = access.resize(size, mode, progress);
+        // Also after an error: a format may have got halfway. Those with bitmaps of their own have
+        // done it, in their order.
+        bitmaps.resize(access.size());
+        result
     }
 
     /// Tells that the range is not needed. It reads as zeroes afterwards or as before.

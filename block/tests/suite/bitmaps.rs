@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use block::bitmap::NewBitmap;
 use block::nbd::{Address, ExportOptions, Server, ServerOptions};
-use block::{Node, WriteBuf};
+use block::{Graph, Node, Preallocation, Progress, WriteBuf};
 
 use crate::common::{self, Random, check, create, have_qemu_img, open, path, qemu_img, qemu_io};
 
@@ -45,7 +45,7 @@ impl Daemon {
         let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));
         self.child.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
         loop {
-            let text = self.answers.next().expect("the daemon goes on").unwrap();
+            let text = self.answers.next().unwrap().unwrap();
             let answer: Value = serde_json::from_str(&text).unwrap();
             if answer.get("event").is_none() {
                 return answer;
@@ -114,6 +114,10 @@ fn dirty(node: &Node, bitmap: &str) -> Vec<Range<u64>> {
         all.extend(extents);
     }
     joined(all.into_iter().filter(|e| e.dirty).map(|e| e.offset..e.offset + e.len))
+}
+
+fn one(range: Range<u64>) -> Vec<Range<u64>> {
+    std::iter::once(range).collect()
 }
 
 fn write(node: &Node, offset: u64, bytes: &[u8]) {
@@ -204,10 +208,10 @@ fn bitmaps_of_ours_are_stored_and_qemu_goes_on_with_them() {
         opened.1.clear_bitmap("g9").unwrap();
         opened.1.enable_bitmap("g16", false).unwrap();
         write(&opened.1, 512, &[1; 512]);
-        assert_eq!(dirty(&opened.1, "g9"), [512..1024]);
+        assert_eq!(dirty(&opened.1, "g9"), one(512..1024));
         close(opened);
         check(&image);
-        assert_eq!(qemu_dirty(dir.path(), &image, "g9"), [512..1024]);
+        assert_eq!(qemu_dirty(dir.path(), &image, "g9"), one(512..1024));
         let mut daemon = Daemon::start(&image, "");
         let told = daemon.bitmaps();
         let g16 = told.as_array().unwrap().iter().find(|b| b["name"] == "g16").unwrap();
@@ -305,11 +309,11 @@ fn going_back_to_a_snapshot_makes_everything_dirty_and_follows_the_size() {
     let opened = open(&image);
     common::load(&*opened.1.format(), "small");
     assert_eq!(opened.1.size(), 64 << 20);
-    assert_eq!(dirty(&opened.1, "b"), [0..64 << 20]);
+    assert_eq!(dirty(&opened.1, "b"), one(0..64 << 20));
     assert_eq!(dirty(&opened.1, "off"), []);
     close(opened);
     check(&image);
-    assert_eq!(qemu_dirty(dir.path(), &image, "b"), [0..64 << 20]);
+    assert_eq!(qemu_dirty(dir.path(), &image, "b"), one(0..64 << 20));
     assert_eq!(qemu_dirty(dir.path(), &image, "off"), []);
 }
 
@@ -427,7 +431,7 @@ fn bitmaps_live_through_a_reopen_and_who_holds_one_goes_on_with_it() {
     };
     graph.reopen(&[options(true)]).unwrap();
     let first = 1 << 20..(1 << 20) + 65536;
-    assert_eq!(qemu_dirty(dir.path(), &image, "stored"), [first.clone()], "stored, and valid");
+    assert_eq!(qemu_dirty(dir.path(), &image, "stored"), one(first.clone()), "stored, and valid");
     let named = Arc::ptr_eq(&node.bitmaps().get("stored").unwrap(), hold.bitmap());
     assert!(named && hold.bitmap().info().busy);
     graph.reopen(&[options(false)]).unwrap();
@@ -486,4 +490,44 @@ fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
     assert!(node.clear_bitmap("b").unwrap_err().to_string().contains("currently in use"));
     server.stop();
     node.clear_bitmap("b").unwrap();
+}
+
+#[test]
+fn bitmaps_follow_the_size_of_the_disk_and_what_is_new_is_dirty() {
+    if !have_qemu_img("bitmaps and resize") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    qemu_img(&["bitmap", "--add", "--disable", "-g", "65536", &path(&image), "off"]);
+    let opened = open(&image);
+    let node = &opened.1;
+    let resize = |node: &Node, size| node.resize(size, Preallocation::Off, &Progress::default());
+    add(node, "b", 65536);
+    write(node, 60 << 20, &[1; 512]);
+    resize(node, 32 << 20).unwrap();
+    assert_eq!(dirty(node, "b"), []);
+    resize(node, 96 << 20).unwrap();
+    assert_eq!(dirty(node, "b"), one(32 << 20..96 << 20));
+    assert_eq!(dirty(node, "off"), []);
+    let hold = node.bitmaps().get("b").unwrap().hold().unwrap();
+    let busy = "Bitmap 'b' is currently in use by another operation and cannot be used";
+    assert_eq!(resize(node, 128 << 20).unwrap_err().to_string(), busy);
+    drop(hold);
+    close(opened);
+    check(&image);
+    assert_eq!(qemu_dirty(dir.path(), &image, "b"), one(32 << 20..96 << 20));
+    assert_eq!(qemu_dirty(dir.path(), &image, "off"), []);
+    let raw = dir.path().join("a.raw");
+    std::fs::write(&raw, [0; 65536]).unwrap();
+    let graph = Graph::new();
+    let node = graph
+        .add_text(&format!("driver=raw,node-name=r,file.driver=file,file.filename={}", path(&raw)))
+        .unwrap();
+    node.add_bitmap(&NewBitmap { name: "b", ..NewBitmap::default() }).unwrap();
+    resize(&node, 1 << 20).unwrap();
+    assert_eq!(dirty(&node, "b"), one(65536..1 << 20));
+    let hold = node.bitmaps().get("b").unwrap().hold().unwrap();
+    assert_eq!(resize(&node, 65536).unwrap_err().to_string(), busy);
+    drop(hold);
 }
