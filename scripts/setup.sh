@@ -24,6 +24,8 @@ case $goal in demo | test | bench) need qemu-img qemu-utils ;; esac
 case $goal in
 test)
     need qemu-io qemu-utils
+    need nbdcopy libnbd-bin
+    need nbdsh python3-libnbd
     need python3 python3
     python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"
     ;;

@@ -3,17 +3,18 @@
 //!
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
-//! usual ones.
+//! usual ones; or `nbd` and a part of a name, for such measurements of the block engine only.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
 mod checkpoint;
 mod disk;
+mod nbd;
 mod program;
 mod report;
 mod start;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use program::Program;
 use report::Report;
@@ -25,35 +26,44 @@ const SIZES: &[u64] = &[256, 1024, 4096];
 const ROUNDS: usize = 3;
 
 fn main() {
-    if !tardigrade_tests::require::kvm() {
-        return;
-    }
-    let given: Vec<u64> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
-    let sizes = if given.is_empty() { SIZES.to_vec() } else { given };
+    let args: Vec<String> = std::env::args().skip(1).collect();
     let dir = output_dir();
     let mut report = Report::default();
-    let programs = programs(&mut report);
+    match &args[..] {
+        [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
+        _ => {
+            if tardigrade_tests::require::kvm() {
+                machines(&args, &dir, &mut report);
+            }
+            nbd::measure(&dir, "", &mut report);
+        }
+    }
+    let text = report.markdown();
+    std::fs::write(dir.join("report.md"), &text).unwrap();
+    std::fs::write(dir.join("report.json"), report.json()).unwrap();
+    println!("{text}");
+}
 
-    let dd = disk::Dd::new(&dir);
+/// Checkpoints and start of machines.
+fn machines(args: &[String], dir: &Path, report: &mut Report) {
+    let given: Vec<u64> = args.iter().filter_map(|arg| arg.parse().ok()).collect();
+    let sizes = if given.is_empty() { SIZES.to_vec() } else { given };
+    let programs = programs(report);
+    let dd = disk::Dd::new(dir);
     for used in sizes {
         for round in 0..ROUNDS {
-            dd.measure(&mut report);
+            dd.measure(report);
             for program in &programs {
                 eprintln!("{} with {used} MiB in use, round {}", program.name(), round + 1);
-                checkpoint::measure(*program, used, &dir, &mut report);
+                checkpoint::measure(*program, used, dir, report);
             }
         }
     }
     // How the image is opened has no part in a start.
     for program in programs.iter().filter(|program| **program != Program::QemuDirect) {
         eprintln!("start of {}", program.name());
-        start::measure(*program, &dir, &mut report);
+        start::measure(*program, dir, report);
     }
-
-    let text = report.markdown();
-    std::fs::write(dir.join("report.md"), &text).unwrap();
-    std::fs::write(dir.join("report.json"), report.json()).unwrap();
-    println!("{text}");
 }
 
 /// Tardigrade, and QEMU where it is installed.

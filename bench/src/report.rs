@@ -9,7 +9,11 @@ use serde_json::{Value, json};
 pub(crate) struct Report {
     values: Vec<Measured>,
     notes: Vec<String>,
+    sections: Vec<Section>,
 }
+
+/// Makes a table of another module's measurements.
+type Section = Box<dyn Fn(&Report) -> String>;
 
 struct Measured {
     what: String,
@@ -32,8 +36,13 @@ impl Report {
         self.notes.push(text.to_owned());
     }
 
+    /// Adds a table that is made once everything is measured.
+    pub(crate) fn section(&mut self, section: impl Fn(&Self) -> String + 'static) {
+        self.sections.push(Box::new(section));
+    }
+
     /// The median, if anything was measured.
-    fn median(&self, what: &str, who: &str, size: u64) -> Option<f64> {
+    pub(crate) fn median(&self, what: &str, who: &str, size: u64) -> Option<f64> {
         let is_it = |m: &&Measured| m.what == what && m.who == who && m.size == size;
         let mut values: Vec<f64> =
             self.values.iter().filter(is_it).map(|measured| measured.value).collect();
@@ -57,17 +66,27 @@ impl Report {
         serde_json::to_string_pretty(&json!({ "notes": self.notes, "measured": all })).unwrap()
     }
 
+    fn machine_tables(&self, text: &mut String) {
+        self.disk_table(text);
+        let write = self.disk_rate("dd write s");
+        let read = self.disk_rate("dd read s");
+        self.rate_table(text, "Save", "save s", write);
+        self.rate_table(text, "Load in the running process", "load s", read);
+        self.rate_table(text, "Revive in a new process", "revive s", read);
+        self.pause_table(text);
+        self.start_table(text);
+    }
+
     /// The tables.
     pub(crate) fn markdown(&self) -> String {
         let mut text = String::new();
-        self.disk_table(&mut text);
-        let write = self.disk_rate("dd write s");
-        let read = self.disk_rate("dd read s");
-        self.rate_table(&mut text, "Save", "save s", write);
-        self.rate_table(&mut text, "Load in the running process", "load s", read);
-        self.rate_table(&mut text, "Revive in a new process", "revive s", read);
-        self.pause_table(&mut text);
-        self.start_table(&mut text);
+        // Nothing of machines was measured otherwise.
+        if self.values.iter().any(|measured| measured.what == "dd write s") {
+            self.machine_tables(&mut text);
+        }
+        for section in &self.sections {
+            text += &section(self);
+        }
         for note in &self.notes {
             let _ = writeln!(text, "{note}\n");
         }

@@ -155,7 +155,8 @@ pub(super) enum Context<'a> {
 
 impl Drop for Export {
     fn drop(&mut self) {
-        // The node is free by the time anybody hears of it.
+        // Bitmaps and node are free by the time anybody hears of it.
+        self.bitmaps.clear();
         self.attachment = None;
         (self.on_gone)(&self.id);
     }

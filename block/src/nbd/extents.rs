@@ -36,6 +36,10 @@ pub(super) fn describe(
             .map(|(len, dirty)| Descriptor { len, status: if dirty { STATE_DIRTY } else { 0 } })
             .collect(),
     };
+    if list.is_empty() {
+        // The disk was shortened meanwhile; a reply has at least one descriptor.
+        list.push(Descriptor { len, status: 0 });
+    }
     list.truncate(most);
     Ok(list)
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
+use crate::graph::is_well_formed;
 use crate::{Error, Result};
 
 use super::connection;
@@ -62,8 +63,9 @@ pub(super) struct Shared {
 struct State {
     /// Newest last.
     exports: Vec<Arc<Export>>,
-    /// Removed, but a client may still use them.
-    closing: Vec<Weak<Export>>,
+    /// Removed, but a client may still use them; with their ids. Handles are never dropped under the
+    /// lock: the last one tells of the export's end.
+    closing: Vec<(String, Weak<Export>)>,
     clients: Vec<Client>,
     next_client: u64,
     stopping: bool,
@@ -126,8 +128,12 @@ impl Server {
     /// If id or name are taken or too long, or a writable export is of a read-only node.
     pub fn add_export(&self, options: ExportOptions) -> Result<()> {
         let multi_conn = self.shared.options.max_connections != 1;
+        if !is_well_formed(&options.id) {
+            return Err(Error::Invalid("Invalid block export id".to_owned()));
+        }
         let mut state = self.shared.state();
-        if state.all().any(|export| export.id == options.id) {
+        let id = &options.id;
+        if state.is_closing(id) || state.exports.iter().any(|export| export.id == *id) {
             let text = format!("Block export id '{}' is already in use", options.id);
             return Err(Error::Invalid(text));
         }
@@ -148,6 +154,9 @@ impl Server {
     pub fn remove_export(&self, id: &str, mode: RemoveMode) -> Result<()> {
         let mut state = self.shared.state();
         let Some(at) = state.exports.iter().position(|export| export.id == id) else {
+            if state.is_closing(id) {
+                return Err(Error::Invalid(format!("Export '{id}' is already shutting down")));
+            }
             return Err(Error::Invalid(format!("Export '{id}' is not found")));
         };
         if mode == RemoveMode::Safe && state.clients_of(id).next().is_some() {
@@ -162,8 +171,11 @@ impl Server {
 
     /// All exports, newest first, also those that wait for their last client to go.
     pub fn list(&self) -> Vec<ExportInfo> {
-        // The handles are dropped after the lock: the last one tells of the export's end.
-        let all: Vec<_> = self.shared.state().all().collect();
+        let all: Vec<_> = {
+            let state = self.shared.state();
+            let closing = state.closing.iter().filter_map(|(_, export)| export.upgrade());
+            closing.chain(state.exports.iter().cloned()).collect()
+        };
         all.iter().rev().map(|export| export.info()).collect()
     }
 
@@ -199,9 +211,9 @@ impl Drop for Server {
 }
 
 impl State {
-    /// Every export that still uses its node.
-    fn all(&self) -> impl Iterator<Item = Arc<Export>> {
-        self.closing.iter().filter_map(Weak::upgrade).chain(self.exports.iter().cloned())
+    /// Whether an export was removed and still uses its node.
+    fn is_closing(&self, id: &str) -> bool {
+        self.closing.iter().any(|(of, export)| of == id && export.strong_count() > 0)
     }
 
     fn clients_of(&self, id: &str) -> impl Iterator<Item = &Client> {
@@ -212,8 +224,8 @@ impl State {
     fn close(&mut self, export: &Arc<Export>) {
         export.close();
         self.clients_of(&export.id).for_each(|client| client.socket.shutdown());
-        self.closing.retain(|closing| closing.strong_count() > 0);
-        self.closing.push(Arc::downgrade(export));
+        self.closing.retain(|(_, export)| export.strong_count() > 0);
+        self.closing.push((export.id.clone(), Arc::downgrade(export)));
     }
 }
 

@@ -258,7 +258,7 @@ impl Transmission {
                 self.submit(to, Work::Cache, Op::Read { offset }, bufs);
             }
             Ok(Command::BlockStatus { offset, len, one }) => {
-                self.block_status(to, offset, len, one)
+                self.block_status(to, offset, len, one);
             }
             Ok(Command::Disconnect) => self.disconnected = true,
         }
@@ -388,7 +388,7 @@ impl Transmission {
         let error = result.err().map(|e| errno_of(&e));
         match (work, error) {
             (Work::Read { offset, group }, error) => {
-                self.finish_read(to, offset, group, error, bufs)
+                self.finish_read(to, offset, group, error, bufs);
             }
             (Work::Trim { fua: true }, None) => {
                 self.submit(to, Work::Flush, Op::Flush, OwnedBufs::none());

@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
 
 use block::nbd::{Address, ExportOptions, Server, ServerOptions};
 use block::qcow2::check::{self, Repair};
