@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:?seconds}
 shift
-[ $# -gt 0 ] || set -- open read write check
+[ $# -gt 0 ] || set -- open read write check nbd
 
 triple=$(rustc -vV | sed -n 's/^host: //p')
 out=${CARGO_TARGET_DIR:-target}

@@ -9,6 +9,7 @@ pub mod input;
 pub mod libfuzzer;
 pub mod mutate;
 pub mod seeds;
+mod sessions;
 pub mod storage;
 pub mod targets;
 

@@ -14,8 +14,8 @@ pub enum Body {
     Image,
     /// Operations, then an image.
     OpsAndImage,
-    /// Bytes without a framing.
-    Plain,
+    /// What an NBD client sends.
+    Session,
 }
 
 /// Flags of table entries, and bits of sizes.
@@ -31,14 +31,14 @@ pub fn mutate(input: &mut Vec<u8>, body: Body, random: &mut Rng) {
                 let image = input.len() - input::split_ops(input).1.len();
                 (image > 0).then_some(image)
             }
-            Body::Image | Body::Plain => None,
+            Body::Image | Body::Session => None,
         };
         match ops {
             Some(image) if random.bool() => mutate_ops(input, image, random),
             _ => {
                 let start = ops.unwrap_or(0);
                 let parts = match body {
-                    Body::Plain => std::iter::once(0..input.len()).collect(),
+                    Body::Session => std::iter::once(0..input.len()).collect(),
                     Body::Image | Body::OpsAndImage => input::image_parts(&input[start..]),
                 };
                 let parts: Vec<_> = parts
@@ -46,7 +46,7 @@ pub fn mutate(input: &mut Vec<u8>, body: Body, random: &mut Rng) {
                     .map(|part| part.start + start..part.end + start)
                     .filter(|part| part.len() >= 8)
                     .collect();
-                mutate_words(input, &parts, random);
+                mutate_words(input, &parts, body, random);
             }
         }
     }
@@ -105,8 +105,11 @@ fn used_place(input: &[u8], parts: &[Range<usize>], random: &mut Rng) -> Option<
 }
 
 /// Changes one number of the image.
-fn mutate_words(input: &mut [u8], parts: &[Range<usize>], random: &mut Rng) {
-    let Some(at) = used_place(input, parts, random) else {
+fn mutate_words(input: &mut [u8], parts: &[Range<usize>], body: Body, random: &mut Rng) {
+    // Nothing is aligned in what a client sends.
+    let aligned = body != Body::Session;
+    let found = if aligned { used_place(input, parts, random) } else { place(parts, 1, random) };
+    let Some(at) = found else {
         return;
     };
     let old = word(input, at);

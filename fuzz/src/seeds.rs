@@ -1,5 +1,5 @@
 //! What fuzzing starts from: `seeds/images` holds packed images of every kind, compressed; each
-//! target gets all of them with operations of its own before them. `regressions/TARGET` holds inputs
+//! target gets all of them with operations of its own before them (`nbd`: [`crate::sessions`]). `regressions/TARGET` holds inputs
 //! that were findings once, as they were found.
 
 use std::path::{Path, PathBuf};
@@ -52,10 +52,7 @@ pub fn of(target: &Target) -> Vec<Seed> {
     match target.body {
         Body::Image => images(),
         Body::OpsAndImage => images().iter().flat_map(with_ops).collect(),
-        Body::Plain => {
-            let seed = |(name, input)| Seed { name, input };
-            files(&dir("seeds").join(target.name)).into_iter().map(seed).collect()
-        }
+        Body::Session => crate::sessions::all(),
     }
 }
 

@@ -45,3 +45,8 @@ fn writing_survives_seeds_regressions_and_mutations() {
 fn checking_survives_seeds_regressions_and_mutations() {
     replay("check");
 }
+
+#[test]
+fn nbd_sessions_survive_seeds_regressions_and_mutations() {
+    replay("nbd");
+}

@@ -13,6 +13,7 @@ use crate::storage::Sparse;
 
 mod check;
 mod model;
+mod nbd;
 mod open;
 mod read;
 mod write;
@@ -34,7 +35,10 @@ pub const ALL: &[Target] = &[
     Target { name: "read", run: read::run, body: Body::OpsAndImage },
     Target { name: "write", run: write::run, body: Body::OpsAndImage },
     Target { name: "check", run: check::run, body: Body::Image },
+    Target { name: "nbd", run: nbd::run, body: Body::Session },
 ];
+
+pub(crate) use nbd::NAME as NBD_NAME;
 
 /// The target of a name.
 pub fn by_name(name: &str) -> Option<&'static Target> {
