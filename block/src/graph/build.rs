@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::options::{DetectZeroes, NodeOptions, Window};
+use crate::compress::CompressFilter;
 use crate::format::Format;
+use crate::iobuf;
 use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
 use crate::raw::Raw;
@@ -151,17 +153,24 @@ pub(super) fn raw_node(
     })
 }
 
+/// The node of an external data file and what it keeps its bytes in.
+pub(super) type DataFile = (Arc<Node>, Arc<dyn Storage>);
+
 /// A qcow2 node; `probe` has read the header from the storage of its child `file` already.
 pub(super) fn qcow2_node(
     probe: Probe,
     file: &Arc<Node>,
     storage: Arc<dyn Storage>,
+    data_file: Option<DataFile>,
     backing: Option<Arc<Node>>,
     flags: Flags,
     mut options: qcow2::Options,
 ) -> Result<Built> {
-    let read_only = flags.read_only || storage.read_only();
+    let (data_file, data) = data_file.unzip();
+    let read_only =
+        flags.read_only || storage.read_only() || data.as_ref().is_some_and(|s| s.read_only());
     options.read_only = read_only;
+    options.data_file = data;
     let full = full_backing(&probe, file)?;
     let overridden = backing.as_ref().map(|node| node.filename()) != full;
     let filename = shown_name(&file.filename(), overridden, backing.as_deref());
@@ -176,12 +185,35 @@ pub(super) fn qcow2_node(
             bitmaps: image.bitmaps().clone(),
             qcow2: Some(image),
             file: Some(file.clone()),
+            data_file,
             backing,
             full_backing: full,
             flags: Flags { read_only, ..flags },
             ..Details::default()
         },
     })
+}
+
+/// A filter that compresses what is written to its child.
+pub(super) fn compress_node(file: &Arc<Node>, flags: Flags) -> Result<Built> {
+    let below = Arc::new(Below(file.clone()));
+    Ok(Built {
+        format: Arc::new(CompressFilter::new(below)?),
+        details: Details {
+            filename: file.filename(),
+            file: Some(file.clone()),
+            flags: Flags { read_only: flags.read_only || file.read_only(), ..flags },
+            ..Details::default()
+        },
+    })
+}
+
+/// The path of the external data file that the image names: relative to the image's directory.
+pub(super) fn full_data_file(probe: &Probe, file: &Arc<Node>) -> Result<String> {
+    match probe.data_file() {
+        Some(name) => resolve(&file.filename(), &name),
+        None => Err(Error::Invalid("'data-file' is required for this image".to_owned())),
+    }
 }
 
 /// The storage that a format may keep its bytes in.
@@ -216,16 +248,26 @@ impl Format for Below {
         self.0.read(offset, bufs)
     }
 
-    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
-        self.0.access().block_status(offset, len)
-    }
-
     fn fast_zeroes(&self) -> bool {
         self.0.access().fast_zeroes()
     }
 
     fn write(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {
         self.0.write(offset, bufs)
+    }
+
+    fn compressed_cluster(&self) -> Option<u64> {
+        self.0.access().compressed_cluster()
+    }
+
+    fn write_compressed(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {
+        let result = self.0.access().write_compressed(offset, bufs);
+        self.0.note_write(offset, iobuf::total_len(bufs));
+        result
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
+        self.0.access().block_status(offset, len)
     }
 
     fn flush(&self) -> Result<()> {

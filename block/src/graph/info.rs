@@ -202,7 +202,7 @@ impl Node {
             info.backing_filename = own.backing_file;
             info.backing_filename_format = own.backing_format;
             info.full_backing_filename = self.details().full_backing.clone();
-            info.format_specific = Some(json!({"type": "qcow2", "data": {
+            let mut specific = json!({"type": "qcow2", "data": {
                 "compat": own.compat,
                 "compression-type": match own.compression {
                     Compression::Zlib => "zlib",
@@ -212,7 +212,14 @@ impl Node {
                 "refcount-bits": own.refcount_bits,
                 "corrupt": own.corrupt,
                 "extended-l2": own.extended_l2,
-            }}));
+            }});
+            if let (Some(raw), Some(data)) = (own.data_file_raw, specific["data"].as_object_mut()) {
+                data.insert("data-file-raw".to_owned(), raw.into());
+                if let Some(name) = own.data_file {
+                    data.insert("data-file".to_owned(), name.into());
+                }
+            }
+            info.format_specific = Some(specific);
             let bitmaps: Vec<Value> = qcow2.stored_bitmaps().iter().map(stored_json).collect();
             if !bitmaps.is_empty()
                 && let Some(specific) = &mut info.format_specific

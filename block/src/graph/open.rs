@@ -98,6 +98,17 @@ impl<'a> Opener<'a> {
                 let file = self.open_child(&name, file, flags, role)?;
                 build::raw_node(&file, build::storage_of(&file)?, *window, flags)?
             }
+            Driver::Compress { file } => {
+                self.pending.push((name.clone(), !flags.read_only));
+                let below = match file {
+                    NodeRef::Inline(options) => self.open(options, flags, Some(&name))?,
+                    NodeRef::Name(name) => {
+                        self.find(name).cloned().ok_or_else(|| not_found(name))?
+                    }
+                };
+                self.connect(&name, &below, "file", Role::Filtered)?;
+                build::compress_node(&below, flags)?
+            }
             Driver::Qcow2 { .. } => {
                 self.pending.push((name.clone(), !flags.read_only));
                 return self.open_qcow2(name, options, flags, above);
@@ -180,6 +191,8 @@ impl<'a> Opener<'a> {
         let storage = build::storage_of(&file)?;
         let probe = Probe::new(storage.clone())?;
         let full = build::full_backing(&probe, &file)?;
+        let data_file =
+            self.open_data_file(&name, image.data_file.as_ref(), &probe, &file, flags)?;
         // The place of this node in the list is before those of its backing chain.
         let place = self.made.len();
         let format = probe.backing_format().map(str::to_owned);
@@ -199,8 +212,37 @@ impl<'a> Opener<'a> {
             self.connect(&name, below, "backing", Role::Backing)?;
         }
         let options_of_image = image.to_options();
-        let built = build::qcow2_node(probe, &file, storage, below, flags, options_of_image)?;
+        let built =
+            build::qcow2_node(probe, &file, storage, data_file, below, flags, options_of_image)?;
         Ok(self.add(name, built, options, above, place))
+    }
+
+    /// The node of an image's external data file: the one given, or the file that the image names.
+    fn open_data_file(
+        &mut self,
+        parent: &str,
+        given: Option<&NodeRef>,
+        probe: &Probe,
+        file: &Arc<Node>,
+        flags: Flags,
+    ) -> Result<Option<build::DataFile>> {
+        let node = match given {
+            Some(NodeRef::Name(name)) => self.find(name).cloned().ok_or_else(|| not_found(name))?,
+            Some(NodeRef::Inline(options)) => self.open(options, flags, Some(parent))?,
+            None if probe.needs_data_file() => {
+                let options = NodeOptions::of_driver(Driver::File {
+                    filename: build::full_data_file(probe, file)?,
+                    locking: Locking::Auto,
+                    aio: Aio::default(),
+                    host_device: false,
+                });
+                self.open(&options, flags, Some(parent))?
+            }
+            None => return Ok(None),
+        };
+        let storage = build::storage_of(&node)?;
+        self.connect(parent, &node, "data-file", Role::Data)?;
+        Ok(Some((node, storage)))
     }
 
     /// Notes an image of the chain; one that is met twice is its own backing file.

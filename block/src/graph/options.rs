@@ -3,9 +3,11 @@
 //! Every member is looked at: one that does not exist is an error, and so is one that exists in
 //! QEMU but is not done here. None is ignored.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value};
 
-use crate::qcow2::{self, OverlapCheck};
+use crate::qcow2::{self, OverlapCheck, PassDiscard};
 use crate::storage::{Aio, Locking};
 use crate::{Error, Result};
 
@@ -68,24 +70,66 @@ impl Window {
 /// What is particular to a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Driver {
-    File { filename: String, locking: Locking, aio: Aio, host_device: bool },
-    Raw { file: NodeRef, window: Window },
-    Qcow2 { file: NodeRef, backing: Backing, image: ImageOptions },
+    File {
+        filename: String,
+        locking: Locking,
+        aio: Aio,
+        host_device: bool,
+    },
+    Raw {
+        file: NodeRef,
+        window: Window,
+    },
+    Qcow2 {
+        file: NodeRef,
+        backing: Backing,
+        image: ImageOptions,
+    },
+    /// What is written through it is compressed.
+    Compress {
+        file: NodeRef,
+    },
 }
 
-/// What is particular to a qcow2 image.
+/// What is particular to a qcow2 image. `None` is the default of each.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct ImageOptions {
-    /// Which metadata writes are checked against; `None`: the default.
+    /// Which metadata writes are checked against.
     pub(crate) overlap_check: Option<OverlapCheck>,
+    /// The external data file; by default the one that the image names.
+    pub(crate) data_file: Option<NodeRef>,
+    pub(crate) lazy_refcounts: Option<bool>,
+    pub(crate) cache: Option<u64>,
+    pub(crate) l2_cache: Option<u64>,
+    pub(crate) l2_cache_entry: Option<u64>,
+    pub(crate) refcount_cache: Option<u64>,
+    /// In seconds.
+    pub(crate) cache_clean_interval: Option<u64>,
+    pub(crate) pass_discard_request: Option<bool>,
+    pub(crate) pass_discard_snapshot: Option<bool>,
+    pub(crate) pass_discard_other: Option<bool>,
+    pub(crate) discard_no_unref: Option<bool>,
 }
 
 impl ImageOptions {
     /// For the format.
     pub(crate) fn to_options(&self) -> qcow2::Options {
         qcow2::Options {
+            read_only: false,
+            data_file: None,
             overlap_check: self.overlap_check.unwrap_or_default(),
-            ..qcow2::Options::default()
+            lazy_refcounts: self.lazy_refcounts,
+            cache: self.cache,
+            l2_cache: self.l2_cache,
+            l2_cache_entry: self.l2_cache_entry,
+            refcount_cache: self.refcount_cache,
+            cache_clean_interval: self.cache_clean_interval.map(Duration::from_secs),
+            pass_discard: PassDiscard {
+                request: self.pass_discard_request.unwrap_or(true),
+                snapshot: self.pass_discard_snapshot.unwrap_or(true),
+                other: self.pass_discard_other.unwrap_or(true),
+            },
+            discard_no_unref: self.discard_no_unref.unwrap_or(false),
         }
     }
 }
@@ -115,6 +159,7 @@ impl Driver {
             Self::File { host_device: true, .. } => "host_device",
             Self::Raw { .. } => "raw",
             Self::Qcow2 { .. } => "qcow2",
+            Self::Compress { .. } => "compress",
         }
     }
 }
@@ -130,23 +175,7 @@ pub(crate) enum Source {
 const NOT_DONE: &[(&str, &[&str])] = &[
     ("", &["active"]),
     ("file", &["pr-manager", "aio-max-batch", "drop-cache", "x-check-cache-dropped"]),
-    (
-        "qcow2",
-        &[
-            "lazy-refcounts",
-            "pass-discard-request",
-            "pass-discard-snapshot",
-            "pass-discard-other",
-            "discard-no-unref",
-            "cache-size",
-            "l2-cache-size",
-            "l2-cache-entry-size",
-            "refcount-cache-size",
-            "cache-clean-interval",
-            "encrypt",
-            "data-file",
-        ],
-    ),
+    ("qcow2", &["encrypt"]),
 ];
 
 /// Most levels of nested options.
@@ -326,8 +355,9 @@ impl NodeOptions {
             "qcow2" => Driver::Qcow2 {
                 file: file_ref(&mut all, depth)?,
                 backing: backing(&mut all, depth)?,
-                image: image_options(&mut all)?,
+                image: image_options(&mut all, depth)?,
             },
+            "compress" => Driver::Compress { file: file_ref(&mut all, depth)? },
             _ => {
                 return Err(invalid(format!(
                     "Parameter 'driver' does not accept value '{driver_name}'"
@@ -396,8 +426,24 @@ fn file_driver(all: &mut Members<'_>, host_device: bool) -> Result<Driver> {
     Ok(Driver::File { filename, locking, aio, host_device })
 }
 
-fn image_options(all: &mut Members<'_>) -> Result<ImageOptions> {
-    Ok(ImageOptions { overlap_check: overlap_check(all)? })
+fn image_options(all: &mut Members<'_>, depth: usize) -> Result<ImageOptions> {
+    Ok(ImageOptions {
+        overlap_check: overlap_check(all)?,
+        data_file: match all.members.remove("data-file") {
+            Some(value) => Some(node_ref(all, "data-file", value, depth)?),
+            None => None,
+        },
+        lazy_refcounts: all.bool("lazy-refcounts")?,
+        cache: all.size("cache-size")?,
+        l2_cache: all.size("l2-cache-size")?,
+        l2_cache_entry: all.size("l2-cache-entry-size")?,
+        refcount_cache: all.size("refcount-cache-size")?,
+        cache_clean_interval: all.size("cache-clean-interval")?,
+        pass_discard_request: all.bool("pass-discard-request")?,
+        pass_discard_snapshot: all.bool("pass-discard-snapshot")?,
+        pass_discard_other: all.bool("pass-discard-other")?,
+        discard_no_unref: all.bool("discard-no-unref")?,
+    })
 }
 
 /// A word for a set of checks, or an object that adds to one or takes away.
@@ -511,8 +557,8 @@ mod tests {
                 "Parameter 'aio' with value 'native' is not supported, only 'threads' and 'io_uring'",
             ),
             (
-                json!({"driver": "qcow2", "file": file, "l2-cache-size": 1}),
-                "Parameter 'l2-cache-size' is not supported",
+                json!({"driver": "qcow2", "file": file, "encrypt": {}}),
+                "Parameter 'encrypt' is not supported",
             ),
         ];
         for (options, text) in cases {

@@ -22,6 +22,8 @@ pub(crate) enum Role {
     Part,
     /// Data and metadata of a format.
     Image,
+    /// Data of a format whose metadata is elsewhere.
+    Data,
     /// What the parent does not have itself is read from there.
     Backing,
 }
@@ -36,6 +38,7 @@ impl Role {
                 shared: backing_shared(above.shared),
             },
             Self::Image => data(metadata(writable, above)),
+            Self::Data => data(above),
             // As a data file, but writes past the end of the part never come.
             Self::Part => {
                 let Permissions { used, shared } = data(above);

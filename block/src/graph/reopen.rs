@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use super::build::{self, Built, Flags};
 use super::locks;
-use super::options::{Backing, Driver, NodeOptions, NodeRef, Source};
+use super::options::{Backing, Driver, ImageOptions, NodeOptions, NodeRef, Source};
 use super::permissions::{self, Edge, Facts, Parent, Role, Uses, parents_first, reaches};
 use super::{Graph, State};
 use crate::node::{Closed, Details, Node};
@@ -37,6 +37,7 @@ struct Plan {
     options: NodeOptions,
     flags: Flags,
     file: Option<Arc<Node>>,
+    data_file: Option<Arc<Node>>,
     backing: Option<Arc<Node>>,
 }
 
@@ -129,7 +130,7 @@ impl Planner<'_> {
         if flags.force_share != details.flags.force_share {
             return cannot_change("force-share");
         }
-        let (mut file, mut backing) = (None, None);
+        let (mut file, mut data_file, mut backing) = (None, None, None);
         match (&options.driver, &old.driver) {
             (
                 Driver::File { filename, locking, .. },
@@ -145,13 +146,20 @@ impl Planner<'_> {
             (Driver::Raw { file: wanted, .. }, _) => {
                 file = Some(self.file(node, &details, wanted, flags, depth)?);
             }
-            (Driver::Qcow2 { file: wanted, backing: below, .. }, _) => {
+            (Driver::Compress { .. }, _) => {
+                return Err(Error::NotSupported(format!(
+                    "Node '{}' cannot be reopened: it is a compress filter",
+                    node.name()
+                )));
+            }
+            (Driver::Qcow2 { file: wanted, backing: below, image }, _) => {
+                data_file = self.data_file(node, &details, image, flags, depth)?;
                 backing = self.backing(node, &details, below, flags, depth)?;
                 file = Some(self.file(node, &details, wanted, flags, depth)?);
             }
             _ => return cannot_change("driver"),
         }
-        let plan = Plan { node: node.clone(), options, flags, file, backing };
+        let plan = Plan { node: node.clone(), options, flags, file, data_file, backing };
         self.plans.insert(node.name().to_owned(), plan);
         Ok(())
     }
@@ -167,6 +175,23 @@ impl Planner<'_> {
         let child = self.child(node, details.file.as_ref(), "file", wanted, flags, depth)?;
         build::storage_of(&child)?;
         Ok(child)
+    }
+
+    /// Without a word the one there is stays, and follows the image where it was opened with it.
+    fn data_file(
+        &mut self,
+        node: &Arc<Node>,
+        details: &Details,
+        image: &ImageOptions,
+        flags: Flags,
+        depth: usize,
+    ) -> Result<Option<Arc<Node>>> {
+        let current = details.data_file.as_ref();
+        let there = current.map(|node| NodeRef::Name(node.name().to_owned()));
+        let Some(wanted) = image.data_file.clone().or(there) else { return Ok(None) };
+        let child = self.child(node, current, "data-file", &wanted, flags, depth)?;
+        build::storage_of(&child)?;
+        Ok(Some(child))
     }
 
     fn backing(
@@ -235,8 +260,14 @@ impl Planner<'_> {
     fn add_formats_of_files(&mut self) -> Result<()> {
         for node in &self.state.nodes {
             let details = node.details();
-            let Some(file) = details.file.as_ref() else { continue };
-            if self.plans.contains_key(node.name()) || !self.plans.contains_key(file.name()) {
+            let mut files = details.file.iter().chain(&details.data_file);
+            if self.plans.contains_key(node.name())
+                || matches!(
+                    details.options,
+                    Some(NodeOptions { driver: Driver::Compress { .. }, .. })
+                )
+                || !files.any(|file| self.plans.contains_key(file.name()))
+            {
                 continue;
             }
             let Some(options) = details.options.clone() else { continue };
@@ -245,6 +276,7 @@ impl Planner<'_> {
                 options,
                 flags: details.flags,
                 file: details.file.clone(),
+                data_file: details.data_file.clone(),
                 backing: details.backing.clone(),
             };
             self.plans.insert(node.name().to_owned(), plan);
@@ -263,7 +295,11 @@ fn new_edges(state: &State, plans: &BTreeMap<String, Plan>) -> Result<Vec<Edge>>
             Driver::Raw { .. } => Role::Part,
             _ => Role::Image,
         };
-        let wanted = [("file", file_role, &plan.file), ("backing", Role::Backing, &plan.backing)];
+        let wanted = [
+            ("file", file_role, &plan.file),
+            ("data-file", Role::Data, &plan.data_file),
+            ("backing", Role::Backing, &plan.backing),
+        ];
         for (label, role, child) in wanted {
             let child = child.as_ref().map(|child| child.name().to_owned());
             let mut kept = false;
@@ -344,6 +380,8 @@ fn open_all<'a>(
         plan.node.format().flush()?;
         if let Some(image) = plan.node.qcow2() {
             image.store_bitmaps()?;
+            // Counts that were deferred too: the image that takes its place reads them.
+            image.settle()?;
         }
     }
     locks::widen(&state.nodes, uses)?;
@@ -376,7 +414,7 @@ fn build(
     uses: &Uses,
 ) -> Result<Built> {
     let old = plan.node.details();
-    let storage = |files: &BTreeMap<String, Arc<FileStorage>>, file: &Arc<Node>| match files
+    let storage_now = |files: &BTreeMap<String, Arc<FileStorage>>, file: &Arc<Node>| match files
         .get(file.name())
     {
         Some(storage) => Ok(storage.clone() as Arc<dyn Storage>),
@@ -395,13 +433,17 @@ fn build(
             build::file_node(storage, filename, *host_device, plan.flags)?
         }
         (Driver::Raw { window, .. }, Some(file)) => {
-            build::raw_node(file, storage(files, file)?, *window, plan.flags)?
+            build::raw_node(file, storage_now(files, file)?, *window, plan.flags)?
         }
         (Driver::Qcow2 { image, .. }, Some(file)) => {
-            let storage = storage(files, file)?;
+            let storage = storage_now(files, file)?;
             let probe = Probe::new(storage.clone())?;
-            let backing = plan.backing.clone();
-            build::qcow2_node(probe, file, storage, backing, plan.flags, image.to_options())?
+            let data_file = match &plan.data_file {
+                Some(node) => Some((node.clone(), storage_now(files, node)?)),
+                None => None,
+            };
+            let (backing, options) = (plan.backing.clone(), image.to_options());
+            build::qcow2_node(probe, file, storage, data_file, backing, plan.flags, options)?
         }
         _ => return cannot_change("driver"),
     };

@@ -48,6 +48,8 @@ pub(crate) struct Details {
     pub(crate) qcow2: Option<Arc<Qcow2>>,
     /// The protocol node below.
     pub(crate) file: Option<Arc<Node>>,
+    /// The external data file of a qcow2 image.
+    pub(crate) data_file: Option<Arc<Node>>,
     /// The image below.
     pub(crate) backing: Option<Arc<Node>>,
     /// The backing file's name with its directory, if the image names one.

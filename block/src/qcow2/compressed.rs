@@ -96,7 +96,7 @@ mod tests {
     fn what_is_packed_is_unpacked_and_what_does_not_shrink_is_refused() {
         for method in [Compression::Zlib, Compression::Zstd] {
             for len in [512, 65536, 2 << 20] {
-                let data: Vec<u8> = (0..len).map(|n| (n / 300 % 251) as u8).collect();
+                let data: Vec<u8> = (0..251u8).cycle().flat_map(|n| [n; 300]).take(len).collect();
                 let mut packed = vec![0; len - 1];
                 let n = compress(method, &data, &mut packed).unwrap();
                 assert!(n < len / 2);
@@ -107,7 +107,7 @@ mod tests {
             let mut state = 1u32;
             let noise = std::iter::repeat_with(|| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 24) as u8
+                state.to_be_bytes()[0]
             });
             let noise: Vec<u8> = noise.take(4096).collect();
             assert_eq!(compress(method, &noise, &mut [0; 4095]), None, "{method:?}");

@@ -234,6 +234,16 @@ impl Qcow2 {
         self.meta().listener.set(Box::new(hook));
     }
 
+    /// Writes everything that is in memory, as closing would, and takes the dirty bit back: for
+    /// another who is to read the image. It goes on working.
+    ///
+    /// # Errors
+    /// If a write or a flush fails; what is not written stays in memory.
+    pub fn settle(&self) -> Result<()> {
+        let mut meta = self.meta();
+        if meta.writable { meta.close() } else { Ok(()) }
+    }
+
     /// Changes the backing file that the image names, not the one that is open. Durable when this
     /// returns; a crash leaves the old name or the new one.
     ///

@@ -16,6 +16,7 @@ mod data_file;
 mod faults;
 mod graph;
 mod headers;
+mod image_options;
 mod lazy;
 mod locks;
 mod metadata;
