@@ -246,7 +246,7 @@ impl Exports {
             self.graph.attach_export(&spec.node_name, spec.writable).map_err(failed)?;
         let bitmaps = spec.bitmaps.iter().map(|(node, name)| {
             let start = node.as_deref().unwrap_or(&spec.node_name);
-            self.hold_bitmap(start, name, node.is_none())
+            self.hold_bitmap(start, name, node.is_none(), spec.writable)
         });
         let options = ExportOptions {
             bitmaps: bitmaps.collect::<Result<_>>()?,
@@ -261,11 +261,23 @@ impl Exports {
     }
 
     /// The bitmap of a node; without a node named, of the first in the backing chain that has it.
-    fn hold_bitmap(&self, node: &str, name: &str, chain: bool) -> Result<Arc<dyn DirtyExtents>> {
+    fn hold_bitmap(
+        &self,
+        node: &str,
+        name: &str,
+        chain: bool,
+        writable: bool,
+    ) -> Result<Arc<dyn DirtyExtents>> {
         let mut next = Some(self.graph.get(node).ok_or_else(|| qmp::Error::no_node(node))?);
         while let Some(node) = next {
             if let Ok(bitmap) = node.bitmaps().get(name) {
                 let hold = bitmap.hold().map_err(super::failed)?;
+                // It would change under clients that were promised a disk that does not.
+                if !writable && !node.read_only() && bitmap.enabled() {
+                    return Err(text(format!(
+                        "Enabled bitmap '{name}' incompatible with readonly export"
+                    )));
+                }
                 return Ok(Arc::new(hold));
             }
             next = node.backing().filter(|_| chain);
