@@ -28,7 +28,6 @@ pub(crate) enum What {
     Reverted {
         disk: Arc<Vec<u8>>,
     },
-    #[allow(dead_code, reason = "resizes come with the operation")]
     Resized {
         size: usize,
     },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::bitmap::NewBitmap;
 use block::qcow2::check::{self, Repair};
-use block::{NewSnapshot, Node, ReadBuf, Result, WriteBuf};
+use block::{NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 use crate::common::Random;
 use crate::kinds::{BITMAP, Base, Start};
@@ -140,8 +140,45 @@ impl Work<'_> {
             32..34 => self.revert(node),
             34..37 => self.delete(node),
             37 if self.base.kind.start == Start::Bitmap => self.bitmap(node),
+            37 => self.resize(node),
+            38 => self.write_compressed(node),
             _ => self.read(node),
         }
+    }
+
+    fn resize(&mut self, node: &Node) {
+        let first = self.base.disk.len() as u64 / 512;
+        let size = 512 * (first / 2 + self.random.below(first)) as usize;
+        let mode = match self.random.below(3) {
+            0 if size >= self.disk.len() => Preallocation::Metadata,
+            1 if size >= self.disk.len() => Preallocation::Full,
+            _ => Preallocation::Off,
+        };
+        let progress = Progress::default();
+        let act = || node.format().resize(size as u64, mode, &progress);
+        match self.note(act, What::Resized { size }) {
+            Ok(()) => self.disk.resize(size, 0),
+            // Version 2 has no place for the size of a snapshot.
+            Err(e) if self.base.kind.options.contains("compat=0.10") => {
+                assert!(e.to_string().contains("snapshots"), "{e}");
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn write_compressed(&mut self, node: &Node) {
+        let Some(cluster) = node.format().compressed_cluster() else { return };
+        let cluster = cluster as usize;
+        let start = self.range().start / cluster * cluster;
+        let clusters = 1 + self.random.below(4) as usize;
+        let end = (start + clusters * cluster).min(self.disk.len());
+        let bytes = self.bytes(end - start);
+        self.disk[start..end].copy_from_slice(&bytes);
+        let what = What::Changed { at: start, bytes: bytes.clone() };
+        let format = node.format();
+        let act = || format.write_compressed(start as u64, &[WriteBuf::new(&bytes)]);
+        self.note(act, what).unwrap();
+        node.note_write(start as u64, bytes.len() as u64);
     }
 
     /// A bitmap more, or one less.

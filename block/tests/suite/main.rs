@@ -27,3 +27,4 @@ mod reopen;
 mod repair;
 mod resize;
 mod snapshots;
+mod twin;

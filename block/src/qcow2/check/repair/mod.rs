@@ -95,7 +95,10 @@ fn leaks(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progr
         return Ok(());
     }
     let mut disk = DiskRefcounts::open(image)?;
-    let Some((counts, l2)) = count(image, &mut Report::default(), Some(&disk), progress)? else {
+    let mut scratch = Report::default();
+    let Some((counts, l2)) = count(image, &mut scratch, Some(&disk), progress)? else {
+        done.findings.extend(scratch.findings.pop());
+        done.repaired(|| "nothing: not all tables can be read".to_owned());
         return Ok(());
     };
     let only_flags = before.corruptions == before.flag_errors;
@@ -127,6 +130,7 @@ fn all(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progres
     let mut disk = DiskRefcounts::open(image)?;
     let mut scratch = Report::default();
     let Some((mut counts, l2)) = count(image, &mut scratch, Some(&disk), progress)? else {
+        done.findings.extend(scratch.findings.pop());
         done.repaired(|| "no counts: not all tables can be read".to_owned());
         return Ok(());
     };
