@@ -55,6 +55,8 @@ pub fn mutate(input: &mut Vec<u8>, body: Body, random: &mut Rng) {
 /// Changes, adds, repeats or drops an operation. `image` is where the image begins.
 fn mutate_ops(input: &mut Vec<u8>, image: usize, random: &mut Rng) {
     let count = (image - 1) / OP_LEN;
+    // It may claim more than there are.
+    input[0] = u8::try_from(count).unwrap_or(u8::MAX);
     let at = 1 + random.usize(..=count) * OP_LEN;
     let fresh: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(OP_LEN).collect();
     match random.u8(..8) {
