@@ -24,24 +24,35 @@ RUSTC_BOOTSTRAP=1 RUSTFLAGS="--cfg fuzzing $coverage -Zsanitizer=address" \
     cargo build --quiet --locked --profile fuzz --target "$triple" \
     --package tardigrade-fuzz --features libfuzzer --bins
 
+# A finding ends the fuzzer; it begins again until the time is over.
+fuzz() { # target
+    cd "$out/$1"
+    rm -f log.*
+    end=$(($(date +%s) + seconds))
+    round=0 failed=0
+    while left=$((end - $(date +%s))) && [ $left -gt 0 ] && [ $round -lt 100 ]; do
+        "$CARGO_TARGET_DIR/$triple/fuzz/$1" corpus seeds -artifact_prefix=found/ \
+            -max_total_time="$left" -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+            -max_len=262144 -len_control=0 -print_final_stats=1 >log.$round 2>&1 || failed=1
+        round=$((round + 1))
+    done
+    return $failed
+}
+
 pids=""
 for target in "$@"; do
     dir=$out/$target
     mkdir -p "$dir/corpus" "$dir/seeds" "$dir/found"
     "$CARGO_TARGET_DIR/debug/seeds" write "$target" "$dir/seeds"
-    (
-        cd "$dir"
-        exec "$CARGO_TARGET_DIR/$triple/fuzz/$target" corpus seeds -artifact_prefix=found/ \
-            -max_total_time="$seconds" -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=256 \
-            -max_len=262144 -len_control=0 -print_final_stats=1 >log 2>&1
-    ) &
+    fuzz "$target" &
     pids="$pids $!"
 done
 trap 'kill $pids 2>/dev/null || true' INT TERM
 failed=0
 for pid in $pids; do wait "$pid" || failed=1; done
 for target in "$@"; do
-    echo "$target: $(sed -n 's/^stat::number_of_executed_units: *//p' "$out/$target/log") executions"
-    ls "$out/$target/found" | sed "s|^|  found: $out/$target/found/|"
+    sed -n 's/^stat::number_of_executed_units: *//p' "$out/$target"/log.* |
+        awk -v target="$target" '{ n += $1 } END { print target ": " n + 0 " executions" }'
+    find "$out/$target/found" -type f | sed "s|^|  found: |"
 done
 exit $failed
