@@ -50,6 +50,9 @@ const DIRECT_PAYLOAD: u32 = 16 << 10;
 const SPARSE_READ: u32 = 32 << 10;
 /// Chunks of a read; what is left is one more.
 const MAX_CHUNKS: usize = 16;
+/// Bytes of data begun before replies are sent: the data is still in the processor's cache then, and
+/// the client has something to do while the rest is read.
+const BATCH: usize = 256 << 10;
 /// How long to look for the next request without sleeping, after one that came soon.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -156,10 +159,11 @@ impl Transmission {
         self.pending.len() >= MAX_REQUESTS || self.held + self.outbox.held() >= MAX_HELD
     }
 
-    /// Begins the requests that have been received.
+    /// Begins the requests that have been received, or some of them.
     fn take_requests(&mut self) -> Result<(), Failure> {
         self.starved = false;
-        while !self.disconnected && !self.is_full() {
+        let before = self.held;
+        while !self.disconnected && !self.is_full() && self.held < before + BATCH {
             if !self.take_one()? {
                 self.starved = true;
                 break;

@@ -6,6 +6,7 @@ use block::nbd::wire::Mode;
 use block::nbd::wire::option::code;
 use block::nbd::wire::request::cmd;
 use block::nbd::{Address, RemoveMode, Server, ServerOptions};
+use block::{Preallocation, Progress};
 
 use crate::client::Client;
 use crate::common::Setup;
@@ -138,9 +139,27 @@ fn a_path_that_is_no_socket_is_not_replaced() {
 
 #[test]
 fn requests_are_checked_against_the_size_at_their_time() {
-    let setup = Setup::with_raw(1 << 20);
-    let mut client = setup.client().go("d", Mode::Structured, &[]);
-    let end = client.call(cmd::READ, 0, (1 << 20) - 512, 1024);
-    assert_eq!(end.error, 22);
-    assert_eq!(client.call(cmd::READ, 0, (1 << 20) - 512, 512).error, 0);
+    let setup = Setup::with_image("1M", "");
+    let mut client = setup.client().go("d", Mode::Structured, &["base:allocation"]);
+    let node = setup.graph.get("d").unwrap();
+    let mut asks = |at: u64| {
+        [
+            client.call(cmd::READ, 0, at, 512).error,
+            client.call(cmd::BLOCK_STATUS, 0, at, 512).error,
+            client.call(cmd::TRIM, 0, at, 512).error,
+            client.write(0, at, &[9; 512]),
+            client.call(cmd::WRITE_ZEROES, 0, at, 512).error,
+        ]
+    };
+    let (fit, beyond) = ([0; 5], [22, 22, 22, 28, 28]);
+    assert_eq!(asks((1 << 20) - 512), fit);
+    assert_eq!(asks((1 << 20) - 511), beyond);
+    node.resize(2 << 20, Preallocation::Off, &Progress::default()).unwrap();
+    assert_eq!(asks((2 << 20) - 512), fit);
+    assert_eq!(asks(2 << 20), beyond);
+    node.resize(1 << 20, Preallocation::Off, &Progress::default()).unwrap();
+    assert_eq!(asks((1 << 20) - 512), fit);
+    assert_eq!(asks(1 << 20), beyond);
+    drop(node);
+    setup.check();
 }
