@@ -8,6 +8,7 @@ pub mod cli;
 pub mod client;
 pub mod console;
 pub mod control;
+pub mod image;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use vmm::cli::Cli;
+use vmm::cli::{Cli, Subcommand};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -18,6 +18,10 @@ fn main() -> ExitCode {
     let filter =
         EnvFilter::try_from_env("TARDIGRADE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if let Some(Subcommand::Image(args)) = &cli.subcommand {
+        // A check has more exit statuses than two.
+        return vmm::image::run(&args.command);
+    }
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

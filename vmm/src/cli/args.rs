@@ -114,6 +114,8 @@ pub enum Subcommand {
     /// Save, load, delete or list checkpoints of a running machine
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Make, check, repair, resize and copy disk images, and their snapshots
+    Image(super::image::ImageArgs),
     /// Tell what a running machine is doing
     Status(QmpTarget),
     /// See a guest frozen, changed and taken back

@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod export;
+pub mod image;
 pub mod values;
 
 pub use args::{Cli, MachineArgs, Subcommand};

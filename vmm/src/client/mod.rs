@@ -28,6 +28,9 @@ pub enum Error {
     /// The machine has nothing to keep a checkpoint on.
     #[error("the machine has no writable disk that could hold a checkpoint")]
     NoDisk,
+    /// A subcommand that works without a machine; it has its own entry.
+    #[error("this subcommand does not talk to a machine")]
+    NotAClient,
     /// Nothing to delete.
     #[error("no disk has a checkpoint '{0}'; 'tardigrade snapshot list' tells which there are")]
     NoCheckpoint(String),
@@ -67,6 +70,7 @@ pub fn run(subcommand: &Subcommand) -> Result<(), Error> {
         Subcommand::Snapshot(SnapshotCommand::Load(args)) => snapshots::load(args),
         Subcommand::Snapshot(SnapshotCommand::Delete(args)) => snapshots::delete(args),
         Subcommand::Snapshot(SnapshotCommand::List(target)) => snapshots::list(target),
+        Subcommand::Image(_) => Err(Error::NotAClient),
         Subcommand::Status(target) => status(target),
         Subcommand::Console { socket } => console::attach(socket),
         Subcommand::Demo(args) => demo::run(args),

@@ -102,6 +102,14 @@ impl CreateOptions {
     ///
     /// # Errors
     /// QEMU's texts.
+    pub fn validate(&self, external: bool) -> Result<()> {
+        self.check(external).map(|_| ())
+    }
+
+    /// Checks what can be checked without a file; `external` tells whether there is a data file.
+    ///
+    /// # Errors
+    /// QEMU's texts.
     pub(super) fn check(&self, external: bool) -> Result<Plan> {
         let refuse = |text: &str| Err(Error::Invalid(text.to_owned()));
         let version = self.version.unwrap_or_default();

@@ -1,0 +1,129 @@
+//! `tardigrade image`: work on images that no machine uses, with qemu-img's options, texts and exit
+//! statuses. Images are opened through the block graph, so they are locked as QEMU locks them.
+
+mod check;
+mod convert;
+mod create;
+mod info;
+mod options;
+mod resize;
+mod snapshots;
+mod text;
+mod watch;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use block::storage::{FileOptions, FileStorage, Locking, Storage};
+use block::{Graph, Node, ReadBuf};
+use serde_json::{Value, json};
+
+use crate::cli::image::ImageCommand;
+
+/// The exit status of a check of a format that has none.
+const CANNOT_CHECK: u8 = 63;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An image cannot be used as asked.
+    #[error("{file}: {source}")]
+    Image {
+        /// The image.
+        file: String,
+        /// What the block layer says.
+        source: block::Error,
+    },
+    /// Something on the command line.
+    #[error("{0}")]
+    Usage(String),
+    /// Nothing can be printed.
+    #[error("cannot print: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Does what the command line asks; errors go to stderr.
+pub fn run(command: &ImageCommand) -> ExitCode {
+    let done = match command {
+        ImageCommand::Create(args) => create::run(args),
+        ImageCommand::Info(args) => info::run(args),
+        ImageCommand::Check(args) => check::run(args),
+        ImageCommand::Resize(args) => resize::run(args),
+        ImageCommand::Snapshot(command) => snapshots::run(command),
+        ImageCommand::Convert(args) => convert::run(args),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("tardigrade: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints to stdout, which may be gone.
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// Names the image that a block error is about.
+fn of(file: &Path) -> impl FnOnce(block::Error) -> Error {
+    let file = file.display().to_string();
+    |source| match source {
+        // These name the file themselves.
+        source @ (block::Error::Open { .. } | block::Error::Locked { .. }) => {
+            Error::Usage(source.to_string())
+        }
+        source => Error::Image { file, source },
+    }
+}
+
+/// The format of an image: the one given, or what its first bytes tell.
+fn format_of(file: &Path, given: Option<&str>) -> Result<&'static str> {
+    match given {
+        Some("qcow2") => return Ok("qcow2"),
+        Some("raw") => return Ok("raw"),
+        Some(other) => return Err(Error::Usage(format!("Unknown file format '{other}'"))),
+        None => {}
+    }
+    let options = FileOptions { read_only: true, locking: Locking::Off, ..FileOptions::default() };
+    let mut magic = [0; 4];
+    FileStorage::open(file, options)
+        .and_then(|storage| storage.read_at(0, &[ReadBuf::new(&mut magic)]))
+        .map_err(of(file))?;
+    Ok(if &magic == b"QFI\xfb" { "qcow2" } else { "raw" })
+}
+
+/// How an image is opened.
+#[derive(Debug, Clone, Copy, Default)]
+struct Access {
+    writable: bool,
+    force_share: bool,
+    /// Leave the backing file alone.
+    alone: bool,
+}
+
+/// Opens an image as the node "image" of a graph of its own.
+fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Graph, Arc<Node>)> {
+    let driver = format_of(file, format)?;
+    let mut options = json!({
+        "driver": driver,
+        "node-name": "image",
+        "read-only": !access.writable,
+        "force-share": access.force_share,
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": file.display().to_string()},
+    });
+    if access.alone && driver == "qcow2" {
+        options["backing"] = Value::Null;
+    }
+    let graph = Graph::new();
+    let node = graph.add(&options).map_err(of(file))?;
+    Ok((graph, node))
+}

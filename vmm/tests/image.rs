@@ -1,0 +1,168 @@
+//! `tardigrade image` beside qemu-img: the same images, texts and exit statuses.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+const TARDIGRADE: &str = env!("CARGO_BIN_EXE_tardigrade");
+
+fn run(dir: &Path, program: &str, args: &[&str]) -> Output {
+    Command::new(program).current_dir(dir).args(args).output().unwrap()
+}
+
+fn ours(dir: &Path, args: &[&str]) -> Output {
+    run(dir, TARDIGRADE, &[&["image"], args].concat())
+}
+
+/// Output of a command that must succeed.
+#[track_caller]
+fn ok(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn have_qemu_img() -> bool {
+    let found = Command::new("qemu-img").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("SKIPPED: qemu-img is not installed (apt-get install qemu-utils)");
+    }
+    found
+}
+
+#[test]
+fn images_are_made_and_described_in_qemus_words() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for args in [
+        &["create", "-f", "qcow2", "a.q", "10M"][..],
+        &[
+            "create",
+            "-f",
+            "qcow2",
+            "-o",
+            "cluster_size=4k,lazy_refcounts=on,compat=v3",
+            "a.q",
+            "10M",
+        ],
+        &["create", "-f", "qcow2", "-o", "preallocation=metadata,size=3M,compat=0.10", "a.q"],
+        &["create", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "a.q", "3M"],
+        &["create", "-f", "raw", "a.q", "1001"],
+        &["create", "-f", "qcow2", "-u", "-b", "none", "-F", "raw", "a.q", "1M"],
+    ] {
+        let theirs = ok(&run(dir, "qemu-img", args));
+        let their_info = ok(&run(dir, "qemu-img", &["info", "a.q"]));
+        std::fs::remove_file(dir.join("a.q")).unwrap();
+        assert_eq!(ok(&ours(dir, args)), theirs);
+        // What the host gives to files differs; what they are does not.
+        let plain = |text: &str| -> Vec<String> {
+            let kept = |line: &&str| !line.contains("disk size") && !line.contains("file length");
+            text.lines().filter(kept).map(str::to_owned).collect()
+        };
+        assert_eq!(plain(&ok(&run(dir, "qemu-img", &["info", "a.q"]))), plain(&their_info));
+        let info = ok(&ours(dir, &["info", "a.q"]));
+        assert_eq!(info, ok(&run(dir, "qemu-img", &["info", "a.q"])), "{args:?}");
+    }
+}
+
+#[test]
+fn a_check_has_qemus_exit_statuses_and_repairs() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a.q", "4M"]));
+    ok(&run(dir, "qemu-io", &["-c", "write -P 1 0 1M", "a.q"]));
+    let whole = std::fs::read(dir.join("a.q")).unwrap();
+    let status = |args: &[&str]| ours(dir, args).status.code().unwrap();
+    let theirs = |args: &[&str]| run(dir, "qemu-img", args).status.code().unwrap();
+    // The refcounts of the image begin in its third cluster; cluster 600 is not in use.
+    for (at, byte, expected) in [(8193, 1, 0), (8193, 2, 3), (8193, 0, 2), (4096 + 7, 3, 1)] {
+        let mut bytes = whole.clone();
+        bytes[at] = byte;
+        std::fs::write(dir.join("a.q"), &bytes).unwrap();
+        assert_eq!(status(&["check", "a.q"]), expected, "byte {at}");
+        assert_eq!(theirs(&["check", "a.q"]), expected, "byte {at}");
+        let json = ours(dir, &["check", "--output", "json", "a.q"]);
+        let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!((&json["filename"], &json["format"]), (&"a.q".into(), &"qcow2".into()));
+        let fix = if expected == 3 { "leaks" } else { "all" };
+        let text = ok(&ours(dir, &["check", "--repair", fix, "a.q"]));
+        assert_eq!(text.contains("inconsistencies were found and repaired"), expected != 0);
+        assert_eq!(theirs(&["check", "a.q"]), 0);
+        ok(&run(dir, "qemu-io", &["-c", "read -P 1 0 1M", "a.q"]));
+    }
+    assert_eq!(status(&["check", "none.q"]), 1);
+    ok(&ours(dir, &["create", "-q", "r.raw", "1M"]));
+    assert_eq!((status(&["check", "r.raw"]), theirs(&["check", "-f", "raw", "r.raw"])), (63, 63));
+}
+
+#[test]
+fn disks_are_resized_saved_and_copied() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "base.q", "2M"]));
+    ok(&run(dir, "qemu-io", &["-c", "write -P 1 0 2M", "base.q"]));
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "-b", "base.q", "-F", "qcow2", "a.q"]));
+    ok(&ours(dir, &["snapshot", "create", "a.q", "before"]));
+    ok(&run(dir, "qemu-io", &["-c", "write -P 2 0 64k", "a.q"]));
+    assert_eq!(ok(&ours(dir, &["resize", "a.q", "+3M"])), "Image resized.\n");
+    let refused = ours(dir, &["resize", "a.q", "-1M"]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("Use the --shrink option"));
+    ok(&ours(dir, &["resize", "--shrink", "a.q", "-1M"]));
+    for (format, flags) in [("qcow2", &["-c"][..]), ("qcow2", &[]), ("raw", &[])] {
+        let args = [&["convert", "-q", "-O", format][..], flags, &["a.q", "copy"]].concat();
+        ok(&ours(dir, &args));
+        ok(&run(dir, "qemu-img", &["compare", "-F", format, "a.q", "copy"]));
+    }
+    let list = ok(&ours(dir, &["snapshot", "list", "a.q"]));
+    assert_eq!(list.lines().count(), 3, "{list}");
+    ok(&ours(dir, &["snapshot", "apply", "a.q", "before"]));
+    ok(&run(dir, "qemu-img", &["compare", "a.q", "base.q"]));
+    ok(&ours(dir, &["snapshot", "delete", "a.q", "before"]));
+    assert_eq!(ok(&ours(dir, &["snapshot", "list", "a.q"])), "");
+    assert!(!ours(dir, &["snapshot", "delete", "a.q", "before"]).status.success());
+    ok(&run(dir, "qemu-img", &["check", "a.q"]));
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for (args, error) in [
+        (&["create", "-f", "qcow2", "x"][..], "x: Image creation needs a size parameter"),
+        (
+            &["create", "-f", "qcow2", "-o", "size=2M", "x", "1M"],
+            "x: The image size must be specified only once",
+        ),
+        (&["create", "-f", "qcow2", "-o", "zz=1", "x", "1M"], "Invalid parameter 'zz'"),
+        (&["create", "-f", "vmdk", "x", "1M"], "x: Unknown file format 'vmdk'"),
+        (
+            &["create", "-f", "qcow2", "-b", "y", "x", "1M"],
+            "x: Backing file specified without backing format",
+        ),
+        (
+            &["create", "-f", "qcow2", "-b", "y", "-F", "raw", "x", "1M"],
+            "Could not open backing image.",
+        ),
+        (
+            &["create", "-f", "qcow2", "-o", "cluster_size=300", "x", "1M"],
+            "Cluster size must be a power of two",
+        ),
+        (&["create", "-f", "qcow2", "-o", "encrypt.format=luks", "x", "1M"], "is not supported"),
+        (&["create", "-f", "qcow2", "x", "1Z"], "Invalid image size specified: '1Z'"),
+    ] {
+        let output = ours(dir, args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(text.contains(error), "{args:?}: {text}");
+        assert!(!dir.join("x").exists(), "{args:?}");
+    }
+}
