@@ -79,8 +79,9 @@ fn a_check_has_qemus_exit_statuses_and_repairs() {
     let whole = std::fs::read(dir.join("a.q")).unwrap();
     let status = |args: &[&str]| ours(dir, args).status.code().unwrap();
     let theirs = |args: &[&str]| run(dir, "qemu-img", args).status.code().unwrap();
-    // The refcounts of the image begin in its third cluster; cluster 600 is not in use.
-    for (at, byte, expected) in [(8193, 1, 0), (8193, 2, 3), (8193, 0, 2), (4096 + 7, 3, 1)] {
+    // The refcount table is the second cluster; its first entry, made to refer to no cluster, cannot
+    // be followed. The first refcount is the one of the header, in the third cluster.
+    for (at, byte, expected) in [(8193, 1, 0), (8193, 2, 3), (8193, 0, 2), (4096 + 6, 0x22, 1)] {
         let mut bytes = whole.clone();
         bytes[at] = byte;
         std::fs::write(dir.join("a.q"), &bytes).unwrap();

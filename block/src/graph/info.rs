@@ -213,6 +213,14 @@ impl Node {
                 "corrupt": own.corrupt,
                 "extended-l2": own.extended_l2,
             }});
+            if own.compat == "0.10"
+                && let Some(data) = specific["data"].as_object_mut()
+            {
+                // Version 2 knows nothing of these, and QEMU says nothing of them.
+                data.retain(|name, _| {
+                    !matches!(name.as_str(), "lazy-refcounts" | "corrupt" | "extended-l2")
+                });
+            }
             if let (Some(raw), Some(data)) = (own.data_file_raw, specific["data"].as_object_mut()) {
                 data.insert("data-file-raw".to_owned(), raw.into());
                 if let Some(name) = own.data_file {

@@ -126,9 +126,9 @@ fn specific_order(data: &serde_json::Map<String, Value>) -> Vec<String> {
         "lazy-refcounts",
         "bitmaps",
         "refcount-bits",
-        "corrupt",
         "data-file",
         "data-file-raw",
+        "corrupt",
         "extended-l2",
     ];
     let known =
