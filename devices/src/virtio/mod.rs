@@ -21,6 +21,8 @@ pub use mmio::{MmioState, MmioTransport};
 pub use rng::RngDevice;
 pub use state::{DeviceState, QueueState, VirtioState};
 
+use std::os::fd::BorrowedFd;
+
 use crate::GuestMemory;
 
 /// Feature bits that the transport and the rings offer for every device (section 6).
@@ -48,7 +50,10 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> &[u8];
 
     /// What serves the device's requests, on a thread of its own. Called once.
-    fn handler(&self) -> Box<dyn QueueHandler>;
+    ///
+    /// # Errors
+    /// If the host has no descriptors or memory left for it.
+    fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>>;
 
     /// What the guest was told that is not in the transport's state.
     fn state(&self) -> DeviceState;
@@ -57,20 +62,55 @@ pub trait VirtioDevice: Send {
     fn check_state(&self, state: &DeviceState) -> std::result::Result<(), StateError>;
 }
 
+/// A request of a driver: where its chain goes back to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token {
+    /// Index of the queue.
+    pub queue: usize,
+    /// The chain's first descriptor.
+    pub head: u16,
+}
+
+/// How far a request is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// It is done; so many bytes were written into the chain's writable part.
+    Done(u32),
+    /// [`QueueHandler::ended`] will tell.
+    Later,
+}
+
+/// A request that was served later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Which.
+    pub token: Token,
+    /// Bytes that were written into the chain's writable part.
+    pub len: u32,
+}
+
 /// What serves a device's requests.
 pub trait QueueHandler: Send {
     /// The driver is ready and has accepted `features`.
     fn start(&mut self, features: u64);
 
-    /// Serves one request from the queue of that index and returns how many bytes were written into
-    /// the chain's writable part. An error puts the device into needs-reset.
+    /// Serves a request, or takes it to be served later. An error puts the device into needs-reset.
     fn serve(
         &mut self,
-        queue: usize,
+        token: Token,
         mem: &GuestMemory,
         chain: &mut Chain,
-    ) -> std::result::Result<u32, Malformed>;
+    ) -> std::result::Result<Served, Malformed>;
 
-    /// Makes everything that was served durable.
+    /// Readable while there are requests that ended later. Only for a handler that says so.
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Starts what was taken, and gives the requests that have ended since the last call. With `all`
+    /// it waits until none is left.
+    fn ended(&mut self, _all: bool, _mem: &GuestMemory, _out: &mut Vec<Ended>) {}
+
+    /// Makes everything that was served durable. Comes when nothing is left to be served.
     fn flush(&mut self) -> ::block::Result<()>;
 }

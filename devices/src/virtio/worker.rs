@@ -6,11 +6,12 @@
 //! ```
 //!
 //! A running thread waits in epoll for its queues' eventfds and the control eventfd; a parked one
-//! waits on the control channel alone. Between any two requests it looks whether a command waits,
-//! so a command is delayed by one request at most.
+//! waits on the control channel alone. Between any two requests it looks whether a command waits.
+//! A command that takes queues away or parks the thread waits until every request that was taken
+//! has ended and is back in its ring: afterwards no ring and no guest memory is touched.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,7 +24,7 @@ use super::chain::{Chain, Malformed};
 use super::error::{Error, Result};
 use super::queue::RunningQueue;
 use super::signals::Signals;
-use super::{QueueHandler, VirtioDevice};
+use super::{Ended, QueueHandler, Served, Token, VirtioDevice};
 use crate::GuestMemory;
 use crate::interrupt::signal;
 
@@ -78,9 +79,13 @@ impl Worker {
         let (commands, command_receiver) = channel();
         let (reply_sender, replies) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
+        let handler = device
+            .handler()
+            .map_err(|e| setup("a request queue")(io::Error::from_raw_os_error(e.errno())))?;
+        let epoll = watch(kicks, &wake, handler.event()).map_err(setup("epoll"))?;
         let thread = Thread {
             device: name.clone(),
-            epoll: watch(kicks, &wake).map_err(setup("epoll"))?,
+            epoll,
             kicks: clone_all(kicks).map_err(setup("an eventfd"))?,
             wake: wake.try_clone().map_err(setup("an eventfd"))?,
             commands: command_receiver,
@@ -89,7 +94,8 @@ impl Worker {
             pending: vec![false; kicks.len()],
             queues: Vec::new(),
             chain: Chain::default(),
-            handler: device.handler(),
+            handler,
+            ended: Vec::new(),
             mem,
             signals,
             parked: false,
@@ -186,15 +192,16 @@ fn clone_all(fds: &[EventFd]) -> io::Result<Vec<EventFd>> {
     fds.iter().map(EventFd::try_clone).collect()
 }
 
-/// Epoll over the queues' eventfds, with their index as data, and the control eventfd behind them.
-fn watch(kicks: &[EventFd], wake: &EventFd) -> io::Result<Epoll> {
+/// Marks the event of the handler in epoll.
+const HANDLER: u64 = u64::MAX;
+
+/// Epoll over the queues' eventfds, with their index as data, the control eventfd behind them, and
+/// the handler's event.
+fn watch(kicks: &[EventFd], wake: &EventFd, handler: Option<BorrowedFd<'_>>) -> io::Result<Epoll> {
     let epoll = Epoll::new()?;
-    for (index, fd) in kicks.iter().chain([wake]).enumerate() {
-        epoll.ctl(
-            ControlOperation::Add,
-            fd.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, index as u64),
-        )?;
+    let events = kicks.iter().chain([wake]).map(AsRawFd::as_raw_fd).zip(0..);
+    for (fd, data) in events.chain(handler.map(|fd| (fd.as_raw_fd(), HANDLER))) {
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))?;
     }
     Ok(epoll)
 }
@@ -220,6 +227,7 @@ struct Thread {
     queues: RunningQueues,
     chain: Chain,
     handler: Box<dyn QueueHandler>,
+    ended: Vec<Ended>,
     mem: GuestMemory,
     signals: Arc<Signals>,
     parked: bool,
@@ -248,6 +256,7 @@ impl Thread {
                 continue;
             }
             self.serve_pending();
+            self.give_back_ended(false);
         }
     }
 
@@ -275,6 +284,7 @@ impl Thread {
     }
 
     fn carry_out(&mut self, command: Command) -> Next {
+        self.give_back_ended(true);
         let reply = match command {
             Command::Activate { queues, features } => {
                 self.handler.start(features);
@@ -335,6 +345,10 @@ impl Thread {
             other => other?,
         };
         for event in events.iter().take(count) {
+            if event.data() == HANDLER {
+                // Cleared when the requests that have ended are given back.
+                continue;
+            }
             let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
             let fd = self.kicks.get(index).unwrap_or(&self.wake);
             match fd.read() {
@@ -392,12 +406,43 @@ impl Thread {
             let Some(head) = queue.pop(&self.mem, &mut self.chain)? else {
                 return queue.enable_notifications(&self.mem);
             };
-            let len = self.handler.serve(index, &self.mem, &mut self.chain)?;
-            if queue.give_back(&self.mem, head, len)? {
+            let token = Token { queue: index, head };
+            if let Served::Done(len) = self.handler.serve(token, &self.mem, &mut self.chain)?
+                && queue.give_back(&self.mem, head, len)?
+            {
                 self.signals.request_done();
             }
         }
         Ok(true)
+    }
+
+    /// Gives requests that ended later back to the driver. With `all` it waits for all of them.
+    fn give_back_ended(&mut self, all: bool) {
+        let mut ended = std::mem::take(&mut self.ended);
+        self.handler.ended(all, &self.mem, &mut ended);
+        let mut wanted = false;
+        for Ended { token: Token { queue, head }, len } in ended.drain(..) {
+            // A driver that broke a rule gets nothing back before it resets.
+            let (Some(Some(ring)), false) = (self.queues.get_mut(queue), self.broken) else {
+                continue;
+            };
+            match ring.give_back(&self.mem, head, len) {
+                Ok(interrupt) => wanted |= interrupt,
+                Err(error) => {
+                    tracing::warn!(
+                        device = self.device,
+                        queue,
+                        %error,
+                        "driver broke a rule, device needs reset"
+                    );
+                    self.break_down();
+                }
+            }
+        }
+        if wanted {
+            self.signals.request_done();
+        }
+        self.ended = ended;
     }
 
     fn command_waits(&self) -> bool {

@@ -1,36 +1,33 @@
-//! Carrying out virtio-blk requests, on the disk's thread.
+//! Carrying out virtio-blk requests, on the disk's thread: many at once, through a
+//! [`block::queue::Queue`](::block::queue::Queue).
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use block::{ReadBuf, WriteBuf};
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-};
+use ::block::queue::{Completion, Op, OwnedBufs, Queue};
+use slab::Slab;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::SERIAL_SIZE;
 use super::config::MAX_RANGES;
+use super::pending::{Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
 use crate::GuestMemory;
-use crate::virtio::QueueHandler;
-use crate::virtio::chain::{Chain, Malformed, SegmentList, out_of_memory};
+use crate::virtio::chain::{Chain, Malformed, SegmentList};
+use crate::virtio::{Ended, QueueHandler, Served, Token};
 
 /// Data of one request at most, in bytes: bounds how long a request, and so a pause, can take.
 pub const MAX_REQUEST_BYTES: u64 = 256 << 20;
 
-/// Why a request fails, as its status byte tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-#[allow(clippy::cast_possible_truncation)] // the constants are 1 and 2
-enum Failure {
-    IoError = VIRTIO_BLK_S_IOERR as u8,
-    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
-}
-
-type Outcome = Result<(), Failure>;
-
 pub(super) struct BlockHandler {
     node: Arc<::block::Node>,
+    /// Comes before `memory`: its drop waits for what uses it.
+    queue: Queue,
+    requests: Slab<Pending>,
+    completions: Vec<Completion>,
+    /// Keeps guest memory mapped for requests in flight.
+    memory: Option<Arc<GuestMemory>>,
     /// In sectors.
     capacity: u64,
     serial: [u8; SERIAL_SIZE],
@@ -39,38 +36,57 @@ pub(super) struct BlockHandler {
 }
 
 impl BlockHandler {
-    pub(super) fn new(node: Arc<::block::Node>, capacity: u64, serial: &str) -> Self {
+    pub(super) fn new(
+        node: Arc<::block::Node>,
+        capacity: u64,
+        serial: &str,
+    ) -> ::block::Result<Self> {
         let mut padded = [0; SERIAL_SIZE];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self { node, capacity, serial: padded, write_through: true }
+        Ok(Self {
+            queue: Queue::new(node.clone())?,
+            node,
+            requests: Slab::new(),
+            completions: Vec::new(),
+            memory: None,
+            capacity,
+            serial: padded,
+            write_through: true,
+        })
     }
 
-    fn execute(&self, operation: Operation, mem: &GuestMemory, chain: &mut Chain) -> Outcome {
+    /// What a request makes the image do, one after another, and with which memory; nothing if it
+    /// is done already.
+    fn plan(
+        &mut self,
+        operation: Operation,
+        mem: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<(Vec<Op>, OwnedBufs), Failure> {
+        let plain = |ops| Ok((ops, OwnedBufs::none()));
         match operation {
-            Operation::Read(sector) => self.read(sector, mem, &chain.writable),
-            Operation::Write(sector) => self.write(sector, mem, &chain.readable),
-            Operation::Flush => self.flush_node(),
-            Operation::GetId => self.get_id(mem, &chain.writable),
-            Operation::Discard => self.ranges(true, mem, &mut chain.readable),
-            Operation::WriteZeroes => self.ranges(false, mem, &mut chain.readable),
+            Operation::Read(sector) => {
+                let extent = self.extent(sector, &chain.writable)?;
+                let bufs = self.bufs(mem, &chain.writable)?;
+                Ok((vec![Op::Read { offset: extent.offset }], bufs))
+            }
+            Operation::Write(sector) => {
+                self.writable()?;
+                let extent = self.extent(sector, &chain.readable)?;
+                let bufs = self.bufs(mem, &chain.readable)?;
+                Ok((vec![Op::Write { offset: extent.offset, fua: self.write_through }], bufs))
+            }
+            Operation::Flush => plain(vec![Op::Flush]),
+            Operation::GetId => {
+                self.get_id(mem, &chain.writable)?;
+                plain(Vec::new())
+            }
+            Operation::Discard => plain(self.ranges(true, mem, &mut chain.readable)?),
+            Operation::WriteZeroes => plain(self.ranges(false, mem, &mut chain.readable)?),
             Operation::Unknown(_) => Err(Failure::Unsupported),
         }
-    }
-
-    fn read(&self, sector: u64, mem: &GuestMemory, to: &SegmentList) -> Outcome {
-        let extent = self.extent(sector, to)?;
-        let bufs = read_bufs(mem, to)?;
-        self.done("read", self.node.read(extent.offset, &bufs))
-    }
-
-    fn write(&self, sector: u64, mem: &GuestMemory, from: &SegmentList) -> Outcome {
-        self.writable()?;
-        let extent = self.extent(sector, from)?;
-        let bufs = write_bufs(mem, from)?;
-        self.done("write", self.node.write(extent.offset, &bufs))?;
-        self.flush_if_write_through()
     }
 
     fn get_id(&self, mem: &GuestMemory, to: &SegmentList) -> Outcome {
@@ -84,7 +100,12 @@ impl BlockHandler {
     }
 
     /// Discard or write-zeroes: every range is checked before the first is carried out.
-    fn ranges(&self, discard: bool, mem: &GuestMemory, from: &mut SegmentList) -> Outcome {
+    fn ranges(
+        &self,
+        discard: bool,
+        mem: &GuestMemory,
+        from: &mut SegmentList,
+    ) -> Result<Vec<Op>, Failure> {
         self.writable()?;
         let count = from.len() / RANGE_SIZE as u64;
         if count == 0
@@ -93,7 +114,7 @@ impl BlockHandler {
         {
             return Err(Failure::IoError);
         }
-        let mut todo = Vec::new();
+        let mut ops = Vec::new();
         let mut bytes = [0; RANGE_SIZE];
         while !from.is_empty() {
             match from.read_front(mem, &mut bytes) {
@@ -104,35 +125,24 @@ impl BlockHandler {
             if !range.flags_are_known(discard) {
                 return Err(Failure::Unsupported);
             }
-            let extent = range.extent(self.capacity).ok_or(Failure::IoError)?;
-            todo.push((extent, range.unmap()));
-        }
-        for (Extent { offset, len }, unmap) in todo {
+            let Extent { offset, len } = range.extent(self.capacity).ok_or(Failure::IoError)?;
             if len == 0 {
                 continue;
             }
-            if discard {
-                self.done("discard", self.node.discard(offset, len))?;
+            ops.push(if discard {
+                Op::Discard { offset, len }
             } else {
-                self.done("write-zeroes", self.node.write_zeroes(offset, len, unmap))?;
-            }
+                Op::WriteZeroes { offset, len, unmap: range.unmap(), fua: false }
+            });
         }
-        self.flush_if_write_through()
-    }
-
-    fn flush_node(&self) -> Outcome {
-        self.done("flush", self.node.flush())
-    }
-
-    fn flush_if_write_through(&self) -> Outcome {
-        if self.write_through { self.flush_node() } else { Ok(()) }
+        if self.write_through {
+            ops.push(Op::Flush);
+        }
+        Ok(ops)
     }
 
     fn writable(&self) -> Outcome {
-        if self.node.read_only() {
-            return Err(Failure::IoError);
-        }
-        Ok(())
+        if self.node.read_only() { Err(Failure::IoError) } else { Ok(()) }
     }
 
     /// The part of the disk that the data is for.
@@ -144,11 +154,22 @@ impl BlockHandler {
         Extent::new(sector, len, self.capacity).ok_or(Failure::IoError)
     }
 
-    fn done(&self, what: &str, result: ::block::Result<()>) -> Outcome {
-        result.map_err(|error| {
-            tracing::error!(node = self.node.name(), %error, "{what} of the guest failed");
-            Failure::IoError
-        })
+    /// The segments as buffers.
+    fn bufs(&mut self, mem: &GuestMemory, data: &SegmentList) -> Result<OwnedBufs, Failure> {
+        let keep = self.memory.get_or_insert_with(|| Arc::new(mem.clone())).clone();
+        let mut parts = Vec::with_capacity(data.segments().len());
+        for segment in data.segments() {
+            for slice in GuestMemoryBackend::get_slices(&*keep, segment.addr, segment.len as usize)
+            {
+                let slice = slice.map_err(|_| Failure::IoError)?;
+                let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+                parts.push(libc::iovec { iov_base, iov_len: slice.len() });
+            }
+        }
+        // SAFETY: the slices are parts of mappings of guest RAM, which are readable and writable
+        // and stay as long as the memory, which goes with the buffers, has them. Guest memory is
+        // only ever reached through raw pointers and volatile slices, so no reference to it exists.
+        Ok(unsafe { OwnedBufs::from_raw(parts, keep) })
     }
 }
 
@@ -159,25 +180,55 @@ impl QueueHandler for BlockHandler {
 
     fn serve(
         &mut self,
-        _queue: usize,
+        token: Token,
         mem: &GuestMemory,
         chain: &mut Chain,
-    ) -> Result<u32, Malformed> {
+    ) -> Result<Served, Malformed> {
         let request = Request::parse(mem, chain)?;
-        let outcome = self.execute(request.operation, mem, chain);
-        let status = match outcome {
-            Ok(()) => 0,
-            Err(failure) => failure as u8,
-        };
-        debug_assert_eq!(VIRTIO_BLK_S_OK, 0);
-        mem.write_obj(status, request.status).map_err(|_| out_of_memory(request.status, 1))?;
-        // Bytes before the status byte count as written only where they surely are.
-        let data = match (request.operation, outcome) {
-            (Operation::Read(_), Ok(())) => chain.writable.len(),
-            (Operation::GetId, Ok(())) => chain.writable.len().min(SERIAL_SIZE as u64),
+        let data = match request.operation {
+            Operation::Read(_) => chain.writable.len(),
+            Operation::GetId => chain.writable.len().min(SERIAL_SIZE as u64),
             _ => 0,
         };
-        Ok(u32::try_from(data).unwrap_or(u32::MAX).saturating_add(1))
+        let planned = self.plan(request.operation, mem, chain);
+        let mut pending = Pending::new(token, request.status, data);
+        match planned {
+            Ok((ops, bufs)) => {
+                pending.todo = ops.into();
+                if let Some(op) = pending.todo.pop_front() {
+                    let id = self.requests.insert(pending) as u64;
+                    self.queue.submit(::block::queue::Request { id, op, bufs });
+                    return Ok(Served::Later);
+                }
+                pending.answer(mem, Ok(())).map(Served::Done)
+            }
+            Err(failure) => pending.answer(mem, Err(failure)).map(Served::Done),
+        }
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.queue.event())
+    }
+
+    fn ended(&mut self, all: bool, mem: &GuestMemory, out: &mut Vec<Ended>) {
+        let mut completions = std::mem::take(&mut self.completions);
+        loop {
+            if all {
+                self.queue.wait();
+            } else {
+                self.queue.kick();
+            }
+            self.queue.reap(&mut completions);
+            let mut more = false;
+            for completion in completions.drain(..) {
+                more |= self.completed(completion, mem, out);
+            }
+            let left = all && self.queue.in_flight() > 0;
+            if !more && !left {
+                break;
+            }
+        }
+        self.completions = completions;
     }
 
     fn flush(&mut self) -> ::block::Result<()> {
@@ -188,33 +239,33 @@ impl QueueHandler for BlockHandler {
     }
 }
 
-/// The segments as buffers for a read. They live as long as the borrow of `mem`.
-fn read_bufs<'m>(mem: &'m GuestMemory, to: &SegmentList) -> Result<Vec<ReadBuf<'m>>, Failure> {
-    let mut bufs = Vec::with_capacity(to.segments().len());
-    for segment in to.segments() {
-        for slice in GuestMemoryBackend::get_slices(mem, segment.addr, segment.len as usize) {
-            let slice = slice.map_err(|_| Failure::IoError)?;
-            let ptr = slice.ptr_guard_mut().as_ptr();
-            // SAFETY: the slice is a part of a mapping of guest RAM, which is writable and stays
-            // mapped as long as `mem`, borrowed for 'm, holds it. Guest memory is only ever
-            // reached through raw pointers and volatile slices, so no reference to it exists.
-            bufs.push(unsafe { ReadBuf::from_raw(ptr, slice.len()) });
+impl BlockHandler {
+    /// Goes on with a request of which a part is completed; says whether there was more to do.
+    fn completed(
+        &mut self,
+        Completion { id, result, bufs }: Completion,
+        mem: &GuestMemory,
+        out: &mut Vec<Ended>,
+    ) -> bool {
+        let Some(pending) = usize::try_from(id).ok().and_then(|id| self.requests.get_mut(id))
+        else {
+            return false;
+        };
+        let outcome = result.map_err(|error| {
+            tracing::error!(node = self.node.name(), %error, "a request of the guest failed");
+            Failure::IoError
+        });
+        if outcome.is_ok()
+            && let Some(op) = pending.todo.pop_front()
+        {
+            self.queue.submit(::block::queue::Request { id, op, bufs });
+            return true;
         }
+        let token = pending.token;
+        // The status byte was in memory when the chain was read, and memory does not go away.
+        let len = pending.answer(mem, outcome).unwrap_or(0);
+        out.push(Ended { token, len });
+        self.requests.remove(usize::try_from(id).unwrap_or(usize::MAX));
+        false
     }
-    Ok(bufs)
-}
-
-/// The segments as buffers for a write. They live as long as the borrow of `mem`.
-fn write_bufs<'m>(mem: &'m GuestMemory, from: &SegmentList) -> Result<Vec<WriteBuf<'m>>, Failure> {
-    let mut bufs = Vec::with_capacity(from.segments().len());
-    for segment in from.segments() {
-        for slice in GuestMemoryBackend::get_slices(mem, segment.addr, segment.len as usize) {
-            let slice = slice.map_err(|_| Failure::IoError)?;
-            let ptr = slice.ptr_guard().as_ptr();
-            // SAFETY: the slice is a part of a mapping of guest RAM, which is readable and stays
-            // mapped as long as `mem`, borrowed for 'm, holds it.
-            bufs.push(unsafe { WriteBuf::from_raw(ptr, slice.len()) });
-        }
-    }
-    Ok(bufs)
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod io;
+mod pending;
 pub mod request;
 mod state;
 #[cfg(test)]
@@ -127,8 +128,10 @@ impl VirtioDevice for BlockDevice {
         &self.config
     }
 
-    fn handler(&self) -> Box<dyn QueueHandler> {
-        Box::new(io::BlockHandler::new(self.node.clone(), self.capacity, &self.options.serial))
+    fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
+        let handler =
+            io::BlockHandler::new(self.node.clone(), self.capacity, &self.options.serial)?;
+        Ok(Box::new(handler))
     }
 
     fn state(&self) -> DeviceState {

@@ -5,8 +5,8 @@ use std::io;
 use vm_memory::{Address, Bytes};
 
 use crate::GuestMemory;
-use crate::virtio::QueueHandler;
 use crate::virtio::chain::{Chain, Malformed, out_of_memory};
+use crate::virtio::{QueueHandler, Served, Token};
 
 /// Bytes given to one request at most. Giving fewer than asked is allowed (section 5.4.6.2).
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -21,10 +21,10 @@ impl QueueHandler for RngHandler {
 
     fn serve(
         &mut self,
-        _queue: usize,
+        _token: Token,
         mem: &GuestMemory,
         chain: &mut Chain,
-    ) -> Result<u32, Malformed> {
+    ) -> Result<Served, Malformed> {
         let mut given = 0;
         for segment in chain.writable.segments() {
             let mut done = 0;
@@ -34,7 +34,7 @@ impl QueueHandler for RngHandler {
                 let piece = &mut piece[..count];
                 if let Err(error) = random(piece) {
                     tracing::error!(%error, "no entropy from the host");
-                    return Ok(length(given));
+                    return Ok(Served::Done(length(given)));
                 }
                 mem.write_slice(piece, segment.addr.unchecked_add(done as u64))
                     .map_err(|_| out_of_memory(segment.addr, segment.len))?;
@@ -42,7 +42,7 @@ impl QueueHandler for RngHandler {
                 given += count;
             }
         }
-        Ok(length(given))
+        Ok(Served::Done(length(given)))
     }
 
     fn flush(&mut self) -> ::block::Result<()> {

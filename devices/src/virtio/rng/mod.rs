@@ -48,8 +48,8 @@ impl VirtioDevice for RngDevice {
         &[]
     }
 
-    fn handler(&self) -> Box<dyn QueueHandler> {
-        Box::new(io::RngHandler)
+    fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(io::RngHandler))
     }
 
     fn state(&self) -> DeviceState {

@@ -7,8 +7,8 @@ use std::sync::mpsc::channel;
 use super::{driver, running};
 use crate::EventFdLine;
 use crate::virtio::testing::{
-    Driver, FakeDisk, HEADER, NEEDS_RESET, PAYLOAD, STATUS, blk, readable, wait_readable, writable,
-    write_header,
+    Driver, FakeDisk, HEADER, NEEDS_RESET, PAYLOAD, STATUS, blk, readable, store_chain,
+    wait_readable, writable, write_header,
 };
 use crate::virtio::{Error, MmioState, MmioTransport, RngDevice, StateError};
 
@@ -24,36 +24,43 @@ fn saved(driver: &mut Driver) -> MmioState {
 }
 
 #[test]
-fn pause_ends_the_request_in_progress_and_resume_takes_the_next() {
+fn pause_ends_the_requests_in_progress_and_resume_takes_the_next() {
     let (mut driver, disk) = running();
     let gate = disk.gate();
-    send_flush(&mut driver);
-    gate.entered.recv().unwrap();
-    // A second request, behind the one that is held up.
+    write_header(&driver, 0, 0);
+    let read = [readable(HEADER, 16), writable(PAYLOAD, 512), writable(STATUS, 1)];
+    store_chain(&driver.mem, driver.rings[0].desc, 0, &read);
+    // Both are taken before the first is carried out.
+    driver.offer(0, 0);
     driver.offer(0, 0);
     driver.kick(0);
+    gate.entered.recv().unwrap();
 
     let (started, pausing) = channel();
     let release = gate.release.clone();
     let helper = std::thread::spawn(move || {
         pausing.recv().unwrap();
         release.send(()).unwrap();
+        release.send(()).unwrap();
     });
     started.send(()).unwrap();
     driver.dev.pause().unwrap();
     helper.join().unwrap();
+    gate.entered.recv().unwrap();
 
-    assert_eq!(driver.take_used(0), Some((0, 1)), "done and given back");
+    assert_eq!(driver.take_used(0), Some((0, 513)), "done and given back");
+    assert_eq!(driver.take_used(0), Some((0, 513)), "done and given back");
     assert_eq!(driver.take_used(0), None);
     let state = driver.dev.state().unwrap();
     let queue = &state.virtio.queues[0];
-    assert_eq!((queue.next_avail, queue.next_used), (1, 1));
-    assert_eq!(disk.take_log(), ["flush"]);
+    assert_eq!((queue.next_avail, queue.next_used), (2, 2));
+    assert_eq!(disk.take_log(), ["read 0 512", "read 0 512"]);
 
+    driver.offer(0, 0);
     driver.dev.resume().unwrap();
     gate.entered.recv().unwrap();
     gate.release.send(()).unwrap();
-    assert_eq!(driver.wait_used(0), (0, 1));
+    assert_eq!(driver.wait_used(0), (0, 513));
 }
 
 #[test]
