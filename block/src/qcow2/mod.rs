@@ -472,6 +472,10 @@ impl Format for Qcow2 {
         self.locate_disk_write(offset, len, out)
     }
 
+    fn finish_write(&self, located: &mut Located, written: bool, wait: bool) -> Option<Result<()>> {
+        self.finish_disk_write(&located.targets, written, wait)
+    }
+
     fn supports_snapshots(&self) -> bool {
         !self.geometry.external
     }

@@ -329,6 +329,26 @@ impl Refcounts {
         }
     }
 
+    /// Whether so many clusters can be taken with what is in memory: no block has to be read or made.
+    pub(crate) fn has_room_here(&mut self, clusters: u64) -> bool {
+        let order = self.geometry.refcount_order;
+        let entries = self.geometry.block_entries();
+        let at = to_usize(self.hint.0 / entries);
+        let offset = match self.table.get(at) {
+            Some(entry) if *entry != 0 => HostOffset(*entry & OFFSET_MASK),
+            _ => return false,
+        };
+        if !self.blocks.contains(offset) {
+            return false;
+        }
+        let Ok(table) = self.blocks.load(&*self.storage, offset) else {
+            return false;
+        };
+        let (bytes, from) = (table.bytes(), to_usize(self.hint.0 % entries));
+        let free = (from..to_usize(entries)).filter(|i| get(bytes, *i, order) == 0);
+        to_u64(free.take(to_usize(clusters)).count()) == clusters
+    }
+
     /// The first cluster from `at` on that nobody refers to.
     fn next_free(&mut self, mut at: HostCluster) -> Result<HostCluster> {
         let order = self.geometry.refcount_order;

@@ -123,8 +123,8 @@ impl Qcow2 {
     }
 
     /// Frees the new clusters of targets that were not committed.
-    fn give_back(&self, targets: &[Target]) {
-        if self.geometry.external {
+    pub(super) fn give_back(&self, targets: &[Target]) {
+        if self.geometry.external || targets.is_empty() {
             return;
         }
         let mut meta = self.meta();
@@ -315,7 +315,7 @@ fn push_target(targets: &mut Vec<Target>, next: Target) {
 }
 
 /// Points the guest's clusters to their new place.
-fn commit(meta: &mut Meta, target: &Target) -> Result<()> {
+pub(super) fn commit(meta: &mut Meta, target: &Target) -> Result<()> {
     let geometry = meta.geometry();
     let whole = target.whole();
     let mut guest = geometry.cluster_start(target.guest);
