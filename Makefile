@@ -44,6 +44,7 @@ fuzz:
 
 crash-test:
 	@scripts/setup.sh test
+	cargo build --package vmm --locked
 	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test crash -- --nocapture
 
 # The guest's kernel and initramfs are in the repository; this makes them anew.
