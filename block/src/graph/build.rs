@@ -208,10 +208,11 @@ pub(super) fn compress_node(file: &Arc<Node>, flags: Flags) -> Result<Built> {
     })
 }
 
-/// The path of the external data file that the image names: relative to the image's directory.
-pub(super) fn full_data_file(probe: &Probe, file: &Arc<Node>) -> Result<String> {
+/// The path of the external data file that the image names: as it is there, so a relative one is
+/// relative to the working directory, as in QEMU.
+pub(super) fn full_data_file(probe: &Probe) -> Result<String> {
     match probe.data_file() {
-        Some(name) => resolve(&file.filename(), &name),
+        Some(name) => resolve("", &name),
         None => Err(Error::Invalid("'data-file' is required for this image".to_owned())),
     }
 }

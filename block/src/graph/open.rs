@@ -191,8 +191,7 @@ impl<'a> Opener<'a> {
         let storage = build::storage_of(&file)?;
         let probe = Probe::new(storage.clone())?;
         let full = build::full_backing(&probe, &file)?;
-        let data_file =
-            self.open_data_file(&name, image.data_file.as_ref(), &probe, &file, flags)?;
+        let data_file = self.open_data_file(&name, image.data_file.as_ref(), &probe, flags)?;
         // The place of this node in the list is before those of its backing chain.
         let place = self.made.len();
         let format = probe.backing_format().map(str::to_owned);
@@ -223,7 +222,6 @@ impl<'a> Opener<'a> {
         parent: &str,
         given: Option<&NodeRef>,
         probe: &Probe,
-        file: &Arc<Node>,
         flags: Flags,
     ) -> Result<Option<build::DataFile>> {
         let node = match given {
@@ -231,7 +229,7 @@ impl<'a> Opener<'a> {
             Some(NodeRef::Inline(options)) => self.open(options, flags, Some(parent))?,
             None if probe.needs_data_file() => {
                 let options = NodeOptions::of_driver(Driver::File {
-                    filename: build::full_data_file(probe, file)?,
+                    filename: build::full_data_file(probe)?,
                     locking: Locking::Auto,
                     aio: Aio::default(),
                     host_device: false,
