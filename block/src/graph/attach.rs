@@ -20,7 +20,8 @@ impl User {
     /// A guest's disk: `id` is its name or its path. Others may write only if it was said that the
     /// guest knows of it (`share-rw`).
     pub fn device(id: &str, writable: bool, share_rw: bool) -> Self {
-        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED | Perm::RESIZE;
+        // Not RESIZE, unlike in QEMU: a guest is not told of another size.
+        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         shared.set(Perm::WRITE, share_rw);
         let permissions = Permissions { used: used(writable), shared };
         Self { description: format!("block device '{id}'"), permissions }
@@ -95,6 +96,15 @@ impl Graph {
         // QEMU finds out in two steps, which decides which conflict is told of.
         drop(self.attach(name, User::unnamed(used(writable), Perm::all()))?);
         self.attach(name, User::export(writable))
+    }
+
+    /// block_resize: gives a disk another size, in bytes. Requests wait meanwhile.
+    ///
+    /// # Errors
+    /// There is no such node, a user of it relies on its size, or the image cannot be resized.
+    pub fn resize(&self, name: &str, size: u64) -> Result<()> {
+        let user = self.attach(name, User::unnamed(Perm::RESIZE, Perm::all()))?;
+        user.node().resize(size)
     }
 
     /// What can be said of an export before it is made.

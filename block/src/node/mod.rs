@@ -245,6 +245,21 @@ impl Node {
         result
     }
 
+    /// Gives the disk another size, with no request under way.
+    pub(crate) fn resize(&self, size: u64) -> Result<()> {
+        let closed = self.close_gate();
+        let details = self.details();
+        // An image that stores bitmaps changes them itself.
+        let bitmaps = details.qcow2.is_none().then_some(&details.bitmaps);
+        bitmaps.map_or(Ok(()), |bitmaps| bitmaps.check_resize(size))?;
+        self.format().resize(size, Preallocation::Off, &Progress::default())?;
+        if let Some(bitmaps) = bitmaps {
+            bitmaps.resize(size);
+        }
+        drop(closed);
+        Ok(())
+    }
+
     /// Tells those who watch that a range was changed, or that an attempt failed: part of it may
     /// have been written then. To be called before the request's completion is told to anybody, and
     /// before its [`Access`] is dropped: the image's bitmaps are stored when the image is replaced.

@@ -94,7 +94,7 @@ fn the_backing_file_can_be_taken_away_replaced_and_put_back() {
     );
     assert_eq!(
         error_of(graph.reopen(&[with(json!("zz"))])),
-        "Cannot find device='zz' nor node-name='zz'"
+        "Cannot find device='' nor node-name='zz'"
     );
     node.write(0, &[WriteBuf::new(&[9; 512])]).unwrap();
     graph.reopen(&[with(Value::Null)]).unwrap();

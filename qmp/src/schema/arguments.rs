@@ -119,6 +119,16 @@ objects! {
         "options" options: Vec<Value>,
     }
 
+    /// Arguments of `block_resize`.
+    BlockResizeArguments {
+        /// The backend; none has a name here.
+        "device" device: Option<String>,
+        /// The node.
+        "node-name" node_name: Option<String>,
+        /// The new size in bytes.
+        "size" size: i64,
+    }
+
     /// Arguments of `nbd-server-start`.
     NbdServerArguments {
         /// Where it listens.

@@ -41,6 +41,8 @@ command_enum! {
     BlockdevDel(BlockdevDelArguments) = "blockdev-del" -> ();
     /// Gives nodes that may be in use other options: all of them, or none.
     BlockdevReopen(BlockdevReopenArguments) = "blockdev-reopen" -> ();
+    /// Gives a disk another size.
+    BlockResize(BlockResizeArguments) = "block_resize" -> ();
     /// Starts the NBD server.
     NbdServerStart(NbdServerArguments) = "nbd-server-start" -> ();
     /// Ends the NBD server with all its exports: BLOCK_EXPORT_DELETED of each before the reply.

@@ -17,7 +17,7 @@ pub mod worker;
 use std::sync::Arc;
 
 use block::Graph;
-use qmp::schema::{BitmapArguments, Command, Event};
+use qmp::schema::{BitmapArguments, BlockResizeArguments, Command, Event};
 use serde_json::{Value, json};
 
 use exports::{ExportSpec, Exports, NbdServerSpec};
@@ -39,6 +39,7 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockdevAdd(_)
             | Command::BlockdevDel(_)
             | Command::BlockdevReopen(_)
+            | Command::BlockResize(_)
             | Command::NbdServerStart(_)
             | Command::NbdServerStop
             | Command::BlockExportAdd(_)
@@ -102,6 +103,7 @@ impl Blocks {
                 self.graph.reopen(&arguments.options).map_err(failed)?;
                 done()
             }
+            Command::BlockResize(arguments) => self.resize(&arguments),
             Command::NbdServerStart(arguments) => {
                 self.exports.start(&NbdServerSpec::from_arguments(arguments)?)?;
                 done()
@@ -141,6 +143,20 @@ impl Blocks {
             }
             other => Err(qmp::Error::command_not_found(other.name())),
         }
+    }
+
+    /// Backends have no names here, so `device` is never found, as in QEMU for such nodes.
+    fn resize(&self, arguments: &BlockResizeArguments) -> Answer {
+        let device = arguments.device.as_deref().unwrap_or_default();
+        let name = arguments.node_name.as_deref().unwrap_or_default();
+        if self.graph.get(name).is_none() {
+            let words = format!("Cannot find device='{device}' nor node-name='{name}'");
+            return Err(text(words));
+        }
+        let size = u64::try_from(arguments.size)
+            .map_err(|_| qmp::Error::out_of_range("size", "a >0 size"))?;
+        self.graph.resize(name, size).map_err(failed)?;
+        done()
     }
 
     /// The nodes, newest first. `flat` leaves out what their images say of backing images.
