@@ -5,6 +5,7 @@
 //! | [`vm`] | a `tardigrade` process with its QMP and serial sockets |
 //! | [`agent`] | the guest's agent, asked over the serial port |
 //! | [`baremetal`] | a guest without a kernel, told over the serial port what to do |
+//! | [`daemon`] | a storage daemon, ours or QEMU's |
 //! | [`disk`] | images, made and judged by `qemu-img` |
 //! | [`events`] | QMP events, told in short |
 //! | [`counter`] | a guest of a few instructions that counts, for jobs that are refused |
@@ -23,6 +24,7 @@ pub mod agent;
 pub mod baremetal;
 pub mod checkpoint;
 pub mod counter;
+pub mod daemon;
 pub mod disk;
 pub mod events;
 pub mod pattern;

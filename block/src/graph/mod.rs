@@ -209,6 +209,18 @@ impl State {
         self.edges.retain(|edge| edge.parent != Parent::Node(node.name().to_owned()));
     }
 
+    /// Refuses a node that is a backing file.
+    fn check_no_overlay(&self, name: &str) -> Result<()> {
+        for edge in self.users_of(name) {
+            if let (Role::Backing, Parent::Node(overlay)) = (edge.role, &edge.parent) {
+                return Err(Error::Invalid(format!(
+                    "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Nodes that were made for others go with these, top-down.
     fn forget_orphans(&mut self) {
         while let Some(orphan) = self.orphan() {
@@ -230,13 +242,7 @@ fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
     if state.users_of(name).any(|edge| matches!(edge.parent, Parent::User { .. })) {
         return Err(Error::Invalid(format!("Node {name} is in use")));
     }
-    for edge in state.users_of(name) {
-        if let (Role::Backing, Parent::Node(overlay)) = (edge.role, &edge.parent) {
-            return Err(Error::Invalid(format!(
-                "Node '{name}' is busy: node is used as backing hd of '{overlay}'"
-            )));
-        }
-    }
+    state.check_no_overlay(name)?;
     if node.details().implicit {
         return Err(Error::Invalid(format!("Node {name} is not owned by the monitor")));
     }

@@ -120,6 +120,15 @@ impl Planner<'_> {
         let Some(old) = details.options.as_ref().filter(|_| depth < MAX_DEPTH) else {
             return Err(Error::NotSupported(format!("Node '{}' cannot be reopened", node.name())));
         };
+        let names_backing = match &options.driver {
+            Driver::Qcow2 { backing, .. } => *backing != Backing::FromImage,
+            _ => false,
+        };
+        let has_backing = details.backing.is_some() || details.full_backing.is_some();
+        // One that was opened with the node above it, and is reopened with it, keeps what it has.
+        if has_backing && !names_backing && !details.implicit {
+            return Err(Error::Invalid(format!("backing is missing for '{}'", node.name())));
+        }
         if options.driver.name() != old.driver.name() {
             return cannot_change("driver");
         }
@@ -209,12 +218,7 @@ impl Planner<'_> {
                 let flags = flags.of_backing();
                 self.child(node, current, "backing", wanted, flags, depth).map(Some)
             }
-            Backing::FromImage if current.is_none() && details.full_backing.is_none() => Ok(None),
-            // Of a node that was opened with the one above it, and is reopened with it.
-            Backing::FromImage if details.implicit => Ok(current.cloned()),
-            Backing::FromImage => {
-                Err(Error::Invalid(format!("backing is missing for '{}'", node.name())))
-            }
+            Backing::FromImage => Ok(current.cloned()),
         }
     }
 
