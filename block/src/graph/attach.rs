@@ -7,7 +7,7 @@ use super::permissions::{Edge, Parent, Role};
 use super::{Graph, State, lock};
 use crate::node::Node;
 use crate::perm::{Perm, Permissions};
-use crate::{Error, Result};
+use crate::{Error, Preallocation, Progress, Result};
 
 /// A user of a node that is not a node itself: who it is, what it does, what it lets others do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl Graph {
     pub fn resize(&self, name: &str, size: u64) -> Result<()> {
         self.state().check_no_overlay(name)?;
         let user = self.attach(name, User::unnamed(Perm::RESIZE, Perm::all()))?;
-        user.node().resize(size)
+        user.node().resize(size, Preallocation::Off, &Progress::default())
     }
 
     /// What can be said of an export before it is made.

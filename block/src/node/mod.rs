@@ -206,20 +206,21 @@ impl Node {
         self.access().flush()
     }
 
-    /// Gives the disk another size; its dirty bitmaps follow.
+    /// Gives the disk another size, with no request under way; its dirty bitmaps follow.
     ///
     /// # Errors
     /// As [`Format::resize`]; or somebody has a bitmap.
     pub fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
-        let access = self.access();
-        let bitmaps = self.bitmaps();
-        if size != access.size() {
+        let closed = self.close_gate();
+        let (format, bitmaps) = (self.format(), self.bitmaps());
+        if size != format.size() {
             bitmaps.check_resize(size)?;
         }
-        let result = access.resize(size, mode, progress);
+        let result = format.resize(size, mode, progress);
         // Also after an error: a format may have got halfway. Those with bitmaps of their own have
         // done it, in their order.
-        bitmaps.resize(access.size());
+        bitmaps.resize(format.size());
+        drop(closed);
         result
     }
 
@@ -243,21 +244,6 @@ impl Node {
         let result = access.write_zeroes(offset, len, unmap);
         self.note_write(offset, len);
         result
-    }
-
-    /// Gives the disk another size, with no request under way.
-    pub(crate) fn resize(&self, size: u64) -> Result<()> {
-        let closed = self.close_gate();
-        let details = self.details();
-        // An image that stores bitmaps changes them itself.
-        let bitmaps = details.qcow2.is_none().then_some(&details.bitmaps);
-        bitmaps.map_or(Ok(()), |bitmaps| bitmaps.check_resize(size))?;
-        self.format().resize(size, Preallocation::Off, &Progress::default())?;
-        if let Some(bitmaps) = bitmaps {
-            bitmaps.resize(size);
-        }
-        drop(closed);
-        Ok(())
     }
 
     /// Tells those who watch that a range was changed, or that an attempt failed: part of it may
