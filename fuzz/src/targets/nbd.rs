@@ -1,10 +1,12 @@
 //! What a client of the NBD server sends: to the parsers alone, and to a whole connection over a
 //! socket, with an image behind it.
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use block::Graph;
 use block::nbd::command::Limits;
@@ -12,7 +14,7 @@ use block::nbd::negotiate::{Exports, Negotiation, Offered, Step};
 use block::nbd::wire::option::{ContextRequest, HEADER, Header, InfoRequest};
 use block::nbd::wire::request::Request;
 use block::nbd::wire::{Mode, Reader};
-use block::nbd::{Address, ExportOptions, Server, ServerOptions};
+use block::nbd::{Address, ExportOptions, RemoveMode, Server, ServerOptions};
 use serde_json::json;
 
 use super::trace;
@@ -112,25 +114,44 @@ fn parse(input: &[u8]) {
     }
 }
 
-/// A whole session. The server must end it when the client has, and serve the next one.
-fn connect(input: &[u8]) {
+/// The server of this process, and where it listens. One for all inputs: starting and stopping one
+/// takes several times as long as a session.
+fn server() -> &'static (Server, SocketAddr) {
+    static SERVER: LazyLock<(Server, SocketAddr)> = LazyLock::new(|| {
+        let any = Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        // The input ends by itself; a busy host must not look like a slow client.
+        let options = ServerOptions { handshake_max: Duration::ZERO, ..ServerOptions::default() };
+        let server = Server::start(&any, options, |_| {}).expect("it can listen");
+        let Address::Tcp(address) = *server.address() else { unreachable!("it was made so") };
+        (server, address)
+    });
+    &SERVER
+}
+
+/// The image behind the export, anew for each input.
+fn image() -> File {
     static IMAGE: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let seed = seeds::images().into_iter().find(|seed| seed.name == "clusters-64k");
         crate::input::unpack(&seed.expect("the seed is there").input).bytes()
     });
-    let dir = tempfile::tempdir().expect("a directory for sockets");
-    let path = dir.path().join("image");
-    std::fs::write(&path, &*IMAGE).expect("room for a small image");
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    file.write_all(&IMAGE).expect("room for a small image");
+    file
+}
+
+/// A whole session. The server must end it when the client has.
+fn connect(input: &[u8]) {
+    let (server, address) = server();
+    let file = image();
     let _limit = Limit::set(SINGLE, MORE);
     let graph = Graph::new();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     graph
         .add(&json!({
             "driver": "qcow2", "node-name": NAME, "discard": "unmap", "cache": { "no-flush": true },
             "file": { "driver": "file", "filename": path }
         }))
         .expect("the seed is an image");
-    let address = Address::Unix(dir.path().join("nbd"));
-    let server = Server::start(&address, ServerOptions::default(), |_| {}).expect("it can listen");
     let attachment = graph.attach_export(NAME, true).expect("nobody else uses it");
     server
         .add_export(ExportOptions {
@@ -142,35 +163,43 @@ fn connect(input: &[u8]) {
             allocation_depth: true,
             bitmaps: Vec::new(),
         })
-        .expect("it is the first");
-    talk(&address, input);
-    let greeting = talk(&address, &[]);
-    assert_eq!(greeting.len(), 18, "the next client is not greeted");
-    drop(server);
+        .expect("the former one is gone");
+    let replies = talk(*address, input);
+    trace(|| format!("{replies} bytes of replies"));
+    assert!(replies >= GREETING, "only {replies} bytes came, the greeting has {GREETING}");
+    server.remove_export(NAME, RemoveMode::Hard).expect("it is there");
 }
 
-/// Sends everything, then reads until the server closes the connection.
-fn talk(address: &Address, input: &[u8]) -> Vec<u8> {
-    let Address::Unix(path) = address else { unreachable!("it was made so") };
-    let mut stream = UnixStream::connect(path).expect("the server listens");
+/// Bytes of the server's greeting.
+const GREETING: usize = 18;
+/// Sent without a thread of its own: sockets hold that much.
+const AT_ONCE: usize = 16 << 10;
+
+/// Sends everything, then reads until the server closes the connection; gives how much came.
+fn talk(address: SocketAddr, input: &[u8]) -> usize {
+    let mut stream = TcpStream::connect(address).expect("the server listens");
     let mut sender = stream.try_clone().expect("descriptors are left");
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            // The server may close before it has read everything.
-            let _ = sender.write_all(input);
-            let _ = sender.shutdown(Shutdown::Write);
-        });
-        let mut total = 0;
-        let mut replies = Vec::new();
-        let mut part = vec![0; 64 << 10];
+    let mut send = move || {
+        // The server may close before it has read everything.
+        let _ = sender.write_all(input);
+        let _ = sender.shutdown(Shutdown::Write);
+    };
+    let mut total = 0;
+    let mut part = vec![0; 64 << 10];
+    let mut receive = || {
         // A reset is what a client gets that sent on after the server had closed.
         while let Ok(n @ 1..) = stream.read(&mut part) {
             total += n;
-            if replies.len() < 1024 {
-                replies.extend_from_slice(&part[..n]);
-            }
         }
-        trace(|| format!("{total} bytes of replies"));
-        replies
-    })
+    };
+    if input.len() <= AT_ONCE {
+        send();
+        receive();
+    } else {
+        std::thread::scope(|scope| {
+            scope.spawn(send);
+            receive();
+        });
+    }
+    total
 }
