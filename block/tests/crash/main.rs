@@ -17,6 +17,7 @@ mod pages;
 mod points;
 mod record;
 mod replay;
+mod short;
 mod timeline;
 mod verify;
 mod workload;
