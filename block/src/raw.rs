@@ -148,7 +148,7 @@ impl Format for Raw {
         let (mut at, end) = (offset, offset + len);
         let mut list = Vec::new();
         while at < end && list.len() < MAX_EXTENTS {
-            let (data, n) = self.storage.find_data(at, end - at)?;
+            let (data, n) = self.storage.find_data(self.offset + at, end - at)?;
             let n = n.clamp(1, end - at);
             let extent = if data { StatusExtent::data(n) } else { StatusExtent::zero(n) };
             extent.push_to(&mut list);
@@ -218,5 +218,23 @@ impl Format for Raw {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_write(offset, len)?;
         self.storage.write_zeroes(self.offset + offset, len, unmap && self.unmap)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{FileOptions, FileStorage};
+
+    #[test]
+    fn the_status_of_a_part_of_a_file_is_of_that_part() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let storage = Arc::new(FileStorage::open(file.path(), FileOptions::default()).unwrap());
+        storage.set_len(4 << 20).unwrap();
+        storage.write_at(3 << 20, &[WriteBuf::new(&[1; 4096])]).unwrap();
+        let part = Raw::window(storage, Some(2 << 20), None, true).unwrap();
+        let list = part.block_status(0, 2 << 20).unwrap();
+        assert_eq!(list[0], StatusExtent::zero(1 << 20));
+        assert!(list[1].data && list[1].len >= 4096, "{list:?}");
     }
 }
