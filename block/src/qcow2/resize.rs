@@ -15,10 +15,12 @@
 //! new end is given back. A crash in between leaves clusters mapped past the end, which the next
 //! growth drops. The L1 table keeps its length.
 //!
-//! Requests below both sizes go on meanwhile. The caller sees to it that none is in flight past the
-//! new end of a disk that shrinks. Snapshots keep the disk size they have; version 2 cannot record
+//! Requests go on meanwhile. One that was let in past the new end of a disk that shrinks is done
+//! before its clusters are given back or finds them gone, because their range is held for that; what
+//! it maps then is past the end. Snapshots keep the disk size they have; version 2 cannot record
 //! one, so an image with snapshots refuses. Dirty bitmaps follow.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use crate::num::{to_u64, to_usize};
@@ -43,14 +45,16 @@ impl Qcow2 {
         mode: Preallocation,
         progress: &Progress,
     ) -> Result<()> {
-        let old = self.disk_size();
-        self.check_resize(old, size, mode)?;
         self.begin_resize()?;
-        let result = if size >= old {
-            self.grow(old, size, mode, progress)
-        } else {
-            self.shrink(old, size, progress)
-        };
+        // Only now: another resize may have ended just before.
+        let old = self.disk_size();
+        let result = self.check_resize(old, size, mode).and_then(|()| {
+            if size >= old {
+                self.grow(old, size, mode, progress)
+            } else {
+                self.shrink(old, size, progress)
+            }
+        });
         self.meta().changing = false;
         result
     }
@@ -257,8 +261,10 @@ impl Qcow2 {
                 if host.0 < len {
                     self.data.write_zeroes(host.0, end.min(len) - host.0, true)?;
                 }
-                // No write is in flight past what is counted, and that is in the file now.
-                if len < end { self.data.set_len(end) } else { Ok(()) }
+                // By a write to a place that is ours: a length would cut off what others write past
+                // it meanwhile.
+                let last = [crate::WriteBuf::new(&[0])];
+                if len < end { self.data.write_at(end - 1, &last) } else { Ok(()) }
             }
         }
     }
@@ -306,13 +312,21 @@ impl Qcow2 {
         }
         self.drop_past_end(size)?;
         let geometry = self.geometry;
-        let (first, end) = (geometry.l1_entries(size), geometry.l1_entries(old));
-        for index in first..end {
-            progress.check()?;
-            drop_table(&mut self.meta(), index)?;
-        }
+        self.drop_tables(geometry.l1_entries(size)..geometry.l1_entries(old), progress)?;
         self.meta().sync()?;
         self.give_space_back();
+        Ok(())
+    }
+
+    /// Takes L2 tables out, each with its range held: a request that was let in before the disk shrank
+    /// may still use what it maps.
+    fn drop_tables(&self, indices: Range<u64>, progress: &Progress) -> Result<()> {
+        let coverage = self.geometry.l2_coverage();
+        for index in indices {
+            progress.check()?;
+            let _held = self.in_flight.exclusive(index * coverage..(index + 1) * coverage);
+            drop_table(&mut self.meta(), index)?;
+        }
         Ok(())
     }
 }
@@ -332,4 +346,41 @@ fn drop_table(meta: &mut Meta, l1_index: u64) -> Result<()> {
         meta.defer_free(meta.cluster_run(table));
     }
     meta.trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::qcow2::{Probe, Qcow2};
+    use crate::storage::Storage;
+    use crate::storage::memory::MemoryStorage;
+    use crate::{Format, Progress, WriteBuf};
+
+    #[test]
+    fn clusters_past_the_new_end_stay_while_a_request_uses_them() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options =
+            CreateOptions { size: 4 << 20, cluster_size: Some(512), ..CreateOptions::default() };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let image = Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap();
+        let at = 1 << 20;
+        image.write(at, &[WriteBuf::new(&[1; 512])]).unwrap();
+        let table = usize::try_from(image.geometry.l1_index(at)).unwrap();
+        let range = image.clusters_of(at, 512);
+        let held = image.in_flight.shared(range.clone());
+        thread::scope(|scope| {
+            let tables = 1..image.geometry.l1_entries(4 << 20);
+            let shrink = scope.spawn(|| image.drop_tables(tables, &Progress::default()).unwrap());
+            // Until it waits for us: nobody gets past it then.
+            while !shrink.is_finished() && image.in_flight.try_shared(range.clone()).is_some() {
+                thread::yield_now();
+            }
+            assert_ne!(image.meta().l1[table], 0);
+            drop(held);
+        });
+        assert_eq!(image.meta().l1[table], 0);
+    }
 }

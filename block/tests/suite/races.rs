@@ -6,17 +6,18 @@ use std::sync::{Arc, Barrier};
 use block::qcow2::{Probe, Qcow2};
 use block::storage::Storage;
 use block::storage::memory::MemoryStorage;
-use block::{Format, ReadBuf, Result, WriteBuf};
+use block::{Format, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 use crate::common::{self, create, have_qemu_img, land, save};
 
 /// Memory whose next write past the end waits until the length is asked for, and is then done before
-/// the answer (which is of before) is given.
+/// the answer (which is of before) is given. With `after_len` an answer waits for whoever else.
 #[derive(Debug)]
 struct LateWrite {
     memory: MemoryStorage,
     hold: AtomicBool,
     release: AtomicBool,
+    after_len: AtomicBool,
     held: Barrier,
     go: Barrier,
     done: Barrier,
@@ -29,6 +30,7 @@ impl LateWrite {
             memory: MemoryStorage::new(bytes),
             hold: AtomicBool::new(false),
             release: AtomicBool::new(false),
+            after_len: AtomicBool::new(false),
             held: barrier(),
             go: barrier(),
             done: barrier(),
@@ -58,7 +60,8 @@ impl Storage for LateWrite {
     }
     fn len(&self) -> Result<u64> {
         let len = self.memory.len();
-        if self.release.swap(false, Ordering::AcqRel) {
+        let release = self.release.swap(false, Ordering::AcqRel);
+        if release || self.after_len.swap(false, Ordering::AcqRel) {
             self.go.wait();
             self.done.wait();
         }
@@ -116,6 +119,36 @@ fn shortening_the_file_leaves_a_write_in_flight_alone() {
         change.finish().unwrap();
     });
     drop(change);
+    assert!(common::read(&format, 1 << 20, 1 << 20).iter().all(|b| *b == 7));
+    drop(format);
+    std::fs::write(&image, storage.memory.bytes()).unwrap();
+    common::check(&image);
+}
+
+/// A write in flight past the end of the file while a growing disk gets clusters there.
+#[test]
+fn taking_clusters_for_a_growing_disk_leaves_a_write_in_flight_alone() {
+    if !have_qemu_img("late write and growth") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "8M", "");
+    let storage = Arc::new(LateWrite::new(std::fs::read(&image).unwrap()));
+    let dynamic: Arc<dyn Storage> = storage.clone();
+    let format = Qcow2::open(Probe::new(dynamic).unwrap(), None, false).unwrap();
+    common::write(&format, 0, &[6; 1 << 16]);
+    format.flush().unwrap();
+    std::thread::scope(|scope| {
+        // The disk's growth takes its clusters first, and is held by the first look at the length.
+        storage.after_len.store(true, Ordering::Release);
+        let growth = scope.spawn(|| {
+            format.resize(16 << 20, Preallocation::Metadata, &Progress::default()).unwrap();
+        });
+        storage.go.wait();
+        common::write(&format, 1 << 20, &vec![7; 1 << 20]);
+        storage.done.wait();
+        growth.join().unwrap();
+    });
     assert!(common::read(&format, 1 << 20, 1 << 20).iter().all(|b| *b == 7));
     drop(format);
     std::fs::write(&image, storage.memory.bytes()).unwrap();
