@@ -14,6 +14,7 @@ mod faults;
 mod kill;
 mod kinds;
 mod pages;
+mod parallel;
 mod points;
 mod record;
 mod replay;

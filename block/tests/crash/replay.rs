@@ -52,6 +52,8 @@ impl Choice {
 
 #[derive(Default)]
 struct Figures {
+    /// Whether several threads work at once.
+    parallel: bool,
     points: AtomicU64,
     workloads: AtomicU64,
     qemu: AtomicU64,
@@ -62,7 +64,7 @@ struct Figures {
 
 /// All points of one workload, or one of them.
 fn replay(base: &Base, dir: &Path, seed: u64, choice: Choice, figures: &Figures) {
-    let recorded = record(base, seed, STEPS);
+    let recorded = record(base, seed, STEPS, figures.parallel);
     let mut last = None;
     let mut tried = 0;
     each_point(&recorded.files, &recorded.log, seed, |point| {
@@ -124,7 +126,21 @@ fn crash_points_leave_sound_images_with_all_that_was_promised() {
         None if long.is_some() || only_seed.is_some() => Choice::All,
         None => Choice::Sample,
     };
-    let figures = Figures::default();
+    try_points(wanted, only_seed, choice, &Figures::default());
+}
+
+/// The same with threads at once. What fails cannot be run again by its seed; its image is kept.
+#[test]
+fn crash_points_of_threads_at_once() {
+    if have_qemu_img("crash points") {
+        let long = number("CRASH_POINTS");
+        let choice = if long.is_some() { Choice::All } else { Choice::Sample };
+        let wanted = long.map_or(SAMPLE / 4, |points| points / 10);
+        try_points(wanted, None, choice, &Figures { parallel: true, ..Figures::default() });
+    }
+}
+
+fn try_points(wanted: u64, only_seed: Option<u64>, choice: Choice, figures: &Figures) {
     let next = AtomicU64::new(only_seed.unwrap_or(0));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
@@ -135,7 +151,7 @@ fn crash_points_leave_sound_images_with_all_that_was_promised() {
                     let kind = KINDS[(seed % KINDS.len() as u64) as usize];
                     let dir = tempfile::tempdir().unwrap();
                     let base = Base::create(dir.path(), kind);
-                    replay(&base, dir.path(), seed, choice, &figures);
+                    replay(&base, dir.path(), seed, choice, figures);
                     let enough = figures.points.load(Ordering::Relaxed) >= wanted;
                     if only_seed.is_some() || enough || figures.failed.load(Ordering::Relaxed) {
                         break;
@@ -146,7 +162,8 @@ fn crash_points_leave_sound_images_with_all_that_was_promised() {
     });
     let figures_of = |n: &AtomicU64| n.load(Ordering::Relaxed);
     println!(
-        "crash points tried: {} of {} workloads; {} worked on afterwards, {} shown to qemu-img",
+        "crash points tried{}: {} of {} workloads; {} worked on afterwards, {} shown to qemu-img",
+        if figures.parallel { " of threads at once" } else { "" },
         figures_of(&figures.points),
         figures_of(&figures.workloads),
         figures_of(&figures.used),

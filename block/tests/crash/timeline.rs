@@ -94,7 +94,7 @@ impl Timeline {
             vec![World { base: self.first.clone(), size: self.first.len(), pending: Vec::new() }];
         let mut there = self.snaps.clone();
         let mut perhaps = Vec::new();
-        for event in self.events.iter().take_while(|e| e.begun(cut) || e.over(cut)) {
+        for event in self.events.iter().filter(|e| e.begun(cut) || e.over(cut)) {
             let over = event.over(cut);
             match &event.what {
                 What::Changed { at, bytes } => {

@@ -10,6 +10,7 @@ use block::{NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, WriteBu
 use crate::common::Random;
 use crate::kinds::{BITMAP, Base, Start};
 use crate::pages::Pages;
+use crate::parallel;
 use crate::record::{Entry, Host};
 use crate::timeline::{Event, Snap, Timeline, What};
 
@@ -49,8 +50,8 @@ pub(crate) fn random_of(seed: u64) -> Random {
     random
 }
 
-/// Runs a workload of so many steps.
-pub(crate) fn record(base: &Base, seed: u64, steps: usize) -> Recorded {
+/// Runs a workload of so many steps; with `parallel`, steps of several threads among them.
+pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Recorded {
     let mut work = Work {
         base,
         host: Host::new(base.files.clone()),
@@ -72,7 +73,10 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize) -> Recorded {
         // Opened and closed a few times: closing writes tables too.
         let until = steps.min(done + 10 + work.random.below(30) as usize);
         for _ in done..until {
-            work.step(&node);
+            match parallel && work.random.below(6) == 0 {
+                true => work.parallel(&node),
+                false => work.step(&node),
+            }
         }
         done = until;
         let mut now = vec![0; node.size() as usize];
@@ -194,6 +198,11 @@ impl Work<'_> {
                 node.add_bitmap(&new).unwrap();
             }
         }
+    }
+
+    fn parallel(&mut self, node: &Node) {
+        let seed = self.random.next();
+        self.events.extend(parallel::run(node, &self.host, &mut self.disk, seed));
     }
 
     fn write(&mut self, node: &Node) {
