@@ -46,6 +46,7 @@ crash-test:
 	@scripts/setup.sh test
 	cargo build --package vmm --locked
 	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test crash -- --nocapture
+	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test suite twin
 
 # The guest's kernel and initramfs are in the repository; this makes them anew.
 guest:
