@@ -108,3 +108,66 @@ fn overlays_share_a_base_and_nobody_may_write_it() {
     let error = add(&base, "").unwrap_err().to_string();
     assert!(error.contains("lock"), "{error}");
 }
+
+#[test]
+fn a_reopen_takes_and_gives_up_locks_that_qemu_sees() {
+    if !have_qemu_img("locks of a reopen") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "1M", "");
+    let options = |read_only: bool| {
+        serde_json::json!({
+            "driver": "qcow2", "node-name": "d", "read-only": read_only,
+            "file": {"driver": "file", "filename": path(&image)},
+        })
+    };
+    let graph = Graph::new();
+    let node = graph.add(&options(true)).unwrap();
+    let reader = Holder::start(&image, true);
+    let error = graph.reopen(&[options(false)]).unwrap_err().to_string();
+    assert!(error.starts_with("Failed to get \"write\" lock"), "{error}");
+    assert!(node.read_only());
+    // What the attempt locked was given up again: another reader may still come.
+    drop(Holder::start(&image, true));
+    drop(reader);
+    graph.reopen(&[options(false)]).unwrap();
+    let output = Command::new("qemu-img").args(["info", &path(&image)]).output().unwrap();
+    assert!(!output.status.success(), "QEMU reads an image that is being written");
+    graph.reopen(&[options(true)]).unwrap();
+    qemu_img(&["info", &path(&image)]);
+    drop(Holder::start(&image, true));
+    let output =
+        Command::new("qemu-io").args(["-f", "qcow2", "-c", "length", &path(&image)]).output();
+    let said = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
+    assert!(said.contains("lock"), "QEMU writes an image that is being read: {said}");
+}
+
+#[test]
+fn a_raw_node_locks_its_file_only_while_it_is_used() {
+    if !have_qemu_img("locks of a raw node") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let graph = Graph::new();
+    graph
+        .add_text(&format!(
+            "driver=raw,node-name=r,file.driver=file,file.filename={}",
+            path(&image)
+        ))
+        .unwrap();
+    let writes = || {
+        let args = ["-f", "raw", "-c", "write 0 512", &path(&image)];
+        Command::new("qemu-io").args(args).output().unwrap().status.success()
+    };
+    assert!(writes(), "nobody uses the node");
+    let user = graph.attach("r", block::User::device("vda", true, false)).unwrap();
+    assert!(!writes(), "two writers");
+    drop(user);
+    assert!(writes(), "the use has ended");
+    let export = graph.attach_export("r", false).unwrap();
+    assert!(writes(), "an export lets others write, as in QEMU");
+    drop(export);
+}

@@ -10,7 +10,10 @@ fn file(path: &std::path::Path) -> Value {
 }
 
 fn error_of<T>(result: block::Result<T>) -> String {
-    result.err().expect("an error").to_string()
+    match result {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("an error was expected"),
+    }
 }
 
 fn byte(node: &Node, offset: u64) -> u8 {
@@ -72,7 +75,7 @@ fn the_backing_file_can_be_taken_away_replaced_and_put_back() {
     let plain = json!({"driver": "qcow2", "node-name": "d", "file": file(&image)});
     let node = graph.add(&plain).unwrap();
     assert_eq!(byte(&node, 0), 1);
-    assert_eq!(error_of(graph.reopen(&[plain.clone()])), "backing is missing for 'd'");
+    assert_eq!(error_of(graph.reopen(std::slice::from_ref(&plain))), "backing is missing for 'd'");
     graph.reopen(&[with(Value::Null)]).unwrap();
     assert_eq!(byte(&node, 0), 0);
     graph
@@ -237,7 +240,7 @@ fn a_node_with_a_snapshot_change_under_way_is_not_reopened() {
     let options = json!({"driver": "qcow2", "node-name": "d", "file": file(&image)});
     let format = node.format();
     let mut change = format.create_snapshot(&common::new_snapshot("s")).unwrap();
-    let error = error_of(graph.reopen(&[options.clone()]));
+    let error = error_of(graph.reopen(std::slice::from_ref(&options)));
     assert_eq!(error, "Node 'd' is busy: a job is working on it");
     common::land(&mut *change).unwrap();
     drop(change);

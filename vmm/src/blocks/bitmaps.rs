@@ -7,7 +7,7 @@ use block::{Graph, Node};
 use qmp::schema::{BitmapAddArguments, BitmapMergeArguments};
 use serde_json::Value;
 
-use super::Blocks;
+use super::{Blocks, failed};
 
 /// Most of what QMP's `uint32` takes.
 const MAX_GRANULARITY: i64 = u32::MAX as i64;
@@ -42,12 +42,8 @@ impl Blocks {
         node: &str,
         action: impl FnOnce(&Node) -> block::Result<()>,
     ) -> Result<(), qmp::Error> {
-        action(&*find(&self.graph, node)?).map_err(text)
+        action(&*find(&self.graph, node)?).map_err(failed)
     }
-}
-
-fn text(error: block::Error) -> qmp::Error {
-    qmp::Error::generic(error.to_string())
 }
 
 fn find(graph: &Graph, name: &str) -> Result<Arc<Node>, qmp::Error> {
@@ -59,14 +55,14 @@ fn find(graph: &Graph, name: &str) -> Result<Arc<Node>, qmp::Error> {
 fn merge(graph: &Graph, arguments: &BitmapMergeArguments) -> Result<(), qmp::Error> {
     let node = find(graph, &arguments.node)?;
     // QEMU tells of the target first.
-    node.bitmaps().get(&arguments.target).map_err(text)?;
+    node.bitmaps().get(&arguments.target).map_err(failed)?;
     let sources: Vec<Arc<Bitmap>> = arguments
         .bitmaps
         .iter()
         .enumerate()
         .map(|(index, source)| find_source(graph, &node, index, source))
         .collect::<Result<_, _>>()?;
-    node.merge_bitmaps(&arguments.target, &sources).map_err(text)
+    node.merge_bitmaps(&arguments.target, &sources).map_err(failed)
 }
 
 /// A source of a merge: a name, or an object of `node` and `name`.
@@ -77,7 +73,7 @@ fn find_source(
     source: &Value,
 ) -> Result<Arc<Bitmap>, qmp::Error> {
     let object = match source {
-        Value::String(name) => return node.bitmaps().get(name).map_err(text),
+        Value::String(name) => return node.bitmaps().get(name).map_err(failed),
         Value::Object(object) => object,
         _ => {
             return Err(qmp::Error::generic(
@@ -97,7 +93,7 @@ fn find_source(
     let Some(other) = graph.get(other) else {
         return Err(qmp::Error::generic(format!("Node '{other}' not found")));
     };
-    other.bitmaps().get(name).map_err(text)
+    other.bitmaps().get(name).map_err(failed)
 }
 
 #[cfg(test)]
