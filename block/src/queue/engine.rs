@@ -55,6 +55,8 @@ enum Done {
     Transfer(Transfer, Result<()>),
     /// New places are in the tables, or given back.
     Finished(Box<Active>),
+    /// A located write is durable, or could not be made so.
+    Durable(Completion),
     /// The ring did not take what it was to start; it is to be asked again.
     AskRing,
 }
@@ -93,8 +95,6 @@ pub(super) struct Engine {
 enum Work {
     Request(Request),
     Flush(Vec<u64>),
-    /// Making a located write durable.
-    Fua(Box<Active>),
 }
 
 impl Engine {
@@ -297,6 +297,17 @@ impl Engine {
         }));
     }
 
+    /// Has a located write made durable. Not by the threads for requests: all of these may wait at a
+    /// gate that closes once this write's access has ended.
+    fn give_flush(&mut self, active: Active) {
+        self.threads += 1;
+        let hand_over = self.hand_over.clone();
+        TRANSFERS.run(Box::new(move || {
+            let result = active.access.flush();
+            hand_over.put(Done::Durable(active.complete(result)));
+        }));
+    }
+
     fn give_to_thread(&mut self, work: Work) {
         if self.jobs >= MAX_JOBS {
             self.waiting.push_back(work);
@@ -309,10 +320,6 @@ impl Engine {
             let done = match work {
                 Work::Request(request) => Done::Request(execute(&node, request)),
                 Work::Flush(ids) => Done::Flush(ids, node.flush()),
-                Work::Fua(active) => {
-                    let result = active.access.flush();
-                    Done::Request(active.complete(result))
-                }
             };
             // The owner may be the last to let the node go, once it has the completion.
             drop(node);
@@ -411,6 +418,10 @@ impl Engine {
                 self.threads -= 1;
                 self.finish(*active);
             }
+            Done::Durable(completion) => {
+                self.threads -= 1;
+                self.completed.push(completion);
+            }
             Done::AskRing => self.threads -= 1,
         }
     }
@@ -466,9 +477,9 @@ impl Engine {
             }
             active.note(&self.node);
             if fua && active.result.is_ok() {
-                // Others need not wait for the flush; and it waits behind such as wait for ranges.
+                // Others need not wait for the flush.
                 active.located.clear();
-                return self.give_to_thread(Work::Fua(Box::new(active)));
+                return self.give_flush(active);
             }
         }
         let located = std::mem::take(&mut active.located);

@@ -1,7 +1,8 @@
 //! Threads of the process that wait in place of the owners of queues.
 //!
-//! Two sets, so that nobody waits for what is queued behind itself: *requests* may wait for ranges
-//! and locks; *transfers* wait for the kernel alone, and are what requests may be waiting for.
+//! Two sets, so that nobody waits for what is queued behind itself: *requests* may wait for gates,
+//! ranges and locks; *transfers* wait for the kernel and the metadata lock alone, and are what
+//! requests, and who closes a gate, may be waiting for.
 //! Threads start when there is work for them and end after a while without any.
 
 use std::collections::VecDeque;
@@ -29,9 +30,9 @@ pub(super) struct Pool {
     work: Condvar,
 }
 
-/// What may wait for ranges and locks.
+/// What may wait for gates, ranges and locks.
 pub(super) static REQUESTS: Pool = Pool::new("block-request");
-/// What waits for the kernel alone.
+/// What waits for the kernel and the metadata lock alone.
 pub(super) static TRANSFERS: Pool = Pool::new("block-transfer");
 
 impl Pool {

@@ -50,3 +50,20 @@ fn a_failed_request_gives_its_errno_and_its_buffers_back() {
     assert_eq!(done[0].result.as_ref().unwrap_err().errno(), libc::EIO);
     assert_eq!(done[0].bufs.len(), 512);
 }
+
+#[test]
+fn a_durable_write_needs_no_thread_of_those_that_wait_at_a_gate() {
+    let (_, mut waiting) = queue(vec![0; 4096]);
+    let closed = waiting.node().close_gate();
+    for id in 0..64 {
+        waiting.submit(Request::read(id, 0, OwnedBufs::from_vec(vec![0; 512])));
+    }
+    waiting.kick();
+    let (storage, mut queue) = queue(vec![0; 4096]);
+    queue.submit(Request::write(1, 0, true, OwnedBufs::from_vec(vec![9; 512])));
+    assert!(drained(&mut queue)[0].result.is_ok());
+    assert_eq!(storage.flushed_bytes()[..512], [9; 512]);
+    assert_eq!((waiting.reap(&mut Vec::new()), waiting.in_flight()), (0, 64));
+    drop(closed);
+    assert_eq!(drained(&mut waiting).len(), 64);
+}
