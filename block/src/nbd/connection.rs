@@ -126,6 +126,8 @@ impl Handshake<'_> {
     }
 
     fn receive(&mut self) -> Result<(), Failure> {
+        // Also of a client that never pauses.
+        self.check_time()?;
         match self.inbox.fill(self.socket, &mut [], usize::MAX, false)?.0 {
             Moved::Bytes(_) => Ok(()),
             Moved::End => Err(Failure::Gone),
@@ -144,11 +146,16 @@ impl Handshake<'_> {
         Ok(())
     }
 
-    /// Waits, but no longer than a handshake may take in all.
-    fn wait(&self, what: PollFlags) -> Result<(), Failure> {
+    fn check_time(&self) -> Result<(), Failure> {
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(Failure::Slow);
         }
+        Ok(())
+    }
+
+    /// Waits, but no longer than a handshake may take in all.
+    fn wait(&self, what: PollFlags) -> Result<(), Failure> {
+        self.check_time()?;
         Ok(socket::wait(&[(self.socket.as_fd(), what)], self.deadline)?)
     }
 }

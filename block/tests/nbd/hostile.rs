@@ -118,6 +118,29 @@ fn a_silent_client_is_sent_away_after_the_time_for_a_handshake() {
 }
 
 #[test]
+fn a_client_that_never_pauses_is_sent_away_after_the_time_for_a_handshake() {
+    let options =
+        ServerOptions { handshake_max: Duration::from_millis(100), ..ServerOptions::default() };
+    let setup = Setup::new(options);
+    let mut client = setup.client();
+    let mut many = OPTION_MAGIC.to_be_bytes().to_vec();
+    many.extend_from_slice(&code::LIST.to_be_bytes());
+    many.extend_from_slice(&[0; 4]);
+    let many = many.repeat(4096);
+    let mut replies = client.stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut some = [0; 1 << 16];
+            while matches!(replies.read(&mut some), Ok(1..)) {}
+        });
+        let start = Instant::now();
+        while client.stream.write_all(&many).is_ok() {
+            assert!(start.elapsed() < Duration::from_secs(60), "the server goes on listening");
+        }
+    });
+}
+
+#[test]
 fn an_option_that_is_too_long_is_skipped_and_one_of_gigabytes_ends_the_session() {
     let setup = Setup::with_image("1M", "");
     let mut client = setup.client();
