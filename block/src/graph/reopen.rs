@@ -71,6 +71,13 @@ impl Graph {
         for Swap { node, closed, built } in swaps {
             // Before the old image goes: it must not store once more what the new one keeps now.
             built.details.bitmaps.adopt(&node.bitmaps());
+            // One may have been enabled while the image was read-only: what is stored of it, which
+            // says that it follows no writes, goes stale with the next. A failure refuses writes.
+            if let Some(image) = built.details.qcow2.as_ref().filter(|image| !image.is_read_only())
+                && let Err(error) = image.resume_bitmaps()
+            {
+                tracing::error!(node = node.name(), "bitmaps cannot be marked: {error}");
+            }
             state.damage.watch(node.name(), &built.details);
             node.replace(&closed, built.format, built.details);
             // A raw node may have become another part of its file.

@@ -451,6 +451,36 @@ fn bitmaps_live_through_a_reopen_and_who_holds_one_goes_on_with_it() {
 }
 
 #[test]
+fn a_bitmap_that_was_enabled_while_the_image_was_read_only_follows_later_writes() {
+    if !have_qemu_img("bitmaps and reopen") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    let (graph, node) = open(&image);
+    add(&node, "b", 65536);
+    node.enable_bitmap("b", false).unwrap();
+    let options = |read_only: bool| {
+        json!({
+            "driver": "qcow2", "node-name": "d", "read-only": read_only, "discard": "unmap",
+            "file": {"driver": "file", "filename": path(&image)},
+        })
+    };
+    graph.reopen(&[options(true)]).unwrap();
+    node.enable_bitmap("b", true).unwrap();
+    graph.reopen(&[options(false)]).unwrap();
+    write(&node, 1 << 20, &[1; 512]);
+    let crashed = dir.path().join("crashed.qcow2");
+    std::fs::copy(&image, &crashed).unwrap();
+    let (_graph, copy) = open(&crashed);
+    assert!(copy.bitmaps().get("b").unwrap().inconsistent());
+    close((graph, node));
+    assert_eq!(qemu_dirty(dir.path(), &image, "b"), one(1 << 20..(1 << 20) + 65536));
+    let (_graph, node) = open(&image);
+    assert!(node.bitmaps().get("b").unwrap().enabled());
+}
+
+#[test]
 fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
     if !have_qemu_img("bitmaps over NBD") {
         return;
