@@ -481,6 +481,33 @@ fn a_bitmap_that_was_enabled_while_the_image_was_read_only_follows_later_writes(
 }
 
 #[test]
+fn an_image_with_bitmaps_that_was_found_corrupt_can_be_closed() {
+    if !have_qemu_img("bitmaps and damage") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "64M", "");
+    qemu_img(&["bitmap", "--add", &path(&image), "b"]);
+    qemu_io(&image, &["write 0 64k"]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let word = |bytes: &[u8], at: usize| {
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+    };
+    let l2 = usize::try_from(word(&bytes, usize::try_from(word(&bytes, 40)).unwrap())).unwrap();
+    // The guest's first cluster is where the refcount table is.
+    let entry = word(&bytes, 48) | 1 << 63;
+    bytes[l2..l2 + 8].copy_from_slice(&entry.to_be_bytes());
+    std::fs::write(&image, &bytes).unwrap();
+    let (graph, node) = open(&image);
+    write(&node, 1 << 20, &[1; 512]);
+    node.write(0, &[WriteBuf::new(&[1; 512])]).unwrap_err();
+    drop(node);
+    graph.remove("d").unwrap();
+    let map = qemu_img(&["info", &path(&image)]);
+    assert!(map.contains("in-use") && map.contains("corrupt: true"), "{map}");
+}
+
+#[test]
 fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
     if !have_qemu_img("bitmaps over NBD") {
         return;

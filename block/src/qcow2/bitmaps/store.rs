@@ -31,7 +31,12 @@ impl Qcow2 {
             return Ok(());
         }
         let mut meta = self.meta();
-        meta.check_writable()?;
+        if let Err(e) = meta.check_writable() {
+            // Nothing is written any more, and the image can still be closed. What follows writes stays
+            // marked as out of date.
+            tracing::warn!(image = meta.storage.name(), "bitmaps are not stored: {e}");
+            return Ok(());
+        }
         let (changed, same): (Vec<_>, Vec<_>) = bitmaps
             .iter()
             .cloned()
