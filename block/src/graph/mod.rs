@@ -147,15 +147,17 @@ impl Graph {
         self.state().damage.set(Box::new(hook));
     }
 
-    /// Makes every image durable and stores its bitmaps, overlays before what is below them: for the
-    /// end of the program. Nobody may write any more.
+    /// Makes every image durable and stores its bitmaps, and counts that were deferred, overlays before
+    /// what is below them: for the end of the program. Nobody may write any more.
     ///
     /// # Errors
     /// The first image that could not be written; the others are closed all the same.
     pub fn close_images(&self) -> Result<()> {
         let close = |node: &Arc<Node>| {
             node.flush()?;
-            node.qcow2().map_or(Ok(()), |image| image.store_bitmaps())
+            let Some(image) = node.qcow2() else { return Ok(()) };
+            image.store_bitmaps()?;
+            image.settle()
         };
         let writable = self.list().into_iter().filter(|node| !node.read_only());
         let results: Vec<_> = writable.map(|node| close(&node)).collect();
@@ -194,6 +196,7 @@ impl Graph {
             // Here an error can be told; at the end of the last handle it could only be logged.
             if let Some(image) = node.qcow2() {
                 image.store_bitmaps()?;
+                image.settle()?;
             }
         }
         state.forget(&node);

@@ -154,3 +154,21 @@ fn an_image_that_qemu_did_not_close_is_repaired_when_it_is_opened_for_writing() 
     check(&image);
     assert!(qemu_contents(dir.path(), &image, None)[..65536] == [8; 65536]);
 }
+
+#[test]
+fn counts_are_written_when_the_images_of_a_graph_are_closed() {
+    if !have_qemu_img("lazy and a graph") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = create(dir.path(), "a.qcow2", "4M", "lazy_refcounts=on");
+    let (graph, node) = common::open(&file);
+    node.write(0, &[block::WriteBuf::new(&[1; 70_000])]).unwrap();
+    node.flush().unwrap();
+    assert!(is_dirty(&std::fs::read(&file).unwrap()));
+    graph.close_images().unwrap();
+    // Not only by the end of the last handle, whose errors nobody is told.
+    assert!(!is_dirty(&std::fs::read(&file).unwrap()));
+    drop((graph, node));
+    check(&file);
+}
