@@ -27,4 +27,5 @@ mod reopen;
 mod repair;
 mod resize;
 mod snapshots;
+mod space;
 mod twin;
