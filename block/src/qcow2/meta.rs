@@ -36,6 +36,9 @@ use super::subcluster::Cluster;
 /// Clusters waiting to be given back before a sync is due.
 const MAX_PENDING_RUNS: usize = 4096;
 
+/// Runs of freed clusters that are kept before their space is given back.
+const MAX_FREED_RUNS: usize = 16384;
+
 /// Host space that is given back at once.
 const PUNCH_BYTES: u64 = 32 << 20;
 
@@ -344,7 +347,7 @@ impl Meta {
             if packed_end.is_some_and(has) {
                 *packed_end = None;
             }
-            if pass && freed.len() < MAX_PENDING_RUNS {
+            if pass {
                 push_run(freed, run);
             }
         });
@@ -570,6 +573,7 @@ impl Meta {
         }
         // No order is needed: on disk these clusters just look used until then.
         self.write_counts()?;
+        self.punch_if_many()?;
         self.punch_some().map(|_| ())
     }
 
@@ -618,6 +622,10 @@ impl Meta {
         if self.is_dirty() {
             self.sync()?;
         }
+        if self.has_freed() && self.broken.is_none() {
+            while self.punch_some()? {}
+            self.truncate_tail();
+        }
         if self.is_marked_dirty() && self.writable && self.broken.is_none() {
             self.storage.flush()?;
             let bits = self.header.incompatible & !incompatible::DIRTY;
@@ -662,13 +670,7 @@ impl Meta {
                 run = Run { first: run.first + (run.count - left), count: left };
             }
             left -= run.count;
-            let mut free = Vec::new();
-            for cluster in run.clusters() {
-                if self.refcounts.get(cluster)? == 0 {
-                    push_run(&mut free, Run::one(cluster));
-                }
-            }
-            for part in free {
+            for part in self.refcounts.free_parts(run)? {
                 let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
                 if let Err(e) = self.storage.discard(at, len) {
                     tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
@@ -676,6 +678,19 @@ impl Meta {
             }
         }
         Ok(!self.freed.is_empty())
+    }
+
+    /// Whether there is space that [`Meta::punch_some`] would give back.
+    pub(crate) fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
+    /// Keeps the list of freed clusters short: a large image may have them all over the file.
+    pub(crate) fn punch_if_many(&mut self) -> Result<()> {
+        if self.freed.len() > MAX_FREED_RUNS {
+            while self.freed.len() > MAX_FREED_RUNS / 2 && self.punch_some()? {}
+        }
+        Ok(())
     }
 
     /// Step 3 of the order.

@@ -300,19 +300,24 @@ impl Qcow2 {
         self.meta.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// After a change of snapshots: gives space back to the host, letting requests in between.
+    /// After a change of snapshots: gives space back to the host, the end of the file included.
     fn give_space_back(&self) {
+        if self.punch_all() {
+            self.meta().truncate_tail();
+        }
+    }
+
+    /// Punches out what was freed, letting requests in between; says whether it could.
+    fn punch_all(&self) -> bool {
         loop {
-            let mut meta = self.meta();
-            match meta.punch_some() {
+            match self.meta().punch_some() {
                 Ok(true) => {}
-                Ok(false) => return meta.truncate_tail(),
+                Ok(false) => return true,
                 Err(e) => {
                     tracing::warn!(image = self.storage.name(), "space is not given back: {e}");
-                    return;
+                    return false;
                 }
             }
-            drop(meta);
             std::thread::yield_now();
         }
     }
@@ -430,7 +435,14 @@ impl Format for Qcow2 {
             return Ok(());
         }
         if meta.is_dirty() {
-            return meta.sync();
+            meta.sync()?;
+            // What the guest discarded since the last flush may be much.
+            let more = meta.has_freed();
+            drop(meta);
+            if more {
+                self.punch_all();
+            }
+            return Ok(());
         }
         drop(meta);
         if self.geometry.external {

@@ -273,6 +273,28 @@ impl Refcounts {
         Ok(to_u64(range.len()))
     }
 
+    /// The parts of a run that nobody refers to.
+    pub(crate) fn free_parts(&mut self, run: Run) -> Result<Vec<Run>> {
+        let order = self.geometry.refcount_order;
+        let mut parts = Vec::new();
+        for part in self.by_block(run) {
+            self.trim()?;
+            let Some((table, start)) = self.block(part.first)? else {
+                push_run(&mut parts, part);
+                continue;
+            };
+            let range = start..start + to_usize(part.count);
+            if counts::bounds(table.bytes(), &range, order).1 == 0 {
+                push_run(&mut parts, part);
+                continue;
+            }
+            for index in range.filter(|index| get(table.bytes(), *index, order) == 0) {
+                push_run(&mut parts, Run::one(part.first + to_u64(index - start)));
+            }
+        }
+        Ok(parts)
+    }
+
     /// Tells of each of the clusters whether it has exactly one reference. Neighbours should come
     /// one after another: a block is looked up once for all that follow.
     pub(crate) fn single(&mut self, clusters: &[HostCluster]) -> Result<Vec<bool>> {

@@ -61,7 +61,7 @@ fn work(node: &Node, model: &mut Model, random: &mut Random) {
         let (offset, len) = (first * CLUSTER, count * CLUSTER);
         if random.below(4) == 0 {
             node.discard(offset, len).unwrap();
-            (first..first + count).for_each(|n| drop(model.disk.remove(&n)));
+            model.disk.retain(|n, _| !(first..first + count).contains(n));
         } else {
             model.writes += 1;
             let bytes = vec![model.writes.to_le_bytes()[0] | 1; len as usize];

@@ -90,9 +90,12 @@ impl<'a> Create<'a> {
         let geometry = self.image.geometry;
         let (start, end) = (geometry.offset_of(run.first).0, geometry.offset_of(run.end()).0);
         {
+            let storage = &self.image.storage;
             let mut area = self.area();
-            if end > area.reserved {
-                let storage = &self.image.storage;
+            if end <= storage.len()? {
+                // In the place of something freed: what is around it is another's, or is free and
+                // shall take no space.
+            } else if end > area.reserved {
                 let written: u64 = area.runs.iter().map(|run| run.count).sum();
                 let more = geometry.bytes_of(written).clamp(*RESERVE.start(), *RESERVE.end());
                 // Ahead, so that parallel writes find the space there; on a disk that is nearly

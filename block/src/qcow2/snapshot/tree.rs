@@ -135,9 +135,10 @@ pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
     let mut table = Vec::new();
     let mut result = Ok(());
     for entry in l1 {
-        if let Err(e) = sub_table(meta, *entry, &mut table) {
-            result = Err(e);
-        }
+        let done = sub_table(meta, *entry, &mut table);
+        // What keeps an image that is damaged from giving space back is told by the walk.
+        let punched = meta.punch_if_many();
+        result = result.and(done).and(punched);
     }
     result
 }
