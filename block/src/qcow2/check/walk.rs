@@ -15,7 +15,11 @@ use super::entry::{self, Refers};
 use super::image::{Bitmaps, Image, MAX_OFFSET};
 use super::refcounts::DiskRefcounts;
 use super::report::Report;
-use super::snapshots::SnapshotTable;
+use super::snapshots::{SnapshotL1, SnapshotTable};
+
+/// Most bytes of L1 tables of all snapshots together. They may lie over each other in a bad image, each
+/// of another length, so the file's size alone is no bound for what there is to be read.
+const MAX_SNAPSHOT_L1: u64 = 8 << 30;
 
 /// How often an L2 table is referred to.
 #[derive(Debug, Clone, Copy, Default)]
@@ -77,7 +81,18 @@ impl<'a> Walk<'a> {
             let count = snapshots.l1.len();
             self.report.corruption(1, || format!("{count} snapshots in image with data file"));
         }
-        for (l1, times) in snapshots.distinct() {
+        let tables = snapshots.distinct();
+        let stored = |l1: &SnapshotL1| {
+            (u64::from(l1.entries) * 8).min(image.file_len.saturating_sub(l1.offset))
+        };
+        let bytes = tables.iter().map(|(l1, _)| stored(l1)).fold(0, u64::saturating_add);
+        if bytes > MAX_SNAPSHOT_L1 {
+            self.report.unchecked(|| {
+                format!("the snapshots' L1 tables have {bytes} bytes, more than {MAX_SNAPSHOT_L1}")
+            });
+            return Ok(false);
+        }
+        for (l1, times) in tables {
             let (at, entries) = (l1.offset, u64::from(l1.entries));
             if !image.aligned(at) {
                 self.report.corruption(times, || {
@@ -354,4 +369,38 @@ fn bitmap_tables(image: &Image<'_>, bitmaps: Bitmaps, directory: &[u8]) -> Optio
         tables.push((offset, entries));
     }
     (tables.len() == usize::try_from(bitmaps.count).ok()?).then_some(tables)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::qcow2::check::{self, check};
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::storage::Storage;
+    use crate::storage::memory::MemoryStorage;
+    use crate::{Progress, WriteBuf};
+
+    /// 300 snapshots whose tables begin at one place, each of them of nearly 32 MiB.
+    #[test]
+    fn snapshots_that_claim_one_place_over_and_over_are_not_read() {
+        let storage = MemoryStorage::default();
+        let options = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+        create(&storage, None, &options, &Progress::default()).unwrap();
+        let (table, l1) = (1u64 << 20, 2u64 << 20);
+        let mut entries = Vec::new();
+        for n in 0..300u32 {
+            entries.extend(l1.to_be_bytes());
+            entries.extend((4_194_304 - n).to_be_bytes());
+            entries.extend([0; 24]);
+            entries.extend(16u32.to_be_bytes());
+            entries.extend([0; 16]);
+        }
+        storage.write_at(table, &[WriteBuf::new(&entries)]).unwrap();
+        storage.set_len(l1 + (32 << 20)).unwrap();
+        storage.write_at(60, &[WriteBuf::new(&300u32.to_be_bytes())]).unwrap();
+        storage.write_at(64, &[WriteBuf::new(&table.to_be_bytes())]).unwrap();
+        storage.record();
+        let report = check(&storage, &check::Options::default()).unwrap();
+        assert_eq!(report.check_errors, 1);
+        assert!(storage.recorded().len() < 1000);
+    }
 }
