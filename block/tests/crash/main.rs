@@ -22,3 +22,10 @@ mod short;
 mod timeline;
 mod verify;
 mod workload;
+
+use block::storage::{FileOptions, Locking};
+
+/// A lock would live on in programs that other tests are about to start, until they are executed.
+pub(crate) fn unlocked() -> FileOptions {
+    FileOptions { locking: Locking::Off, ..FileOptions::default() }
+}

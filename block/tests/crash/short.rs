@@ -5,10 +5,11 @@ use std::path::Path;
 use std::process::Command;
 
 use block::qcow2::check;
-use block::storage::{FileOptions, FileStorage};
+use block::storage::FileStorage;
 use block::{Graph, WriteBuf};
 
 use crate::common::{self, create, have_qemu_img};
+use crate::unlocked;
 
 const IMAGE: &str = "CRASH_LIMITED_IMAGE";
 const CLUSTER: usize = 65536;
@@ -56,7 +57,7 @@ fn a_write_of_which_the_host_writes_a_part_fails_and_gives_its_clusters_back() {
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("\ndone\n"), "{text}{errors}");
-    let storage = FileStorage::open(&image, FileOptions::default()).unwrap();
+    let storage = FileStorage::open(&image, unlocked()).unwrap();
     assert!(check::check(&storage, &check::Options::default()).unwrap().is_clean());
     drop(storage);
     common::check(&image);

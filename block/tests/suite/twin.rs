@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use block::qcow2::{Options, Probe, Qcow2};
 use block::raw::Raw;
-use block::storage::{FileOptions, FileStorage, Storage};
+use block::storage::{FileOptions, FileStorage, Locking, Storage};
 use block::{Format, Node};
 
 use crate::common::{self, Random, check, create, have_qemu_img, path, qemu_img};
@@ -132,13 +132,15 @@ fn snapshot_op(random: &mut Random, model: &mut Model) -> Option<Op> {
 
 /// The image as a node, with its data file if it has one.
 fn opened(image: &Path) -> Node {
+    // A lock lives on in programs that other tests are about to start, until they are executed.
+    let unlocked = FileOptions { locking: Locking::Off, ..FileOptions::default() };
     let file = |path: &Path| {
-        let storage = FileStorage::open(path, FileOptions::default()).unwrap();
+        let storage = FileStorage::open(path, unlocked).unwrap();
         Arc::new(storage) as Arc<dyn Storage>
     };
     let probe = Probe::new(file(image)).unwrap();
     let backing = probe.backing_file().map(|name| {
-        let options = FileOptions { read_only: true, ..FileOptions::default() };
+        let options = FileOptions { read_only: true, ..unlocked };
         let storage = FileStorage::open(image.with_file_name(name), options).unwrap();
         Arc::new(Raw::open(Arc::new(storage), true).unwrap()) as Arc<dyn Format>
     });

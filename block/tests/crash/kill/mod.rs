@@ -13,13 +13,14 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use block::nbd::{Address, ExportOptions, Server, ServerOptions};
 use block::qcow2::check::{self, Repair};
+use block::storage::FileStorage;
 use block::storage::memory::MemoryStorage;
-use block::storage::{FileOptions, FileStorage};
 use block::{Format, Graph};
 
 use crate::common::{self, Random, create, have_qemu_img};
 use crate::kinds::{Base, Kind, Start};
 use crate::record::Host;
+use crate::unlocked;
 use client::{Client, Request};
 use ledger::Ledger;
 
@@ -163,7 +164,7 @@ fn kill_rounds(options: &'static str, rounds: u64, start: impl Fn(&Path, &Path) 
         let case = format!("{options}, round {round}");
         look(kind, &image, &case, &mut ledger, &mut snapshots, &said);
         if round % 10 == 9 {
-            let storage = FileStorage::open(&image, FileOptions::default()).unwrap();
+            let storage = FileStorage::open(&image, unlocked()).unwrap();
             let repair = check::Options { repair: repair_of(&image), progress: None };
             assert!(check::check(&storage, &repair).unwrap().is_clean(), "{case}");
             drop(storage);
