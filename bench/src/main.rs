@@ -3,7 +3,8 @@
 //!
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
-//! usual ones; or `nbd` and a part of a name, for such measurements of the block engine only.
+//! usual ones; or `nbd` and a part of a name, for such measurements of the block engine only; or
+//! `snapshots`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -12,6 +13,7 @@ mod disk;
 mod nbd;
 mod program;
 mod report;
+mod snapshots;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -27,15 +29,22 @@ const ROUNDS: usize = 3;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [what, work, image] = &args[..]
+        && what == snapshots::CHILD
+    {
+        return snapshots::run_child(work, image);
+    }
     let dir = output_dir();
     let mut report = Report::default();
     match &args[..] {
         [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
+        [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
         _ => {
             if tardigrade_tests::require::kvm() {
                 machines(&args, &dir, &mut report);
             }
             nbd::measure(&dir, "", &mut report);
+            snapshots::measure(&dir, &mut report);
         }
     }
     let text = report.markdown();
