@@ -3,8 +3,9 @@
 # make check   format and lints
 # make bench   the benchmark, beside QEMU and the disk itself
 # make fuzz    the fuzzers, SECONDS=60 each, side by side
+# make space-test  a thousand rounds of saves and deletions on one image file
 # make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
-.PHONY: all demo test check lint bench fuzz crash-test guest clean
+.PHONY: all demo test check lint bench fuzz crash-test space-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -47,6 +48,10 @@ crash-test:
 	cargo build --package vmm --locked
 	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test crash -- --nocapture
 	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test suite twin
+
+space-test:
+	@scripts/setup.sh test
+	SPACE_ROUNDS=$${SPACE_ROUNDS:-1000} cargo test --package block --locked --test suite save_and_delete_for_ever -- --nocapture
 
 # The guest's kernel and initramfs are in the repository; this makes them anew.
 guest:
