@@ -68,7 +68,7 @@ fn with_ops(image: &Seed) -> Vec<Seed> {
     let sequence = |n| {
         let op = || Op {
             kind: random.u8(..),
-            small: random.u8(..64),
+            small: random.u8(..) >> (2 * random.u8(..2)),
             len: random.u16(..0x2000),
             offset: random.u32(..),
         };

@@ -4,7 +4,7 @@
 use tardigrade_fuzz::mutate::mutate;
 use tardigrade_fuzz::{seeds, targets};
 
-/// Mutations of all seeds together.
+/// Mutations of all seeds together; `FUZZ_MUTATIONS` may say more.
 const MUTATIONS: usize = 3000;
 
 fn replay(name: &str) {
@@ -16,7 +16,8 @@ fn replay(name: &str) {
         eprintln!("{}", seed.name);
         (target.run)(&seed.input);
     }
-    for number in 0..MUTATIONS {
+    let mutations = std::env::var("FUZZ_MUTATIONS").map_or(MUTATIONS, |n| n.parse().unwrap());
+    for number in 0..mutations {
         let seed = &seeds[number % seeds.len()];
         let mut random = fastrand::Rng::with_seed(number as u64);
         let mut input = seed.input.clone();

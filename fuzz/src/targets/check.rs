@@ -6,16 +6,16 @@ use std::sync::Arc;
 use block::qcow2::check::{Options, Repair, Report, check};
 use block::{Error, Format as _, Progress};
 
-use super::{limit, limit_of, open, trace};
-use crate::input;
+use super::{Files, limit, limit_of, trace};
 use crate::storage::Sparse;
 
 pub(super) fn run(input: &[u8]) {
-    let file = input::unpack(input);
-    let limit = limit(&file);
-    let Some(before) = inspect(&file, Repair::No) else { return };
+    let files = Files::unpack(input);
+    let file = &files.image;
+    let limit = limit(file);
+    let Some(before) = inspect(file, Repair::No) else { return };
     if before.exit_code() == 0 && before.overlaps == 0 {
-        return can_be_opened(&file);
+        return can_be_opened(&files);
     }
     let leaks_only = Arc::new(file.copy());
     if let Some(report) = inspect(&leaks_only, Repair::Leaks) {
@@ -24,9 +24,9 @@ pub(super) fn run(input: &[u8]) {
     drop(limit);
     // A repair that gives the L1 table another place has all of it in memory: the format's 32 MiB
     // at most, twice while a vector grows.
-    let _limit = limit_of(&file, 72 << 20);
-    if let Some(report) = inspect(&file, Repair::All) {
-        repaired(&file, &report);
+    let _limit = limit_of(file, 72 << 20);
+    if let Some(report) = inspect(file, Repair::All) {
+        repaired(&files, &report);
     }
 }
 
@@ -45,21 +45,21 @@ fn inspect(file: &Arc<Sparse>, repair: Repair) -> Option<Report> {
     Some(report)
 }
 
-fn repaired(file: &Arc<Sparse>, report: &Report) {
-    let again = inspect(file, Repair::No).expect("it could be checked before");
+fn repaired(files: &Files, report: &Report) {
+    let again = inspect(&files.image, Repair::No).expect("it could be checked before");
     assert_eq!(
         (again.check_errors, again.corruptions, again.leaks),
         (report.check_errors, report.corruptions, report.leaks),
         "a repair ends with {report:#?} and the next check says {again:#?}"
     );
     if again.exit_code() == 0 && again.overlaps == 0 {
-        can_be_opened(file);
+        can_be_opened(files);
     }
 }
 
 /// What is clean can be written to, as far as its features are known.
-fn can_be_opened(file: &Arc<Sparse>) {
-    match open(file, false) {
+fn can_be_opened(files: &Files) {
+    match files.open(false) {
         Ok(image) => drop(image.flush()),
         Err(Error::Corrupt { reason, .. }) if STRICTER.iter().any(|text| reason.contains(text)) => {
         }

@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, LazyLock};
 
-use block::qcow2::{Probe, Qcow2};
+use block::qcow2::{Options, Probe, Qcow2};
 use block::raw::Raw;
 use block::storage::Storage;
 use block::{Format, Result};
 
 use crate::alloc::Limit;
+use crate::input;
 use crate::mutate::Body;
 use crate::storage::Sparse;
 
@@ -48,6 +49,9 @@ pub fn by_name(name: &str) -> Option<&'static Target> {
 /// Bytes of the backing file that images get which name one.
 const BACKING: u64 = 96 << 10;
 
+/// Length of the data file of images that need one: as good as endless.
+const DATA: u64 = 1 << 40;
+
 /// The backing file: every sector tells its number.
 fn backing() -> Result<Arc<dyn Format>> {
     let file = Sparse::default();
@@ -57,15 +61,36 @@ fn backing() -> Result<Arc<dyn Format>> {
     Ok(Arc::new(Raw::open(Arc::new(file), true)?))
 }
 
-/// Opens an image as a node would be: with a backing file if it names one.
-fn open(file: &Arc<Sparse>, read_only: bool) -> Result<Qcow2> {
-    let storage: Arc<dyn Storage> = file.clone();
-    let probe = Probe::new(storage)?;
-    let backing = match probe.backing_file() {
-        Some(_) => Some(backing()?),
-        None => None,
-    };
-    Qcow2::open(probe, backing, read_only)
+/// An image's file, and the data file that it gets if it needs one.
+struct Files {
+    image: Arc<Sparse>,
+    data: Arc<Sparse>,
+}
+
+impl Files {
+    fn unpack(image: &[u8]) -> Self {
+        let data = Arc::new(Sparse::default());
+        data.put_len(DATA);
+        Self { image: input::unpack(image), data }
+    }
+
+    /// Opens the image as a node would be: with a backing file if it names one.
+    fn open(&self, read_only: bool) -> Result<Qcow2> {
+        let storage: Arc<dyn Storage> = self.image.clone();
+        let probe = Probe::new(storage)?;
+        let backing = match probe.backing_file() {
+            Some(_) => Some(backing()?),
+            None => None,
+        };
+        let data: Option<Arc<dyn Storage>> =
+            if probe.needs_data_file() { Some(self.data.clone()) } else { None };
+        let options = Options { read_only, data_file: data, ..Options::default() };
+        Qcow2::open_with(probe, backing, options)
+    }
+
+    fn len(&self) -> u64 {
+        self.image.len().expect("memory has a length")
+    }
 }
 
 /// The limits of memory for work on a file: tables and caches have fixed bounds, everything else

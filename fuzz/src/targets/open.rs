@@ -3,20 +3,19 @@
 
 use block::{Format, Result};
 
-use super::{limit, open};
-use crate::input;
+use super::{Files, limit};
 
 pub(super) fn run(input: &[u8]) {
-    let file = input::unpack(input);
-    let _limit = limit(&file);
+    let files = Files::unpack(input);
+    let _limit = limit(&files.image);
     for read_only in [true, false] {
         // A refusal is as good as an image.
-        let _ = look(&file, read_only);
+        let _ = look(&files, read_only);
     }
 }
 
-fn look(file: &std::sync::Arc<crate::storage::Sparse>, read_only: bool) -> Result<()> {
-    let image = open(file, read_only)?;
+fn look(files: &Files, read_only: bool) -> Result<()> {
+    let image = files.open(read_only)?;
     let info = image.info();
     assert!(info.cluster_size.is_power_of_two(), "{info:?}");
     assert_eq!(image.read_only(), read_only);
@@ -26,5 +25,6 @@ fn look(file: &std::sync::Arc<crate::storage::Sparse>, read_only: bool) -> Resul
             let _ = state.extents(0, state.size().min(1 << 20));
         }
     }
+    image.block_status(0, image.size())?;
     image.flush()
 }

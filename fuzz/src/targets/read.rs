@@ -2,7 +2,7 @@
 
 use block::{Format, ReadBuf, Result};
 
-use super::{limit, open};
+use super::{Files, limit};
 use crate::input::{self, Op};
 
 /// Most operations of an input.
@@ -10,9 +10,9 @@ const MAX_OPS: usize = 64;
 
 pub(super) fn run(input: &[u8]) {
     let (ops, image) = input::split_ops(input);
-    let file = input::unpack(image);
-    let _limit = limit(&file);
-    let Ok(image) = open(&file, true) else { return };
+    let files = Files::unpack(image);
+    let _limit = limit(&files.image);
+    let Ok(image) = files.open(true) else { return };
     let mut bytes = vec![0; usize::from(u16::MAX) << 3];
     for op in ops.into_iter().take(MAX_OPS) {
         // Damage is told by an error; it must not end anything.
@@ -30,6 +30,7 @@ fn perform(image: &block::qcow2::Qcow2, op: Op, bytes: &mut [u8]) -> Result<()> 
             image.read(offset, &[ReadBuf::new(first), ReadBuf::new(second)])?;
             twice(image, offset, part)
         }
+        2 => status(image, offset, part),
         _ => {
             let snapshots = image.snapshots();
             let Some(snapshot) = snapshots.get(usize::from(op.small >> 2) % snapshots.len().max(1))
@@ -50,5 +51,21 @@ fn twice(image: &block::qcow2::Qcow2, offset: u64, first: &[u8]) -> Result<()> {
     let mut again = vec![0xaa; first.len()];
     image.read(offset, &[ReadBuf::new(&mut again)])?;
     assert!(again == first, "two reads at {offset:#x} differ");
+    Ok(())
+}
+
+/// The status covers the start of the range, and what it calls zero is.
+fn status(image: &block::qcow2::Qcow2, offset: u64, part: &mut [u8]) -> Result<()> {
+    let extents = image.block_status(offset, part.len() as u64)?;
+    image.read(offset, &[ReadBuf::new(part)])?;
+    let mut rest = &*part;
+    for extent in &extents {
+        let len = usize::try_from(extent.len).unwrap();
+        assert!(len > 0 && len <= rest.len(), "{extents:?}");
+        let (this, after) = rest.split_at(len);
+        assert!(!extent.zero || this.iter().all(|byte| *byte == 0), "{extents:?} at {offset:#x}");
+        rest = after;
+    }
+    assert!(part.is_empty() || !extents.is_empty(), "no status at {offset:#x}");
     Ok(())
 }

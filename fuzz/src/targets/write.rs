@@ -8,10 +8,12 @@ use std::sync::Arc;
 use block::qcow2::Qcow2;
 use block::qcow2::check::{Options, check};
 use block::storage::Storage;
-use block::{Error, Format, NewSnapshot, ReadBuf, Result, SnapshotChange, WriteBuf};
+use block::{
+    Error, Format, NewSnapshot, Preallocation, Progress, ReadBuf, Result, SnapshotChange, WriteBuf,
+};
 
 use super::model::Model;
-use super::{limit_of, open, trace};
+use super::{Files, limit_of, trace};
 use crate::input::{self, Op};
 use crate::storage::Sparse;
 
@@ -20,14 +22,15 @@ const MAX_OPS: usize = 48;
 
 pub(super) fn run(input: &[u8]) {
     let (ops, image) = input::split_ops(input);
-    let file = input::unpack(image);
+    let files = Files::unpack(image);
+    let file = &files.image;
     // The check looks at a longer file.
-    let _limit = limit_of(&file, (6 << 20) + 2 * usize::try_from(AHEAD).unwrap());
-    let clean = is_clean(&file);
-    let len = file.len().expect("memory has a length");
+    let _limit = limit_of(file, (6 << 20) + 2 * usize::try_from(AHEAD).unwrap());
+    let clean = is_clean(file);
+    let len = files.len();
     // Bitmaps are dropped by who does not know them.
-    let mut whole = clean && !has_autoclear(&file);
-    let Ok(image) = open(&file, false) else { return };
+    let mut whole = clean && !has_autoclear(file);
+    let Ok(image) = files.open(false) else { return };
     let mut model = if clean { Model::of(&image) } else { None };
     let mut bytes = vec![0; usize::from(u16::MAX) << 3];
     for (index, op) in ops.into_iter().take(MAX_OPS).enumerate() {
@@ -35,7 +38,8 @@ pub(super) fn run(input: &[u8]) {
         let result = perform(&image, op, fill, &mut bytes, &mut model);
         trace(|| format!("{op:?} on {} bytes: {result:?}", image.size()));
         match result {
-            Ok(()) | Err(Error::OutOfRange { .. } | Error::Invalid(_)) => {}
+            Ok(()) => {}
+            Err(Error::OutOfRange { .. } | Error::Invalid(_) | Error::NotSupported(_)) => {}
             Err(e) => {
                 // Damage is told by an error; it must not end anything. Half of a request may be
                 // there, so the model ends.
@@ -50,11 +54,10 @@ pub(super) fn run(input: &[u8]) {
     }
     drop(image);
     if clean {
-        let known = file.len().expect("memory has a length") <= len + AHEAD;
-        still_clean(&file, whole && known);
+        still_clean(file, whole && files.len() <= len + AHEAD);
     }
     if let Some(model) = model {
-        let image = open(&file, false).expect("the image was clean");
+        let image = files.open(false).expect("the image was clean");
         model.compare_all(&image);
     }
 }
@@ -78,13 +81,16 @@ fn has_autoclear(file: &Sparse) -> bool {
     bits != [0; 8]
 }
 
-/// Whether an error tells of damage that the check should have found. It does not unpack, and does
-/// not compare a snapshot's table with the size of its disk.
+/// Whether an error tells of damage that the check should have found.
 fn is_damage(error: &Error) -> bool {
     matches!(error, Error::Corrupt { reason, .. }
-        if !reason.starts_with("compressed cluster")
-            && !reason.starts_with("the L1 table of snapshot"))
+        if !UNCHECKED.iter().any(|text| reason.contains(text)))
 }
+
+/// What the check, as QEMU's, does not look at: packed data, a snapshot's table against the size of its
+/// disk, and where in a data file a cluster is.
+const UNCHECKED: &[&str] =
+    &["compressed cluster", "the L1 table of snapshot", "external data file"];
 
 /// Errors of the storage may leak; nothing else may be wrong.
 fn still_clean(file: &Arc<Sparse>, whole: bool) {
@@ -132,12 +138,35 @@ fn perform(
                 *model = model.take().and_then(|model| model.reverted(&id, image));
             }
         }
+        _ if op.small & 0x80 != 0 => {
+            image.resize(offset, Preallocation::Off, &Progress::default())?;
+            *model = model.take().and_then(|model| model.resized(offset));
+        }
+        _ if op.small & 0x40 != 0 => compress(image, offset, fill, bytes, model)?,
         // A large range at once.
         _ => {
             image.write_zeroes(offset, len << 12, op.small & 4 != 0)?;
             note(model, |model| model.fill(offset, len << 12, 0));
         }
     }
+    Ok(())
+}
+
+/// Writes the cluster at an offset compressed, up to the end of the disk.
+fn compress(
+    image: &Qcow2,
+    offset: u64,
+    fill: u8,
+    bytes: &mut [u8],
+    model: &mut Option<Model>,
+) -> Result<()> {
+    let Some(cluster) = image.compressed_cluster() else { return Ok(()) };
+    let start = offset / cluster * cluster;
+    let len = cluster.min(image.size().saturating_sub(start));
+    let Some(part) = bytes.get_mut(..usize::try_from(len).unwrap()) else { return Ok(()) };
+    part.fill(fill);
+    image.write_compressed(start, &[WriteBuf::new(part)])?;
+    note(model, |model| model.fill(start, len, fill));
     Ok(())
 }
 
