@@ -10,6 +10,7 @@ use crate::format::Format;
 use crate::iobuf;
 use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
+use crate::queue::Located;
 use crate::raw::Raw;
 use crate::storage::{Aio, FileOptions, FileStorage, Locking, Storage};
 use crate::{Error, ReadBuf, Result, StatusExtent};
@@ -250,7 +251,7 @@ impl Format for Below {
     }
 
     fn fast_zeroes(&self) -> bool {
-        self.0.access().fast_zeroes()
+        self.0.fast_zeroes()
     }
 
     fn write(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {
@@ -267,6 +268,18 @@ impl Format for Below {
         result
     }
 
+    /// While the image is being replaced, a request thread waits in the caller's place.
+    fn locate_read(&self, offset: u64, len: u64, out: &mut Located) -> bool {
+        let Some(access) = self.0.try_access() else {
+            return false;
+        };
+        let found = access.locate_read(offset, len, out);
+        out.entered.push(access);
+        found
+    }
+
+    /// Does not wait for one who waits for the caller: whoever replaces this image has closed the
+    /// gate of the overlay before, so no request of it is here then.
     fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
         self.0.access().block_status(offset, len)
     }
@@ -348,4 +361,37 @@ fn window_name(file: &Node, window: Window) -> String {
         }
     }
     format!("json:{all}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    #[test]
+    fn a_located_read_of_a_backing_file_holds_it_and_a_closed_gate_is_not_waited_for() {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 8192]));
+        let node = Arc::new(Node::new("b", Arc::new(Raw::open(storage, true).unwrap())));
+        let below = Below(node.clone());
+        let mut located = Located::default();
+        assert!(below.locate_read(4096, 512, &mut located));
+        assert_eq!((located.extents.len(), located.entered.len()), (1, 1));
+        let mut beyond = Located::default();
+        assert!(!below.locate_read(8192, 512, &mut beyond));
+        beyond.clear();
+        let closer = {
+            let node = node.clone();
+            std::thread::spawn(move || node.close_gate())
+        };
+        while node.try_access().is_some() {
+            std::thread::yield_now();
+        }
+        assert!(!closer.is_finished(), "closed with a read in flight");
+        located.clear();
+        let closed = closer.join().unwrap();
+        assert!(!below.locate_read(4096, 512, &mut located));
+        assert!(!located.conflict && located.entered.is_empty());
+        drop(closed);
+        assert!(below.locate_read(4096, 512, &mut located));
+    }
 }

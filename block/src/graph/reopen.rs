@@ -4,7 +4,9 @@
 //!
 //! 1. plan: which nodes get which options, what is below them; nothing is touched.
 //! 2. the uses of all nodes after the change are checked against each other.
-//! 3. the gates of the planned nodes are closed from the top down: no request is under way.
+//! 3. the gates of the planned nodes and of all nodes above them are closed from the top down: no
+//!    request is under way. Above them too, because who has several requests of an overlay in flight
+//!    must not come to wait at the gate of its backing file: it would wait for itself.
 //! 4. writable images are flushed, so that what is opened beside them sees all of it.
 //! 5. file locks are widened to what both states need: another process's use is found here.
 //! 6. new images are opened, from the bottom up, on new descriptors where the mode of a file
@@ -61,8 +63,8 @@ impl Graph {
         let plans = planner.plans;
         let edges = new_edges(&state, &plans)?;
         let uses = permissions::check(&edges, &facts(&state, &plans))?;
-        let swaps = match prepare(&state, &plans, &edges, &uses) {
-            Ok(swaps) => swaps,
+        let (swaps, above) = match prepare(&state, &plans, &edges, &uses) {
+            Ok(prepared) => prepared,
             Err(error) => {
                 state.put_locks_back();
                 return Err(error);
@@ -83,6 +85,7 @@ impl Graph {
             // A raw node may have become another part of its file.
             node.bitmaps().resize(node.size());
         }
+        drop(above);
         state.edges = edges;
         // A backing file that was opened with its overlay goes when that has another.
         state.forget_orphans();
@@ -352,19 +355,23 @@ struct Swap {
     built: Built,
 }
 
-/// Steps 3 to 6.
+/// Steps 3 to 6. Gives the closed gates of the nodes above as well.
 fn prepare(
     state: &State,
     plans: &BTreeMap<String, Plan>,
     edges: &[Edge],
     uses: &Uses,
-) -> Result<Vec<Swap>> {
+) -> Result<(Vec<Swap>, Vec<Closed>)> {
     let all = facts(state, plans);
-    let mut gates = BTreeMap::new();
+    let (mut gates, mut above) = (BTreeMap::new(), Vec::new());
     // Requests on their way down follow the edges there are now.
     for name in parents_first(&state.edges, &all) {
         if let Some(plan) = plans.get(name) {
             gates.insert(name, plan.node.close_gate());
+        } else if plans.keys().any(|below| reaches(&state.edges, name, below))
+            && let Some(node) = state.get(name)
+        {
+            above.push(node.close_gate());
         }
     }
     for plan in plans.values() {
@@ -376,7 +383,8 @@ fn prepare(
         }
     }
     // From here on a failure has to set the stored bitmaps going again, before gates open.
-    open_all(state, plans, edges, uses, &mut gates).inspect_err(|_| resume_bitmaps(plans))
+    let swaps = open_all(state, plans, edges, uses, &mut gates);
+    swaps.map(|swaps| (swaps, above)).inspect_err(|_| resume_bitmaps(plans))
 }
 
 /// Steps 4 to 6. The swaps come bottom-up; on an error the gates are still closed.

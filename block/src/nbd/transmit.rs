@@ -247,9 +247,7 @@ impl Transmission {
             Ok(Command::Trim { offset, len, fua }) => {
                 self.submit(to, Work::Trim { fua }, Op::Discard { offset, len }, OwnedBufs::none());
             }
-            Ok(Command::WriteZeroes { fast: true, .. })
-                if !self.export.node().format().fast_zeroes() =>
-            {
+            Ok(Command::WriteZeroes { fast: true, .. }) if !self.export.node().fast_zeroes() => {
                 self.refuse(to, Refusal(Errno::NotSup, "zeroes would be written"));
             }
             Ok(Command::WriteZeroes { offset, len, unmap, fua, .. }) => {

@@ -156,6 +156,11 @@ impl Node {
         self.look(|format| format.read_only())
     }
 
+    /// Whether [`Node::write_zeroes`] is faster than writing zeroes.
+    pub fn fast_zeroes(&self) -> bool {
+        self.look(|format| format.fast_zeroes())
+    }
+
     /// The internal snapshots in table order.
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
         self.look(|format| format.snapshots())

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::node::Access;
 use crate::qcow2::{Held, Target};
 use crate::storage::Storage;
 
@@ -41,6 +42,9 @@ pub struct Located {
     pub(crate) targets: Vec<Target>,
     /// The request was not located because another is in the way.
     pub(crate) conflict: bool,
+    /// The backing images that the places are in stay what they are meanwhile. The last to go: who
+    /// waits for them may close the files.
+    pub(crate) entered: Vec<Access>,
 }
 
 impl Located {
@@ -50,6 +54,7 @@ impl Located {
         self.targets.clear();
         self.held.clear();
         self.conflict = false;
+        self.entered.clear();
     }
 
     /// Adds a part that is in a storage.

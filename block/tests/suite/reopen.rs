@@ -1,5 +1,6 @@
 //! blockdev-reopen: what changes, what is refused, and that a refusal changes nothing.
 
+use block::queue::{AlignedBuf, OwnedBufs, Queue, Request};
 use block::{Graph, Node, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
@@ -227,6 +228,60 @@ fn requests_go_on_while_their_node_is_reopened_again_and_again() {
     graph.remove("d").unwrap();
     drop(node);
     common::check(&image);
+}
+
+/// The owner of a queue has reads of the backing file in flight when it asks how it is stored: it
+/// must not come to wait for a reopen that waits for these.
+#[test]
+fn a_backing_file_is_reopened_alone_under_reads_and_status_of_its_overlay() {
+    if !have_qemu_img("reopen of a backing file under load") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base_image = create(dir.path(), "base.qcow2", "8M", "preallocation=full");
+    let contents = common::Random(3).bytes(8 << 20);
+    {
+        let (_graph, node) = common::open(&base_image);
+        node.write(0, &[WriteBuf::new(&contents)]).unwrap();
+    }
+    let image = create(dir.path(), "a.qcow2", "8M", "backing_file=base.qcow2,backing_fmt=qcow2");
+    let graph = Graph::new();
+    let base = json!({"driver": "qcow2", "node-name": "b", "read-only": true, "cache": {"direct": true}, "file": file(&base_image)});
+    let top = json!({"driver": "qcow2", "node-name": "d", "file": file(&image), "backing": "b"});
+    graph.add(&base).unwrap();
+    let node = graph.add(&top).unwrap();
+    let done = &std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for lane in 0..2u64 {
+            let (node, contents) = (&node, &contents);
+            scope.spawn(move || {
+                let mut random = common::Random(lane + 1);
+                let mut queue = Queue::new(node.clone()).unwrap();
+                let mut completions = Vec::new();
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    for _ in 0..8 {
+                        let offset = random.below(2048) * 4096;
+                        let bufs = OwnedBufs::from_aligned(AlignedBuf::new(4096));
+                        queue.submit(Request::read(offset, offset, bufs));
+                    }
+                    queue.kick();
+                    if let Some(access) = node.try_access() {
+                        let status = access.block_status(0, 8 << 20).unwrap();
+                        assert!(status.iter().all(|e| e.data && e.depth == 2), "{status:?}");
+                    }
+                    queue.drain(&mut completions);
+                    for completion in completions.drain(..) {
+                        completion.result.unwrap();
+                        let at = completion.id as usize;
+                        assert!(completion.bufs.as_slice().unwrap() == &contents[at..at + 4096]);
+                    }
+                }
+            });
+        }
+        let reopened = (0..100).try_for_each(|_| graph.reopen(std::slice::from_ref(&base)));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        reopened.unwrap();
+    });
 }
 
 #[test]
