@@ -31,9 +31,15 @@ pub(super) fn run(input: &[u8]) {
 }
 
 /// What is refused at opening though all counts are right: parts of the header that the check does
-/// not need, and tables that are there twice, on purpose.
-const STRICTER: &[&str] =
-    &["backing file name", "snapshot table offset", "refers to the L2 table in"];
+/// not need, tables that are there twice or begin at the end of the file, on purpose, and bitmaps that
+/// do not fit the disk.
+const STRICTER: &[&str] = &[
+    "backing file name",
+    "snapshot table ",
+    "is the file truncated?",
+    "refers to the L2 table in",
+    "bitmaps: ",
+];
 
 fn inspect(file: &Arc<Sparse>, repair: Repair) -> Option<Report> {
     let progress = Progress::default();

@@ -88,9 +88,13 @@ fn is_damage(error: &Error) -> bool {
 }
 
 /// What the check, as QEMU's, does not look at: packed data, a snapshot's table against the size of its
-/// disk, and where in a data file a cluster is.
-const UNCHECKED: &[&str] =
-    &["compressed cluster", "the L1 table of snapshot", "external data file"];
+/// disk, where in a data file a cluster is, and the flag of zero clusters in version 2.
+const UNCHECKED: &[&str] = &[
+    "compressed cluster",
+    "the L1 table of snapshot",
+    "external data file",
+    "zero cluster in a version 2 image",
+];
 
 /// Errors of the storage may leak; nothing else may be wrong.
 fn still_clean(file: &Arc<Sparse>, whole: bool) {
