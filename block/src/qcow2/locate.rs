@@ -7,13 +7,18 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, TryLockError};
 
 use crate::Result;
-use crate::queue::{Extent, Located, Place};
+use crate::num::to_usize;
+use crate::queue::{AlignedBuf, Around, Extent, Located, Place};
 
 use super::layout::HostOffset;
 use super::meta::Meta;
-use super::read::{Source, map};
+use super::read::{Extent as Mapped, Source, map};
 use super::write::{Target, commit, plan};
 use super::{PIECE, Qcow2};
+
+/// Bytes that are copied at once on each side of a small write; more is a matter for a thread. A queue
+/// may hold as many for each of its requests.
+const MAX_COPY: u64 = 64 << 10;
 
 impl Qcow2 {
     /// The metadata, unless another has it.
@@ -53,6 +58,11 @@ impl Qcow2 {
             }
         };
         out.held.push(held);
+        self.locate_extents(extents, out)
+    }
+
+    /// Says where mapped extents are, whose clusters are held.
+    fn locate_extents(&self, extents: Vec<Mapped>, out: &mut Located) -> bool {
         for extent in extents {
             match extent.source {
                 Source::Zero => out.push_zero(extent.len),
@@ -110,18 +120,26 @@ impl Qcow2 {
         Some(true)
     }
 
-    /// Locates a write that needs new places, where nothing has to be copied to them.
+    /// Locates a write that needs new places, if what has to be copied to them is little and in the
+    /// page cache.
     ///
-    /// Order, as in [`Qcow2::write_allocating`]: clusters are taken in memory; the request's bytes
-    /// are written, and zeroes around them; [`Qcow2::finish_disk_write`] changes the L2 entries in
-    /// memory, which reach the disk after the data. In a cluster past the end of the file the
-    /// zeroes are there already: the file grows over it with a hole. That also holds after a power
-    /// cut, because the entry comes to the disk after a flush of data and length; and a cluster that
-    /// a cut left behind within the file is no longer past its end, so it gets its zeroes.
+    /// Order, as in [`Qcow2::write_allocating`]: what is around the request's bytes is read, with no
+    /// lock but the range, which nobody else changes then; clusters are taken in memory; the request's
+    /// bytes are written, and the copies or zeroes around them; [`Qcow2::finish_disk_write`] changes
+    /// the L2 entries in memory, which reach the disk after the data. In a cluster past the end of the
+    /// file the zeroes are there already: the file grows over it with a hole. That also holds after a
+    /// power cut, because the entry comes to the disk after a flush of data and length; and a cluster
+    /// that a cut left behind within the file is no longer past its end, so it gets its zeroes.
     fn locate_new(&self, guest: u64, len: u64, out: &mut Located) -> bool {
         let whole = self.clusters_of(guest, len);
         let Some(held) = self.in_flight.try_exclusive(whole.clone()) else {
             out.conflict = true;
+            return false;
+        };
+        let (Some(head), Some(tail)) = (
+            self.copy_of(whole.start, guest - whole.start),
+            self.copy_of(guest + len, whole.end - (guest + len)),
+        ) else {
             return false;
         };
         let Some(mut meta) = self.try_meta() else {
@@ -130,9 +148,7 @@ impl Qcow2 {
         let clusters = self.geometry.clusters(whole.end - whole.start);
         let ready = self.can_plan(&meta, guest, len)
             // An L2 table may be needed beside each cluster.
-            && (self.geometry.external || meta.refcounts.has_room_here(2 * clusters))
-            && self.holds_zeroes(&mut meta, whole.start, guest - whole.start)
-            && self.holds_zeroes(&mut meta, guest + len, whole.end - (guest + len));
+            && (self.geometry.external || meta.refcounts.has_room_here(2 * clusters));
         let Ok(file_len) = self.data.len() else {
             return false;
         };
@@ -146,10 +162,13 @@ impl Qcow2 {
         }
         drop(meta);
         out.held.push(held);
+        // Only the first target has bytes before it that are not the request's, the last behind it.
+        let (mut head, mut tail) = (Some(head), Some(tail));
         for target in &out.targets {
             let hole =
                 self.data.zero_past_end() && self.geometry.cluster_start(target.host.0) >= file_len;
-            let (before, behind) = if hole { (0, 0) } else { (target.head, target.tail) };
+            let before = around(&mut head, target.head, hole, true);
+            let behind = around(&mut tail, target.tail, hole, false);
             let (storage, offset) = (self.data.clone(), target.host.0);
             let place = Place::Storage { storage, offset, before, behind };
             out.extents.push(Extent { len: target.len, place });
@@ -162,18 +181,33 @@ impl Qcow2 {
         meta.check_writable().is_ok() && !meta.needs_trim() && meta.tables_are_here(guest, len)
     }
 
-    /// Whether a range reads as zeroes without a look at data. It may go past the end of the disk.
-    fn holds_zeroes(&self, meta: &mut Meta, guest: u64, len: u64) -> bool {
-        let backing = self.backing.as_ref().map_or(0, |backing| backing.size());
-        let extents = match map(meta, Meta::active_l1, guest, len) {
-            Ok(extents) => extents,
-            Err(_) => return false,
+    /// What a range of clusters that are held reads as, if that can be told at once. It may go past the
+    /// end of the disk.
+    fn copy_of(&self, guest: u64, len: u64) -> Option<Old> {
+        if len == 0 {
+            return Some(Old::Zero);
+        }
+        let extents = {
+            let mut meta = self.try_meta()?;
+            if !meta.tables_are_here(guest, len) {
+                return None;
+            }
+            map(&mut meta, Meta::active_l1, guest, len).ok()?
         };
-        extents.iter().all(|extent| match extent.source {
+        let backing = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let zero = extents.iter().all(|extent| match extent.source {
             Source::Zero => true,
             Source::Backing => backing <= extent.guest,
             _ => false,
-        })
+        });
+        if zero {
+            return Some(Old::Zero);
+        }
+        let mut located = Located::default();
+        if len > MAX_COPY || !self.locate_extents(extents, &mut located) {
+            return None;
+        }
+        located.read_cached().map(Old::Bytes)
     }
 
     /// Puts the new places of a located write into the tables, or gives them back.
@@ -200,5 +234,118 @@ impl Qcow2 {
         }
         self.give_back(&targets[committed..]);
         Some(result)
+    }
+}
+
+/// What was beside the bytes of a request.
+enum Old {
+    Zero,
+    Bytes(AlignedBuf),
+}
+
+/// The first or last `len` bytes of what is there, taken for one target; zeroes, or nothing where a
+/// hole has them.
+fn around(old: &mut Option<Old>, len: u64, hole: bool, last: bool) -> Around {
+    if len == 0 {
+        return Around::none();
+    }
+    match old.take() {
+        Some(Old::Bytes(bytes)) => {
+            let (have, want) = (bytes.len(), to_usize(len));
+            let start = if last { have.saturating_sub(want) } else { 0 };
+            Around::Copy(bytes, start..(start + want).min(have))
+        }
+        _ if hole => Around::none(),
+        _ => Around::Zeroes(len),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::qcow2::{Options, Probe};
+    use crate::raw::Raw;
+    use crate::storage::{FileOptions, FileStorage, Storage};
+    use crate::{Format, Progress, ReadBuf, WriteBuf};
+
+    const DISK: u64 = 8 << 20;
+
+    fn byte(at: u64) -> u8 {
+        u8::try_from(at / 512 % 251).unwrap()
+    }
+
+    /// An image over a backing file whose bytes are as `byte` says, and are in the page cache.
+    fn overlay(options: CreateOptions, direct: bool) -> (Vec<tempfile::NamedTempFile>, Qcow2) {
+        let file = || tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (below, above) = (file(), file());
+        let contents: Vec<u8> = (0..DISK).map(byte).collect();
+        std::fs::write(below.path(), &contents).unwrap();
+        let open = |path: &std::path::Path, direct| {
+            let options = FileOptions { direct, ..FileOptions::default() };
+            Arc::new(FileStorage::open(path, options).unwrap()) as Arc<dyn Storage>
+        };
+        let backing = Raw::open(open(below.path(), direct), true).unwrap();
+        let storage = open(above.path(), false);
+        let options =
+            CreateOptions { size: DISK, backing_file: Some("below".to_owned()), ..options };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let probe = Probe::new(storage).unwrap();
+        let image = Qcow2::open_with(probe, Some(Arc::new(backing)), Options::default()).unwrap();
+        // So that all tables are in memory.
+        image.write(0, &[WriteBuf::new(&[1; 512])]).unwrap();
+        (vec![below, above], image)
+    }
+
+    fn read(image: &Qcow2, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; to_usize(len)];
+        image.read(at, &[ReadBuf::new(&mut bytes)]).unwrap();
+        bytes
+    }
+
+    fn copied(around: &Around) -> &[u8] {
+        match around {
+            Around::Copy(bytes, range) => &bytes[range.clone()],
+            Around::Zeroes(len) => panic!("{len} zeroes"),
+        }
+    }
+
+    #[test]
+    fn a_small_write_over_a_backing_file_has_a_copy_of_what_is_around_it() {
+        for (extended, unit) in [(None, 65536), (Some(true), 2048)] {
+            let options = CreateOptions { extended_l2: extended, ..CreateOptions::default() };
+            let (_files, image) = overlay(options, false);
+            // In two clusters; the second is changed up to somewhere in a subcluster.
+            let (at, len): (u64, u64) = (3 * 65536 - 5000, 5000 + 3000);
+            let mut located = Located::default();
+            assert!(image.locate_write(at, len, &mut located));
+            let places: Vec<_> = located.extents.iter().map(|e| &e.place).collect();
+            let (Some(Place::Storage { before, .. }), Some(Place::Storage { behind, .. })) =
+                (places.first(), places.last())
+            else {
+                panic!("{places:?}");
+            };
+            let (start, end) = (at / unit * unit, (at + len).next_multiple_of(unit));
+            let old = |from: u64, to: u64| (from..to).map(byte).collect::<Vec<_>>();
+            assert!(copied(before) == old(start, at), "{unit}");
+            assert!(copied(behind) == old(at + len, end), "{unit}");
+            // It fails: all is as it was.
+            assert!(image.finish_write(&mut located, false, true).unwrap().is_ok());
+            located.clear();
+            assert!(read(&image, 2 * 65536, 2 * 65536) == old(2 * 65536, 4 * 65536));
+        }
+    }
+
+    #[test]
+    fn what_is_much_or_bypasses_the_page_cache_is_not_copied_at_once() {
+        let large = CreateOptions { cluster_size: Some(2 << 20), ..CreateOptions::default() };
+        for (options, direct) in [(large, false), (CreateOptions::default(), true)] {
+            let (_files, image) = overlay(options, direct);
+            let mut located = Located::default();
+            assert!(!image.locate_write(4 << 20, 4096, &mut located));
+            assert!(!located.conflict && located.held.is_empty() && located.targets.is_empty());
+        }
     }
 }

@@ -31,11 +31,6 @@ const MAX_JOBS: usize = 32;
 /// Ended transfers and requests whose memory is kept for the next.
 const MAX_SPARE: usize = 64;
 
-/// Zeroes around the bytes of a request, aligned for O_DIRECT.
-#[repr(C, align(4096))]
-struct Zeroes([u8; 64 << 10]);
-static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
-
 /// A located request.
 #[derive(Debug)]
 struct Active {
@@ -210,10 +205,10 @@ impl Engine {
                 return;
             }
             Place::Storage { storage, offset, before, behind } => {
-                (storage, *offset - before, *before, *behind)
+                (storage, *offset - before.len(), before, behind)
             }
         };
-        let total = before + len + behind;
+        let total = before.len() + len + behind.len();
         if !self.run.as_ref().is_some_and(|run| run.continues(storage, write, offset, total)) {
             self.flush_run();
             let spare = self.spare_transfers.pop().unwrap_or_default();
@@ -222,9 +217,9 @@ impl Engine {
         if let (Some(active), Some(run)) = (self.requests.get_mut(key), &mut self.run) {
             active.left += 1;
             run.push(key, |iovs| {
-                zeroes(before, iovs);
+                before.push_to(iovs);
                 active.request.bufs.slice_into(skip, len, iovs);
-                zeroes(behind, iovs);
+                behind.push_to(iovs);
             });
         }
     }
@@ -577,16 +572,6 @@ fn execute(node: &Node, request: Request) -> Completion {
     };
     let result = if fua { result.and_then(|()| node.flush()) } else { result };
     Completion { id, result, bufs }
-}
-
-/// Adds zeroes to a list of buffers.
-fn zeroes(mut len: u64, iovs: &mut Vec<libc::iovec>) {
-    while len > 0 {
-        let now = crate::num::to_usize(len).min(ZEROES.0.len());
-        let iov_base = ZEROES.0.as_ptr().cast_mut().cast();
-        iovs.push(libc::iovec { iov_base, iov_len: now });
-        len -= crate::num::to_u64(now);
-    }
 }
 
 /// One result for each of several requests that were carried out together.

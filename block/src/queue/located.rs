@@ -1,28 +1,82 @@
 //! Where the bytes of a request are, told by a format without waiting.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::node::Access;
+use crate::num::{to_u64, to_usize};
 use crate::qcow2::{Held, Target};
 use crate::storage::Storage;
+
+use super::bufs::AlignedBuf;
 
 /// Where a part of a request is.
 #[derive(Debug)]
 pub(crate) enum Place {
     /// Nowhere: it reads as zeroes.
     Zero,
-    /// In a storage from an offset on. A write there has zeroes before and behind the request's
-    /// bytes, as many as told.
+    /// In a storage from an offset on. A write there has what was there before and behind the
+    /// request's bytes.
     Storage {
         /// Which.
         storage: Arc<dyn Storage>,
         /// Of the request's first byte.
         offset: u64,
-        /// Zeroes to be written before it.
-        before: u64,
-        /// Zeroes to be written behind its last.
-        behind: u64,
+        /// To be written before it.
+        before: Around,
+        /// To be written behind its last.
+        behind: Around,
     },
+}
+
+/// What is written beside the bytes of a request.
+#[derive(Debug)]
+pub(crate) enum Around {
+    /// That many zeroes.
+    Zeroes(u64),
+    /// A part of a copy of what the guest reads there.
+    Copy(AlignedBuf, Range<usize>),
+}
+
+impl Around {
+    pub(crate) fn none() -> Self {
+        Self::Zeroes(0)
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Zeroes(len) => *len,
+            Self::Copy(_, range) => to_u64(range.len()),
+        }
+    }
+
+    /// Adds it to a list of buffers, which are good for as long as `self` is: moving it does not
+    /// move the copy.
+    pub(super) fn push_to(&self, iovs: &mut Vec<libc::iovec>) {
+        match self {
+            Self::Zeroes(len) => zeroes(*len, iovs),
+            Self::Copy(bytes, range) => {
+                let part = bytes.get(range.clone()).unwrap_or_default();
+                let iov_base = part.as_ptr().cast_mut().cast();
+                iovs.push(libc::iovec { iov_base, iov_len: part.len() });
+            }
+        }
+    }
+}
+
+/// Zeroes around the bytes of a request, aligned for O_DIRECT.
+#[repr(C, align(4096))]
+struct Zeroes([u8; 64 << 10]);
+static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
+
+/// Adds zeroes to a list of buffers.
+fn zeroes(mut len: u64, iovs: &mut Vec<libc::iovec>) {
+    while len > 0 {
+        let now = to_usize(len).min(ZEROES.0.len());
+        let iov_base = ZEROES.0.as_ptr().cast_mut().cast();
+        iovs.push(libc::iovec { iov_base, iov_len: now });
+        len -= to_u64(now);
+    }
 }
 
 /// A part of a request whose bytes are in a row.
@@ -60,8 +114,26 @@ impl Located {
     /// Adds a part that is in a storage.
     pub(crate) fn push_storage(&mut self, storage: &Arc<dyn Storage>, offset: u64, len: u64) {
         let storage = storage.clone();
+        let (before, behind) = (Around::none(), Around::none());
         self.extents
-            .push(Extent { len, place: Place::Storage { storage, offset, before: 0, behind: 0 } });
+            .push(Extent { len, place: Place::Storage { storage, offset, before, behind } });
+    }
+
+    /// The bytes of a located read, if the page cache has all of them.
+    pub(crate) fn read_cached(&self) -> Option<AlignedBuf> {
+        let total = self.extents.iter().map(|extent| extent.len).sum();
+        let mut bytes = AlignedBuf::new(to_usize(total));
+        let mut rest = &mut bytes[..];
+        for extent in &self.extents {
+            let (part, next) = rest.split_at_mut_checked(to_usize(extent.len))?;
+            if let Place::Storage { storage, offset, .. } = &extent.place
+                && !storage.file()?.read_cached(*offset, part)
+            {
+                return None;
+            }
+            rest = next;
+        }
+        Some(bytes)
     }
 
     /// Adds a part that reads as zeroes.

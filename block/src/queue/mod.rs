@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use bufs::{AlignedBuf, BUF_ALIGN, OwnedBufs};
 pub use located::Located;
-pub(crate) use located::{Extent, Place};
+pub(crate) use located::{Around, Extent, Place};
 
 use engine::Engine;
 

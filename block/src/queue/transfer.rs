@@ -49,7 +49,7 @@ pub(super) struct Transfer {
     refused: bool,
 }
 
-// SAFETY: the pointers lead to memory of OwnedBufs, which are Send, or to static zeroes.
+// SAFETY: the pointers lead to memory of OwnedBufs and of copies, which are Send, or to static zeroes.
 unsafe impl Send for Transfer {}
 
 /// What comes next for a transfer.

@@ -232,7 +232,12 @@ fn queues_over_a_backing_file_read_through_it_and_copy_what_they_change() {
     if !have_qemu_img("queues over a backing file") {
         return;
     }
-    for how in ["file.aio=io_uring", "cache.direct=on"] {
+    for (how, with, snapshots) in [
+        ("file.aio=io_uring", "", false),
+        ("file.aio=io_uring", "", true),
+        ("file.aio=threads", ",extended_l2=on", true),
+        ("cache.direct=on", "", false),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let base = create(dir.path(), "base.qcow2", "10M", "cluster_size=4k");
         let mut before = Random(5).bytes(10 << 20);
@@ -241,9 +246,9 @@ fn queues_over_a_backing_file_read_through_it_and_copy_what_they_change() {
             node.write(0, &[block::WriteBuf::new(&before)]).unwrap();
         }
         before.resize(DISK as usize, 0);
-        let options = format!("backing_file={},backing_fmt=qcow2", base.display());
+        let options = format!("backing_file={},backing_fmt=qcow2{with}", base.display());
         let image = create(dir.path(), "top.qcow2", "16M", &options);
-        owners(dir.path(), &image, &format!("driver=qcow2,{how}"), &before, false);
+        owners(dir.path(), &image, &format!("driver=qcow2,{how}"), &before, snapshots);
     }
 }
 
