@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::num::to_usize;
+use crate::qcow2::counts;
 use crate::{ReadBuf, Result};
 
 use super::image::{Image, MAX_OFFSET};
@@ -13,33 +14,16 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// Bits of a table entry that hold the block's offset.
 pub(super) const BLOCK_MASK: u64 = !0x1ff;
 
-/// The refcount at `index` of a block ("Refcount blocks": widths below a byte start at the least
-/// significant bit).
+/// The refcount at `index` of a block.
 pub(super) fn get(block: &[u8], index: u64, order: u32) -> u64 {
-    let width = 1usize << order;
-    let index = to_usize(index);
-    if order < 3 {
-        let bit = index * width;
-        return u64::from(block[bit / 8] >> (bit % 8)) & ((1 << width) - 1);
-    }
-    let len = width / 8;
-    block[index * len..][..len].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    counts::get(block, to_usize(index), order)
 }
 
 /// Sets the refcount at `index` of a block; gives the bytes it is in.
 pub(super) fn set(block: &mut [u8], index: u64, order: u32, value: u64) -> std::ops::Range<usize> {
-    let width = 1usize << order;
     let index = to_usize(index);
-    if order < 3 {
-        let (at, shift) = (index * width / 8, index * width % 8);
-        let mask = ((1u8 << width) - 1) << shift;
-        let [low, ..] = value.to_le_bytes();
-        block[at] = (block[at] & !mask) | (low << shift & mask);
-        return at..at + 1;
-    }
-    let range = index * width / 8..(index + 1) * width / 8;
-    block[range.clone()].copy_from_slice(&value.to_be_bytes()[8 - width / 8..]);
-    range
+    counts::set(block, index, order, value);
+    counts::bytes_of(&(index..index + 1), order)
 }
 
 /// What the table has for a range of clusters.
