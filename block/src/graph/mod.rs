@@ -195,8 +195,12 @@ impl Graph {
             node.flush()?;
             // Here an error can be told; at the end of the last handle it could only be logged.
             if let Some(image) = node.qcow2() {
-                image.store_bitmaps()?;
-                image.settle()?;
+                image.store_bitmaps().and_then(|()| image.settle()).inspect_err(|_| {
+                    // The node stays and may be written to: its bitmaps follow again.
+                    if let Err(e) = image.resume_bitmaps() {
+                        tracing::warn!(node = name, "writes are refused from now on: {e}");
+                    }
+                })?;
             }
         }
         state.forget(&node);

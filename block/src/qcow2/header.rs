@@ -79,6 +79,8 @@ pub(super) struct Header {
     pub(crate) autoclear: u64,
     pub(crate) compression: Compression,
     pub(crate) backing_file: Option<String>,
+    /// The backing file's name as it is in the image, which need not be UTF-8.
+    pub(crate) backing_bytes: Vec<u8>,
     pub(crate) backing_format: Option<String>,
     /// All extensions in their order, those that are not known here too.
     pub(crate) extensions: Vec<Extension>,
@@ -86,6 +88,8 @@ pub(super) struct Header {
     pub(crate) length: u32,
     /// Where the backing file's name is; 0 without one.
     pub(crate) backing_offset: u64,
+    /// A write of the header failed: the disk may have what was to be written, or what is here.
+    pub(crate) doubtful: bool,
 }
 
 /// A header extension as it is in the image.
@@ -182,10 +186,12 @@ impl Header {
             autoclear: features(88),
             compression: Compression::Zlib,
             backing_file: None,
+            backing_bytes: Vec::new(),
             backing_format: None,
             extensions: Vec::new(),
             length: header_length,
             backing_offset: be64_at(&fixed, 8),
+            doubtful: false,
         };
         header.check_tables(file_len).map_err(corrupt)?;
         let mut first = vec![0; to_usize(header.geometry.cluster_size())];
@@ -323,6 +329,7 @@ impl Header {
         }
         let name = &first[to_usize(offset)..][..to_usize(len.into())];
         self.backing_file = Some(String::from_utf8_lossy(name).into_owned());
+        self.backing_bytes = name.to_vec();
         Ok(())
     }
 }

@@ -30,6 +30,7 @@ impl Header {
     /// Changes the backing file that the image names.
     pub(crate) fn set_backing(&mut self, name: Option<&str>, format: Option<&str>) {
         self.backing_file = name.map(str::to_owned);
+        self.backing_bytes = name.unwrap_or_default().as_bytes().to_vec();
         let format = format.filter(|_| name.is_some());
         self.backing_format = format.map(str::to_owned);
         self.set_extension(extension::BACKING_FORMAT, format.map(|f| f.as_bytes().to_vec()));
@@ -71,7 +72,8 @@ impl Header {
     /// room, and is durable first. Then comes what lies past the first sector, then the first sector:
     /// it refers to the name, has the bits and begins the extensions. With extensions that fit the
     /// first sector, as all but long tables of feature names do, a crash leaves the old header or
-    /// the new one. The file grows by nothing and no table moves.
+    /// the new one. The file grows by nothing and no table moves. After a failed write nothing is
+    /// left out because it looks the same: a flush that failed may have lost what a read gives.
     pub(crate) fn write(&mut self, storage: &dyn Storage) -> Result<()> {
         let size = to_usize(self.geometry.cluster_size());
         let mut old = vec![0; size];
@@ -79,7 +81,7 @@ impl Header {
         let fixed = to_usize(self.length.into());
         let extensions = self.encode_extensions();
         let end = fixed + extensions.len();
-        let name = self.backing_file.as_deref().unwrap_or_default().as_bytes().to_vec();
+        let name = self.backing_bytes.clone();
         let (at, fresh) =
             self.place_of_name(&old, end, &name).ok_or_else(|| self.too_long(storage))?;
         let mut new = old.clone();
@@ -102,15 +104,16 @@ impl Header {
         let rest_end = (at + name.len()).max(end);
         for sector in (1..rest_end.div_ceil(SECTOR)).rev() {
             let range = sector * SECTOR..((sector + 1) * SECTOR).min(size);
-            if new[range.clone()] != old[range.clone()] {
+            if self.doubtful || new[range.clone()] != old[range.clone()] {
                 storage.write_at(to_u64(range.start), &[WriteBuf::new(&new[range])])?;
             }
         }
-        if new[..SECTOR.min(size)] != old[..SECTOR.min(size)] {
+        if self.doubtful || new[..SECTOR.min(size)] != old[..SECTOR.min(size)] {
             storage.write_at(0, &[WriteBuf::new(&new[..SECTOR.min(size)])])?;
         }
         storage.flush()?;
         self.backing_offset = to_u64(offset);
+        self.doubtful = false;
         Ok(())
     }
 
@@ -154,5 +157,100 @@ impl Header {
             storage.name(),
             self.geometry.cluster_size()
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::qcow2::header::Header;
+    use crate::qcow2::{Probe, Qcow2};
+    use crate::storage::Storage;
+    use crate::storage::memory::MemoryStorage;
+    use crate::{Progress, WriteBuf};
+
+    /// An image whose backing file's name is `name`.
+    fn image(name: &[u8]) -> Arc<MemoryStorage> {
+        let storage = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            size: 1 << 20,
+            backing_file: Some("x".repeat(name.len())),
+            backing_fmt: (!name.is_empty()).then(|| "raw".to_owned()),
+            ..CreateOptions::default()
+        };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let at = Header::read(&*storage).unwrap().backing_offset;
+        storage.write_at(at, &[WriteBuf::new(name)]).unwrap();
+        storage
+    }
+
+    /// The backing file's name as it is in the image.
+    fn name(storage: &MemoryStorage) -> Vec<u8> {
+        let bytes = storage.bytes();
+        let at = usize::try_from(u64::from_be_bytes(bytes[8..16].try_into().unwrap())).unwrap();
+        let len = u32::from_be_bytes(bytes[16..20].try_into().unwrap()) as usize;
+        bytes[at..at + len].to_vec()
+    }
+
+    #[test]
+    fn a_backing_name_that_is_not_utf8_stays_byte_for_byte_until_it_is_changed() {
+        let old = b"caf\xe9/\xff\xfe.raw";
+        let storage = image(old);
+        let all: Arc<dyn Storage> = storage.clone();
+        let image = Qcow2::open(Probe::new(all).unwrap(), None, false).unwrap();
+        assert_eq!(image.info().backing_file.unwrap(), String::from_utf8_lossy(old));
+        let extension = Some(vec![7; 16]);
+        image.meta().update_header(|header| header.set_extension(0x1234_5678, extension)).unwrap();
+        assert_eq!(name(&storage), old);
+        let read = Header::read(&*storage).unwrap();
+        assert_eq!(read.extension(0x1234_5678), Some(&[7; 16][..]));
+        image.set_backing(Some("new.raw"), Some("raw")).unwrap();
+        assert_eq!(name(&storage), b"new.raw");
+        image.set_backing(None, None).unwrap();
+        assert!(name(&storage).is_empty());
+        assert_eq!(Header::read(&*storage).unwrap().backing_file, None);
+    }
+
+    #[test]
+    fn after_a_failed_flush_the_header_is_written_again_though_it_looks_the_same() {
+        let storage = image(b"");
+        let all: Arc<dyn Storage> = storage.clone();
+        let image = Qcow2::open(Probe::new(all).unwrap(), None, false).unwrap();
+        let mut meta = image.meta();
+        let has = |bytes: Vec<u8>| {
+            let header = Header::read(&MemoryStorage::new(bytes)).unwrap();
+            header.extension(0x1234_5678).is_some()
+        };
+        let set = |header: &mut Header| header.set_extension(0x1234_5678, Some(vec![7; 16]));
+        // A flush ends each.
+        let count = |what: &mut dyn FnMut()| {
+            let changes = storage.changes();
+            what();
+            storage.changes() - changes
+        };
+        let writes = count(&mut || meta.update_header(set).unwrap()) - 1;
+        assert!(writes > 0);
+        meta.update_header(|header| header.set_extension(0x1234_5678, None)).unwrap();
+        assert!(!has(storage.flushed_bytes()));
+
+        storage.fail_after(Some(writes), false);
+        meta.update_header(set).unwrap_err();
+        assert!(has(storage.bytes()), "written, not flushed");
+        // The way back is written, and its flush fails too.
+        let mut back = 1;
+        loop {
+            storage.fail_after(Some(back), false);
+            meta.settle_header().unwrap_err();
+            if !has(storage.bytes()) {
+                break;
+            }
+            back += 1;
+        }
+        storage.fail_after(None, false);
+        assert!(count(&mut || meta.settle_header().unwrap()) >= 2, "a write and a flush");
+        assert!(!has(storage.flushed_bytes()));
+        assert_eq!(count(&mut || meta.settle_header().unwrap()), 0);
     }
 }

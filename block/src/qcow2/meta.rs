@@ -271,9 +271,18 @@ impl Meta {
     pub(crate) fn update_header(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let mut header = self.header.clone();
         change(&mut header);
-        header.write(&*self.storage)?;
+        if let Err(e) = header.write(&*self.storage) {
+            self.header.doubtful = true;
+            return Err(e);
+        }
         self.header = header;
         Ok(())
+    }
+
+    /// After a failed [`Meta::update_header`]: makes sure that the disk has the header that memory
+    /// has, durably.
+    pub(crate) fn settle_header(&mut self) -> Result<()> {
+        if self.header.doubtful { self.update_header(|_| ()) } else { Ok(()) }
     }
 
     /// Writes bytes of the header.

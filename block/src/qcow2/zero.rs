@@ -19,33 +19,38 @@ enum Wish {
     Keep,
 }
 
+/// What becomes of the last subcluster of a range that ends within it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Edge {
+    /// It belongs to the range if the disk ends with the range. That is looked at with the subcluster
+    /// held: a disk that grew meanwhile may have data behind the range.
+    AtDiskEnd,
+    /// It belongs to the range.
+    Within,
+}
+
 impl Qcow2 {
     /// Whole subclusters are given back; parts of them are left as they are.
     pub(super) fn discard_disk(&self, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
         let size = self.geometry.subcluster_size();
         let start = offset.next_multiple_of(size);
-        let mut end = offset + len - self.geometry.in_subcluster(offset + len);
-        // The last one of the disk may be cut short by its end.
-        if offset + len == self.disk_size() {
-            end = (offset + len).next_multiple_of(size);
-        }
-        self.change_clusters(start, end, Wish::Discard).map(|_| ())
+        self.change_clusters(start, offset + len, Wish::Discard, Edge::AtDiskEnd).map(|_| ())
     }
 
     pub(super) fn zero_disk(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_range(offset, len)?;
         let end = offset + len;
         let wish = if unmap { Wish::Unmap } else { Wish::Keep };
-        self.zero_range(offset, end, wish, end == self.disk_size())
+        self.zero_range(offset, end, wish, Edge::AtDiskEnd)
     }
 
     /// Makes what lies past the end of the disk read as zeroes, for when the disk reaches there.
     pub(super) fn zero_past_end(&self, start: u64, end: u64) -> Result<()> {
-        self.zero_range(start, end, Wish::Unmap, true)
+        self.zero_range(start, end, Wish::Unmap, Edge::Within)
     }
 
-    fn zero_range(&self, offset: u64, end: u64, wish: Wish, at_disk_end: bool) -> Result<()> {
+    fn zero_range(&self, offset: u64, end: u64, wish: Wish, edge: Edge) -> Result<()> {
         let size = self.geometry.subcluster_size();
         let mut at = offset;
         while at < end {
@@ -56,19 +61,10 @@ impl Qcow2 {
                 at += n;
                 continue;
             }
-            let whole_to = if at_disk_end {
-                end.next_multiple_of(size)
-            } else {
-                end - self.geometry.in_subcluster(end)
-            };
-            if whole_to <= at {
-                self.zero_part(at, end - at)?;
-                break;
-            }
-            // Where the format cannot say zero, zeroes are written.
-            let stop = self.change_clusters(at, whole_to, wish)?;
+            let stop = self.change_clusters(at, end, wish, edge)?;
             at = stop.min(end);
-            if at < whole_to.min(end) {
+            if at < end {
+                // A part of a subcluster, or the format cannot say zero: zeroes are written.
                 let n = (self.geometry.cluster_size() - self.geometry.in_cluster(at)).min(end - at);
                 self.zero_part(at, n)?;
                 at += n;
@@ -95,12 +91,12 @@ impl Qcow2 {
     pub(super) fn drop_past_end(&self, start: u64) -> Result<()> {
         let start = start.next_multiple_of(self.geometry.subcluster_size());
         let end = start.next_multiple_of(self.geometry.l2_coverage());
-        self.change_clusters(start, end, Wish::Discard).map(|_| ())
+        self.change_clusters(start, end, Wish::Discard, Edge::Within).map(|_| ())
     }
 
-    /// Changes the entries of whole subclusters; gives the guest offset at which it had to stop,
-    /// `end` if it did not.
-    fn change_clusters(&self, start: u64, end: u64, wish: Wish) -> Result<u64> {
+    /// Changes the entries of whole subclusters from `start` on, where one begins; gives the guest
+    /// offset up to which it did, `end` or more if it did all.
+    fn change_clusters(&self, start: u64, end: u64, wish: Wish, edge: Edge) -> Result<u64> {
         let geometry = self.geometry;
         let coverage = geometry.l2_coverage();
         let mut at = start;
@@ -108,6 +104,10 @@ impl Qcow2 {
             let from = at;
             let stop = (at + 1).next_multiple_of(coverage).min(end);
             let _held = self.in_flight.exclusive(self.clusters_of(at, stop - at));
+            let stop = if stop == end { self.whole_to(end, edge) } else { stop };
+            if stop <= at {
+                return Ok(at);
+            }
             if self.raw_data {
                 // Whoever reads the data file as a raw image sees what the guest sees: first there.
                 self.meta().check_writable()?;
@@ -136,7 +136,16 @@ impl Qcow2 {
                 return Ok(at);
             }
         }
-        Ok(end)
+        Ok(at)
+    }
+
+    /// Where the whole subclusters of a range end. The last of them must be held.
+    fn whole_to(&self, end: u64, edge: Edge) -> u64 {
+        if edge == Edge::Within || end == self.disk_size() {
+            end.next_multiple_of(self.geometry.subcluster_size())
+        } else {
+            end - self.geometry.in_subcluster(end)
+        }
     }
 
     /// Zeroes a range of the external data file; its space goes unless it shall stay.
@@ -214,5 +223,86 @@ impl Qcow2 {
             }
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::qcow2::{Probe, Qcow2};
+    use crate::storage::Storage;
+    use crate::storage::memory::MemoryStorage;
+    use crate::{Format, Preallocation, Progress, ReadBuf, WriteBuf};
+
+    const CLUSTER: u64 = 1024;
+    /// The disk ends within a cluster, which the second L2 table has.
+    const SIZE: u64 = 200 * CLUSTER + 512;
+
+    /// Has `change` wait for the first cluster of the range from 0 on, while the disk grows and gets
+    /// data behind its old end; what was written must be there afterwards.
+    #[track_caller]
+    fn grow_meanwhile(change: impl FnOnce(&Qcow2) + Send) {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options =
+            CreateOptions { size: SIZE, cluster_size: Some(CLUSTER), ..CreateOptions::default() };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let image = Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap();
+        image.write(0, &[WriteBuf::new(&[1; CLUSTER as usize])]).unwrap();
+        image.write(SIZE - 512, &[WriteBuf::new(&[2; 512])]).unwrap();
+        let held = image.in_flight.shared(0..CLUSTER);
+        thread::scope(|scope| {
+            let change = scope.spawn(|| change(&image));
+            // Until it waits for us: nobody gets past it then.
+            while !change.is_finished() && image.in_flight.try_shared(0..CLUSTER).is_some() {
+                thread::yield_now();
+            }
+            assert!(!change.is_finished());
+            image.resize(SIZE + 512, Preallocation::Off, &Progress::default()).unwrap();
+            image.write(SIZE, &[WriteBuf::new(&[3; 512])]).unwrap();
+            drop(held);
+        });
+        let mut bytes = [0; 512];
+        image.read(SIZE, &[ReadBuf::new(&mut bytes)]).unwrap();
+        assert_eq!(bytes, [3; 512]);
+        image.read(0, &[ReadBuf::new(&mut bytes)]).unwrap();
+        assert_ne!(bytes, [3; 512]);
+    }
+
+    #[test]
+    fn zeroes_up_to_an_end_that_moved_leave_what_was_written_behind_it() {
+        grow_meanwhile(|image| {
+            image.zero_disk(512, SIZE - 512, true).unwrap();
+            let mut bytes = [9; 512];
+            image.read(SIZE - 512, &[ReadBuf::new(&mut bytes)]).unwrap();
+            assert_eq!(bytes, [0; 512]);
+        });
+    }
+
+    #[test]
+    fn a_whole_last_cluster_of_the_disk_goes_though_the_end_cuts_it_short() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options =
+            CreateOptions { size: SIZE, cluster_size: Some(CLUSTER), ..CreateOptions::default() };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let image = Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap();
+        let table = |image: &Qcow2| image.meta().cluster(SIZE - 512).unwrap().allocated;
+        for discard in [true, false] {
+            image.write(SIZE - 512, &[WriteBuf::new(&[2; 512])]).unwrap();
+            assert_ne!(table(&image), 0);
+            if discard {
+                image.discard_disk(SIZE - 512, 512).unwrap();
+            } else {
+                image.zero_disk(SIZE - 512, 512, true).unwrap();
+            }
+            assert_eq!(table(&image), 0, "discard: {discard}");
+        }
+    }
+
+    #[test]
+    fn a_discard_up_to_an_end_that_moved_leaves_what_was_written_behind_it() {
+        grow_meanwhile(|image| image.discard_disk(0, SIZE).unwrap());
     }
 }

@@ -95,8 +95,10 @@ impl Directory {
 }
 
 /// Sets or clears the in_use flag of the entries chosen, durably; others keep theirs. All in place:
-/// each flag lies in one sector, so a crash leaves each as it was or as it shall be.
+/// each flag lies in one sector, so a crash leaves each as it was or as it shall be. Before that the
+/// header surely refers to the directory whose flags these are: see [`switch`].
 fn mark(meta: &mut Meta, in_use: bool, chosen: impl Fn(&Entry) -> bool) -> Result<()> {
+    meta.settle_header()?;
     let new: Vec<u32> = meta
         .bitmaps
         .entries
@@ -209,7 +211,8 @@ fn bitmaps_out_of_date(
     let mut bitmaps = image.bitmaps.persistent();
     bitmaps.retain(|bitmap| bitmap.stored() == Stored::UpToDate && chosen(bitmap));
     if bitmaps.is_empty() {
-        return Ok(());
+        // Those that are marked are so in the directory that memory has, not in one that failed.
+        return meta.settle_header();
     }
     mark(meta, true, |entry| {
         bitmaps.iter().any(|bitmap| entry.usable_name() == Some(bitmap.name()))
@@ -222,7 +225,10 @@ fn bitmaps_out_of_date(
 ///
 /// Order: the directory goes to fresh clusters and is durable with all that it refers to and with its
 /// counts; then the header refers to it, within one sector; then the old directory is freed. After
-/// an error the header may have either, and the clusters of both are kept.
+/// an error the header may have either, and the clusters of both are kept. The new one says that its
+/// bitmaps are valid, so nothing that a bitmap follows may change before the header surely has the old
+/// one again: whoever marks bitmaps writes it first ([`Meta::settle_header`]), and writes are
+/// refused if that fails.
 fn switch(meta: &mut Meta, entries: Vec<Entry>) -> Result<()> {
     let old = meta.bitmaps.run(meta);
     let bytes = directory::encode(&entries);

@@ -172,6 +172,48 @@ fn a_failure_of_any_write_is_told_and_a_retry_stores_everything() {
     assert!(failed > whole / 2, "giving space back may fail without a word: {failed} of {whole}");
 }
 
+#[test]
+fn writes_after_a_failed_closing_leave_no_bitmap_that_looks_valid_and_is_not() {
+    let Some(start) = with_bitmaps("compat=1.1") else { return };
+    let before = {
+        let storage = Arc::new(MemoryStorage::new(start.clone()));
+        contents(&open(&storage, true).unwrap())
+    };
+    // How many failures left the new directory in force on disk, and how many the writes refused.
+    let (mut ahead, mut refused) = (0, 0);
+    for (at, once) in (0..200).flat_map(|at| [(at, true), (at, false)]) {
+        let storage = Arc::new(MemoryStorage::new(start.clone()));
+        let node = open(&storage, false).unwrap();
+        let directory = places(&storage.bytes()).0;
+        node.write(3 << 20, &[WriteBuf::new(&[7; 70_000])]).unwrap();
+        node.flush().unwrap();
+        let image = node.qcow2().unwrap();
+        storage.fail_after(Some(at), once);
+        let stored = image.store_bitmaps();
+        let failed = storage.failed();
+        let moved = places(&storage.bytes()).0 != directory;
+        if stored.is_err() && moved {
+            ahead += 1;
+        }
+        let resumed = image.resume_bitmaps();
+        storage.fail_after(None, false);
+        let written = node.write(5 << 20, &[WriteBuf::new(&[8; 1000])]);
+        assert_eq!(resumed.is_ok(), written.is_ok(), "{at}: {resumed:?}, {written:?}");
+        refused += u32::from(written.is_err());
+        let flushed = node.flush();
+        assert!(flushed.is_ok() || written.is_err(), "{at}: {flushed:?}");
+        for bytes in [storage.bytes(), storage.flushed_bytes()] {
+            check_crash(&bytes, &before, &format!("a failure at {at}, once: {once}"));
+        }
+        drop((image, node));
+        check_crash(&storage.bytes(), &before, &format!("closed after a failure at {at}"));
+        if !failed {
+            break;
+        }
+    }
+    assert!(ahead >= 2 && refused >= 1, "{ahead}, {refused}");
+}
+
 /// Where the directory is, and where the table of its first entry.
 fn places(bytes: &[u8]) -> (usize, usize) {
     let magic = 0x2385_2875_u32.to_be_bytes();
