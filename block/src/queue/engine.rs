@@ -5,13 +5,15 @@
 //!  start ──┬──────────────> transfers ──┬──────────────────────┬─> ended ──> finish ──> completed
 //!          │                            ├─ ring ───────────────┤               │  ^
 //!          │                            └─ transfer threads ───┘               └──┘ FUA; metadata lock taken
-//!          ├─ conflict ───> blocked, started again when something of ours has ended
+//!          ├─ conflict ───> blocked, started again when something of ours has ended;
+//!          │                                     after some tries: request threads
 //!          └─ else ───────> request threads ────────────────────────────────────────> completed
 //! ```
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use slab::Slab;
@@ -30,6 +32,9 @@ use crate::{Error, Node, Result};
 const MAX_JOBS: usize = 32;
 /// Ended transfers and requests whose memory is kept for the next.
 const MAX_SPARE: usize = 64;
+/// How often a request that is in the way of others is tried before a thread waits in its turn:
+/// who only tries can lose against other queues for ever.
+const MAX_TRIES: u8 = 8;
 
 /// A located request.
 #[derive(Debug)]
@@ -69,8 +74,8 @@ pub(super) struct Engine {
     transfers: Slab<Transfer>,
     /// For the ring, once there is room.
     stalled: VecDeque<Transfer>,
-    /// In the way of each other.
-    blocked: Vec<Request>,
+    /// In the way of each other, and how often each was tried.
+    blocked: Vec<(Request, u8)>,
     /// For the request threads, once there is room.
     waiting: VecDeque<Work>,
     flushes: Vec<u64>,
@@ -128,11 +133,18 @@ impl Engine {
 impl Engine {
     /// Starts requests, all of which are carried out on the image as it is now.
     pub(super) fn start_all(&mut self, requests: impl Iterator<Item = Request>) {
+        self.try_all(requests.map(|request| (request, 0)));
+    }
+
+    /// As [`Engine::start_all`], for requests that were tried so many times before.
+    fn try_all(&mut self, requests: impl Iterator<Item = (Request, u8)>) {
         // While the image is being replaced, threads wait in our place.
         let access = self.node.try_access().map(Arc::new);
-        for request in requests {
+        for (request, tries) in requests {
             match (&request.op, &access) {
-                (Op::Read { .. } | Op::Write { .. }, Some(access)) => self.start(request, access),
+                (Op::Read { .. } | Op::Write { .. }, Some(access)) => {
+                    self.start(request, tries, access);
+                }
                 (Op::Flush, _) => self.flushes.push(request.id),
                 _ => self.give_to_thread(Work::Request(request)),
             }
@@ -145,7 +157,7 @@ impl Engine {
         }
     }
 
-    fn start(&mut self, request: Request, access: &Arc<Access>) {
+    fn start(&mut self, request: Request, tries: u8, access: &Arc<Access>) {
         if self.detects_zeroes(&request) {
             // The thread's write finds them again.
             return self.give_to_thread(Work::Request(request));
@@ -162,10 +174,10 @@ impl Engine {
             self.transfer(request, located, access);
             return;
         }
-        let blocked = located.conflict && !self.requests.is_empty();
+        let blocked = located.conflict && !self.requests.is_empty() && tries < MAX_TRIES;
         self.spare(located);
         if blocked {
-            self.blocked.push(request);
+            self.blocked.push((request, tries + 1));
         } else {
             self.give_to_thread(Work::Request(request));
         }
@@ -276,7 +288,7 @@ impl Engine {
         self.threads += 1;
         let hand_over = self.hand_over.clone();
         TRANSFERS.run(Box::new(move || {
-            let result = transfer.wait();
+            let result = caught(|| transfer.wait());
             hand_over.put(Done::Transfer(transfer, result));
         }));
     }
@@ -287,7 +299,14 @@ impl Engine {
         self.threads += 1;
         let hand_over = self.hand_over.clone();
         TRANSFERS.run(Box::new(move || {
-            active.finish_write(true);
+            let finished = caught(|| {
+                active.finish_write(true);
+                Ok(())
+            });
+            if let Err(e) = finished {
+                active.located.targets.clear();
+                active.result = Err(e);
+            }
             hand_over.put(Done::Finished(Box::new(active)));
         }));
     }
@@ -298,7 +317,7 @@ impl Engine {
         self.threads += 1;
         let hand_over = self.hand_over.clone();
         TRANSFERS.run(Box::new(move || {
-            let result = active.access.flush();
+            let result = caught(|| active.access.flush());
             hand_over.put(Done::Durable(active.complete(result)));
         }));
     }
@@ -314,7 +333,7 @@ impl Engine {
         REQUESTS.run(Box::new(move || {
             let done = match work {
                 Work::Request(request) => Done::Request(execute(&node, request)),
-                Work::Flush(ids) => Done::Flush(ids, node.flush()),
+                Work::Flush(ids) => Done::Flush(ids, caught(|| node.flush())),
             };
             // The owner may be the last to let the node go, once it has the completion.
             drop(node);
@@ -367,7 +386,7 @@ impl Engine {
         }
         if !self.blocked.is_empty() {
             let blocked = std::mem::take(&mut self.blocked);
-            self.start_all(blocked.into_iter());
+            self.try_all(blocked.into_iter());
         }
     }
 
@@ -563,15 +582,31 @@ fn locate(access: &Access, request: &Request, located: &mut Located) -> bool {
 /// Carries out a request, waiting for it.
 fn execute(node: &Node, request: Request) -> Completion {
     let Request { id, op, mut bufs } = request;
-    let (result, fua) = match op {
-        Op::Read { offset } => (node.read(offset, bufs.read_bufs()), false),
-        Op::Write { offset, fua } => (node.write(offset, bufs.write_bufs()), fua),
-        Op::Flush => (node.flush(), false),
-        Op::Discard { offset, len } => (node.discard(offset, len), false),
-        Op::WriteZeroes { offset, len, unmap, fua } => (node.write_zeroes(offset, len, unmap), fua),
-    };
-    let result = if fua { result.and_then(|()| node.flush()) } else { result };
+    let result = caught(|| {
+        let (result, fua) = match op {
+            Op::Read { offset } => (node.read(offset, bufs.read_bufs()), false),
+            Op::Write { offset, fua } => (node.write(offset, bufs.write_bufs()), fua),
+            Op::Flush => (node.flush(), false),
+            Op::Discard { offset, len } => (node.discard(offset, len), false),
+            Op::WriteZeroes { offset, len, unmap, fua } => {
+                (node.write_zeroes(offset, len, unmap), fua)
+            }
+        };
+        if fua { result.and_then(|()| node.flush()) } else { result }
+    });
     Completion { id, result, bufs }
+}
+
+/// Makes a panic an error, so that the request is completed all the same: its owner waits for that.
+fn caught(what: impl FnOnce() -> Result<()>) -> Result<()> {
+    catch_unwind(AssertUnwindSafe(what)).unwrap_or_else(|_| {
+        Err(Error::Io {
+            operation: "carry out a disk request",
+            filename: String::new(),
+            offset: 0,
+            source: io::Error::other("internal error: its thread panicked"),
+        })
+    })
 }
 
 /// One result for each of several requests that were carried out together.

@@ -6,6 +6,7 @@
 //! Threads start when there is work for them and end after a while without any.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -82,7 +83,10 @@ impl Pool {
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
-                job();
+                // Its own code sees to its request; here a thread that others count on must not end.
+                if catch_unwind(AssertUnwindSafe(job)).is_err() {
+                    tracing::error!("a job of {} threads panicked", self.name);
+                }
                 state = self.state();
                 continue;
             }
@@ -127,5 +131,16 @@ mod tests {
         }
         assert!(dones.try_recv().is_err());
         assert!(POOL.state().threads <= MAX_THREADS);
+    }
+
+    #[test]
+    fn a_thread_goes_on_after_a_job_that_panicked() {
+        static POOL: Pool = Pool::new("test");
+        for _ in 0..MAX_THREADS + 5 {
+            POOL.run(Box::new(|| panic!("a fault")));
+        }
+        let (done, dones) = channel();
+        POOL.run(Box::new(move || done.send(()).unwrap()));
+        dones.recv().unwrap();
     }
 }

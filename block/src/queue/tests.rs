@@ -1,6 +1,8 @@
 use super::*;
+use crate::format::Format;
 use crate::raw::Raw;
 use crate::storage::memory::MemoryStorage;
+use crate::{ReadBuf, WriteBuf};
 
 fn queue(bytes: Vec<u8>) -> (Arc<MemoryStorage>, Queue) {
     let storage = Arc::new(MemoryStorage::new(bytes));
@@ -66,4 +68,62 @@ fn a_durable_write_needs_no_thread_of_those_that_wait_at_a_gate() {
     assert_eq!((waiting.reap(&mut Vec::new()), waiting.in_flight()), (0, 64));
     drop(closed);
     assert_eq!(drained(&mut waiting).len(), 64);
+}
+
+/// An image with a fault: its code panics.
+struct Panics;
+
+impl Format for Panics {
+    fn driver(&self) -> &'static str {
+        "panics"
+    }
+
+    fn size(&self) -> u64 {
+        4096
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, _: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        crate::iobuf::fill_zero(bufs);
+        Ok(())
+    }
+
+    fn write(&self, _: u64, _: &[WriteBuf<'_>]) -> Result<()> {
+        panic!("write")
+    }
+
+    fn flush(&self) -> Result<()> {
+        panic!("flush")
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        panic!("zeroes")
+    }
+}
+
+#[test]
+fn a_panic_completes_its_request_with_an_error_and_costs_no_thread() {
+    let mut queue = Queue::new(Arc::new(Node::new("d", Arc::new(Panics)))).unwrap();
+    // More than there are threads.
+    for id in 0..100 {
+        queue.submit(Request::write(id, 0, false, OwnedBufs::from_vec(vec![1; 512])));
+    }
+    queue.submit(Request::plain(100, Op::Flush));
+    let zeroes = Op::WriteZeroes { offset: 0, len: 512, unmap: true, fua: true };
+    queue.submit(Request::plain(101, zeroes));
+    let done = drained(&mut queue);
+    assert_eq!(done.len(), 102);
+    assert!(done.iter().all(|c| c.result.is_err()));
+    assert!(done[..100].iter().all(|c| c.bufs.len() == 512), "memory comes back");
+    queue.submit(Request::read(1, 0, OwnedBufs::from_vec(vec![1; 512])));
+    let done = drained(&mut queue);
+    assert!(done[0].result.is_ok());
+    assert_eq!(done[0].bufs.as_slice().unwrap(), [0; 512]);
 }
