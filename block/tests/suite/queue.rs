@@ -266,17 +266,19 @@ fn a_request_in_the_way_of_another_queue_is_waited_for() {
     let mut second = Queue::new(node.clone()).unwrap();
     let mut done = Vec::new();
     for round in 0..20u64 {
+        // Each round has a cluster of its own: a zeroed one is not written in place, and so not located.
+        let cluster = round * 65536;
         let mut buf = AlignedBuf::new(4096);
         buf.fill(round as u8);
-        first.submit(Request::write(round, 4096, false, OwnedBufs::from_aligned(buf)));
+        first.submit(Request::write(round, cluster + 4096, false, OwnedBufs::from_aligned(buf)));
         first.kick();
         // Zeroing the cluster needs it alone.
-        let zero = Op::WriteZeroes { offset: 0, len: 65536, unmap: false, fua: false };
+        let zero = Op::WriteZeroes { offset: cluster, len: 65536, unmap: false, fua: false };
         second.submit(Request::plain(round, zero));
         second.kick();
         first.drain(&mut done);
         second.drain(&mut done);
         assert!(done.drain(..).all(|c| c.result.is_ok()));
-        assert_eq!(common::read(&*node.format(), 4096, 4096), [0; 4096], "round {round}");
+        assert_eq!(common::read(&*node.format(), cluster + 4096, 4096), [0; 4096], "round {round}");
     }
 }
