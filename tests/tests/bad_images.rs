@@ -85,8 +85,7 @@ fn a_file_that_is_no_image_or_has_absurd_fields_is_refused_and_unchanged() {
         (u64_at(64, 1 << 50), "snapshot table"),
         (u64_at(72, 1 << 5), "unknown incompatible feature 5"),
         (u64_at(72, 1 << 63), "unknown incompatible feature 63"),
-        (u64_at(72, 1 << 2), "external data file"),
-        (u64_at(72, 1 << 4), "extended L2"),
+        (u64_at(72, 1 << 2), "'data-file' is required for this image"),
         (u64_at(72, 1 << 1), "marked as corrupt"),
         (u32_at(96, 7), "refcount_order is 7"),
         (u32_at(100, u32::MAX), "header_length"),
@@ -123,10 +122,10 @@ fn images_with_features_that_are_not_done_here_are_refused_by_name() {
     refused(dir.path(), &image, "", &["encrypted (LUKS)"]);
     create(&[&secret[..], &["encrypt.format=aes,encrypt.key-secret=s"]].concat());
     refused(dir.path(), &image, "", &["encrypted (AES)"]);
-    create(&["-o", "extended_l2=on"]);
-    refused(dir.path(), &image, "", &["extended L2 entries"]);
+    // A data file that is missing.
     create(&["-o", &format!("data_file={data}")]);
-    refused(dir.path(), &image, "", &["external data file"]);
+    fs::remove_file(&data).unwrap();
+    refused(dir.path(), &image, "", &["data", "No such file or directory"]);
     // A backing file that is missing, itself, or of another format than told.
     let base = Disk::qcow2(dir.path().join("base.qcow2"), "16M");
     create(&["-F", "qcow2", "-b", &base.file()]);

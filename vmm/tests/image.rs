@@ -1,8 +1,9 @@
 //! `tardigrade image` beside qemu-img: the same images, texts and exit statuses.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 const TARDIGRADE: &str = env!("CARGO_BIN_EXE_tardigrade");
 
@@ -166,4 +167,70 @@ fn what_cannot_be_is_refused_and_leaves_no_file() {
         assert!(text.contains(error), "{args:?}: {text}");
         assert!(!dir.join("x").exists(), "{args:?}");
     }
+}
+
+/// The bytes of a disk that must not be lost.
+const PRECIOUS: [u8; 1 << 20] = [0x5a; 1 << 20];
+
+#[test]
+fn a_copy_onto_its_own_source_or_backing_file_is_refused_and_loses_nothing() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("src.raw"), PRECIOUS).unwrap();
+    std::fs::hard_link(dir.join("src.raw"), dir.join("link.raw")).unwrap();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "-b", "src.raw", "-F", "raw", "over.q"]));
+    for args in [
+        &["convert", "-f", "raw", "-O", "qcow2", "src.raw", "src.raw"][..],
+        &["convert", "-f", "raw", "-O", "raw", "src.raw", "src.raw"],
+        &["convert", "-f", "raw", "-O", "raw", "src.raw", "link.raw"],
+        &["convert", "-O", "qcow2", "over.q", "src.raw"],
+    ] {
+        let refused = ours(dir, args);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && text.contains("Failed to get \"write\" lock"),
+            "{text}"
+        );
+        assert!(std::fs::read(dir.join("src.raw")).unwrap() == PRECIOUS, "{args:?}");
+    }
+}
+
+#[test]
+fn a_raw_image_that_another_program_writes_is_neither_resized_nor_copied() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("src.raw"), PRECIOUS).unwrap();
+    let mut holder = Command::new("qemu-io")
+        .current_dir(dir)
+        .args(["-f", "raw", "src.raw"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its answer tells that the image is open.
+    holder.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+    let mut output = BufReader::new(holder.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("1 MiB") {
+        line.clear();
+        assert!(output.read_line(&mut line).unwrap() > 0, "qemu-io does not open the image");
+    }
+    for args in [
+        &["resize", "-f", "raw", "src.raw", "512K", "--shrink"][..],
+        &["convert", "-f", "raw", "-O", "raw", "src.raw", "copy.raw"],
+    ] {
+        let refused = ours(dir, args);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && text.contains("lock"), "{args:?}: {text}");
+        assert_eq!(std::fs::metadata(dir.join("src.raw")).unwrap().len(), 1 << 20);
+    }
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    ok(&ours(dir, &["resize", "-q", "-f", "raw", "src.raw", "2M"]));
 }

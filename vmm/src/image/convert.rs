@@ -19,13 +19,13 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
                 .to_owned(),
         ));
     }
-    let (_graph, source) = open(&args.source, args.format.as_deref(), Access::default())?;
+    let (_user, source) = open(&args.source, args.format.as_deref(), Access::default())?;
     if args.compress && args.target_format != "qcow2" {
         return Err(Error::Usage("Compression not supported for this file format".to_owned()));
     }
     create::make(&args.target, &args.target_format, &given, source.size(), args.quiet)?;
     let access = Access { writable: true, ..Access::default() };
-    let (_target_graph, target) = open(&args.target, Some(&args.target_format), access)?;
+    let (_target_user, target) = open(&args.target, Some(&args.target_format), access)?;
     watched(args.quiet, |progress| copy(&source, &target, args.compress, progress))
         .map_err(of(&args.target))?;
     Ok(0)

@@ -53,7 +53,7 @@ struct Image {
 
 fn inspect(file: &Path, format: Option<&str>, force_share: bool) -> Result<Image> {
     let access = Access { force_share, alone: true, ..Access::default() };
-    let (_graph, node) = open(file, format, access)?;
+    let (_user, node) = open(file, format, access)?;
     let info = node.info(true).map_err(of(file))?;
     let mut json = serde_json::to_value(&info.image).map_err(|e| Error::Usage(e.to_string()))?;
     // The node was opened without its backing file, which QMP shows in the name.

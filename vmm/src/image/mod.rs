@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use block::storage::{FileOptions, FileStorage, Locking, Storage};
-use block::{Graph, Node, ReadBuf};
+use block::{Attachment, Graph, Node, Perm, ReadBuf, User};
 use serde_json::{Value, json};
 
 use crate::cli::image::ImageCommand;
@@ -109,8 +109,9 @@ struct Access {
     alone: bool,
 }
 
-/// Opens an image as the node "image" of a graph of its own.
-fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Graph, Arc<Node>)> {
+/// Opens an image as the node "image" of a graph of its own, which ends with the use that is given
+/// back: until then the image and those below it are locked, raw ones too.
+fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Attachment, Arc<Node>)> {
     let driver = format_of(file, format)?;
     let mut options = json!({
         "driver": driver,
@@ -125,5 +126,13 @@ fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Graph, Arc
     }
     let graph = Graph::new();
     let node = graph.add(&options).map_err(of(file))?;
-    Ok((graph, node))
+    let mut used = Perm::CONSISTENT_READ;
+    used.set(Perm::WRITE | Perm::RESIZE, access.writable);
+    let shared = if access.force_share {
+        Perm::all()
+    } else {
+        Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED
+    };
+    let user = graph.attach("image", User::unnamed(used, shared)).map_err(of(file))?;
+    Ok((user, node))
 }

@@ -21,7 +21,7 @@ pub(super) fn run(args: &ResizeArgs) -> Result<u8> {
         return Err(Error::Usage(format!("Invalid image size specified: '{}'", args.size)));
     };
     let access = Access { writable: true, ..Access::default() };
-    let (_graph, node) = open(&args.file, args.format.as_deref(), access)?;
+    let (_user, node) = open(&args.file, args.format.as_deref(), access)?;
     let old = node.size();
     let new = match sign {
         0 => Some(number),
@@ -41,8 +41,7 @@ pub(super) fn run(args: &ResizeArgs) -> Result<u8> {
                 .to_owned(),
         ));
     }
-    watched(args.quiet, |progress| node.format().resize(new, mode, progress))
-        .map_err(of(&args.file))?;
+    watched(args.quiet, |progress| node.resize(new, mode, progress)).map_err(of(&args.file))?;
     node.flush().map_err(of(&args.file))?;
     if !args.quiet {
         say("Image resized.\n")?;

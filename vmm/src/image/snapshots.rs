@@ -13,7 +13,7 @@ pub(super) fn run(command: &ImageSnapshotCommand) -> Result<u8> {
     match command {
         ImageSnapshotCommand::List { force_share, file } => {
             let access = Access { force_share: *force_share, alone: true, ..Access::default() };
-            let (_graph, node) = open(file, None, access)?;
+            let (_user, node) = open(file, None, access)?;
             say(&table(&node.snapshots()))?;
         }
         ImageSnapshotCommand::Create(args) => change(args, "create", |format| {
@@ -42,7 +42,7 @@ fn change(
     work: impl FnOnce(&dyn Format) -> block::Result<()>,
 ) -> Result<()> {
     let access = Access { writable: true, ..Access::default() };
-    let (_graph, node) = open(&args.file, None, access)?;
+    let (_user, node) = open(&args.file, None, access)?;
     work(&*node.format())
         .map_err(|e| Error::Usage(format!("Could not {what} snapshot '{}': {e}", args.snapshot)))?;
     node.flush().map_err(of(&args.file))
