@@ -30,7 +30,7 @@ struct Shared {
 
 /// The requests in flight and waiting.
 #[derive(Debug, Default)]
-pub(super) struct InFlight {
+pub(crate) struct InFlight {
     shared: Arc<Shared>,
 }
 

@@ -60,13 +60,12 @@ mod zero;
 pub use bitmaps::StoredBitmap;
 pub use corruption::Corruption;
 pub use header::Compression;
-pub(crate) use inflight::Held;
+pub(crate) use inflight::{Held, InFlight};
 pub use options::{Options, PassDiscard};
 pub use overlap::OverlapCheck;
 pub(crate) use write::Target;
 
 use header::{Header, autoclear, compatible, field, incompatible};
-use inflight::InFlight;
 use layout::Geometry;
 use meta::Meta;
 
