@@ -1,4 +1,5 @@
-//! Who owns which host cluster: refcounts of every width, allocation, and growth of the table.
+//! Who owns which host cluster: refcounts and allocation. `runs` changes many at once, `grow` makes blocks
+//! and larger tables.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,10 +9,13 @@ use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
 use super::cache::{Table, TableCache};
-use super::counts::{self, Step, get};
-use super::header::{Header, MAX_REFTABLE_BYTES, field};
-use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run, push_run};
+use super::counts::{self, get};
+use super::header::Header;
+use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Run};
 use super::overlap::{ClusterSet, OverlapCheck};
+
+mod grow;
+mod runs;
 
 /// Refcount blocks without a count that are looked through for the end of the image.
 const MAX_EMPTY_BLOCKS: u32 = 65536;
@@ -42,13 +46,6 @@ fn set(table: &mut Table, index: usize, order: u32, value: u64) {
     let bytes = counts::bytes_of(&(index..index + 1), order);
     let at = (bytes.start * 8) >> order;
     counts::set(table.bytes_mut(bytes), index - at, order, value);
-}
-
-/// Changes the refcounts of a range of a block by one.
-fn change(table: &mut Table, range: &Range<usize>, order: u32, step: Step) {
-    let bytes = counts::bytes_of(range, order);
-    let at = (bytes.start * 8) >> order;
-    counts::step(table.bytes_mut(bytes), &(range.start - at..range.end - at), order, step);
 }
 
 impl Refcounts {
@@ -164,157 +161,6 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Adds one reference to each cluster; all or none.
-    ///
-    /// # Errors
-    /// Among others when the refcounts' width is exhausted, or a cluster has no reference yet,
-    /// which a used cluster must have.
-    pub(crate) fn add(&mut self, run: Run) -> Result<()> {
-        for part in self.by_block(run) {
-            if let Err(e) = self.add_part(part) {
-                let done = Run { first: run.first, count: part.first.0 - run.first.0 };
-                self.sub(done, |_| {})?;
-                return Err(e);
-            }
-        }
-        Ok(())
-    }
-
-    /// As [`Refcounts::add`], for clusters of one block.
-    fn add_part(&mut self, part: Run) -> Result<()> {
-        let order = self.geometry.refcount_order;
-        let limit = self.geometry.max_refcount();
-        // A table may refer to clusters all over the host, each with a block of its own.
-        self.trim()?;
-        let at = |index: usize, start: usize| part.first + to_u64(index - start);
-        let Some((table, start)) = self.block(part.first)? else {
-            return Err(self.unused(part.first));
-        };
-        let range = start..start + to_usize(part.count);
-        let (least, most) = counts::bounds(table.bytes(), &range, order);
-        if least == 0 {
-            let index = counts::find(table.bytes(), &range, order, 0).unwrap_or(start);
-            return Err(self.unused(at(index, start)));
-        }
-        if most >= limit {
-            let index = counts::find(table.bytes(), &range, order, most).unwrap_or(start);
-            return Err(Error::NotSupported(format!(
-                "Image '{}': the refcount of cluster {:#x} would exceed {} bits",
-                self.storage.name(),
-                at(index, start),
-                1u32 << order
-            )));
-        }
-        change(table, &range, order, Step::Up);
-        Ok(())
-    }
-
-    fn unused(&self, cluster: HostCluster) -> Error {
-        self.corrupt(format!("cluster {cluster:#x} is in use but has refcount 0"))
-    }
-
-    /// The parts of a run that one block has.
-    fn by_block(&self, run: Run) -> impl Iterator<Item = Run> + use<> {
-        let entries = self.geometry.block_entries();
-        let mut at = run.first;
-        std::iter::from_fn(move || {
-            let left = run.end().0 - at.0;
-            let part = Run { first: at, count: left.min(entries - at.0 % entries) };
-            at = part.end();
-            (left > 0).then_some(part)
-        })
-    }
-
-    /// Takes one reference from each cluster and tells which have none left, in runs. At an error
-    /// the clusters before the one it tells of are done.
-    pub(crate) fn sub(&mut self, run: Run, mut freed: impl FnMut(Run)) -> Result<()> {
-        for part in self.by_block(run) {
-            self.trim()?;
-            let done = self.sub_part(part, &mut freed)?;
-            if done < part.count {
-                return Err(self.corrupt(format!(
-                    "cluster {:#x} to be freed has refcount 0",
-                    part.first + done
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// As [`Refcounts::sub`], for clusters of one block; says how many are done.
-    fn sub_part(&mut self, part: Run, freed: &mut impl FnMut(Run)) -> Result<u64> {
-        let order = self.geometry.refcount_order;
-        let Some((table, start)) = self.block(part.first)? else {
-            return Ok(0);
-        };
-        let mut range = start..start + to_usize(part.count);
-        let (least, most) = counts::bounds(table.bytes(), &range, order);
-        if least == 0 {
-            range.end = counts::find(table.bytes(), &range, order, 0).unwrap_or(start);
-        }
-        if range.is_empty() {
-            return Ok(0);
-        }
-        let mut gone = Vec::new();
-        if most == 1 {
-            gone.push(Run { first: part.first, count: to_u64(range.len()) });
-        } else if least <= 1 {
-            let mut rest = range.clone();
-            while let Some(index) = counts::find(table.bytes(), &rest, order, 1) {
-                push_run(&mut gone, Run::one(part.first + to_u64(index - start)));
-                rest.start = index + 1;
-            }
-        }
-        change(table, &range, order, Step::Down);
-        for run in gone {
-            self.hint = self.hint.min(run.first);
-            freed(run);
-        }
-        Ok(to_u64(range.len()))
-    }
-
-    /// The parts of a run that nobody refers to.
-    pub(crate) fn free_parts(&mut self, run: Run) -> Result<Vec<Run>> {
-        let order = self.geometry.refcount_order;
-        let mut parts = Vec::new();
-        for part in self.by_block(run) {
-            self.trim()?;
-            let Some((table, start)) = self.block(part.first)? else {
-                push_run(&mut parts, part);
-                continue;
-            };
-            let range = start..start + to_usize(part.count);
-            if counts::bounds(table.bytes(), &range, order).1 == 0 {
-                push_run(&mut parts, part);
-                continue;
-            }
-            for index in range.filter(|index| get(table.bytes(), *index, order) == 0) {
-                push_run(&mut parts, Run::one(part.first + to_u64(index - start)));
-            }
-        }
-        Ok(parts)
-    }
-
-    /// Tells of each of the clusters whether it has exactly one reference. Neighbours should come
-    /// one after another: a block is looked up once for all that follow.
-    pub(crate) fn single(&mut self, clusters: &[HostCluster]) -> Result<Vec<bool>> {
-        let order = self.geometry.refcount_order;
-        let entries = self.geometry.block_entries();
-        let mut out = Vec::with_capacity(clusters.len());
-        for group in clusters.chunk_by(|a, b| a.0 / entries == b.0 / entries) {
-            self.trim()?;
-            match self.block(group[0])? {
-                Some((table, _)) => {
-                    let one =
-                        |c: &HostCluster| get(table.bytes(), to_usize(c.0 % entries), order) == 1;
-                    out.extend(group.iter().map(one));
-                }
-                None => out.resize(out.len() + group.len(), false),
-            }
-        }
-        Ok(out)
-    }
-
     /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`. `holds` knows
     /// which hold metadata: counts that call such a cluster free are wrong.
     pub(crate) fn allocate(&mut self, want: u64, exact: bool, holds: Holds<'_>) -> Result<Run> {
@@ -392,138 +238,6 @@ impl Refcounts {
             Some(kind) => Err(self.corrupt(kind.prevented())),
             None => Ok(()),
         }
-    }
-
-    /// Makes sure that all clusters of a run have a block; says whether any was missing.
-    fn ensure_blocks(&mut self, run: Run, holds: Holds<'_>) -> Result<bool> {
-        let entries = self.geometry.block_entries();
-        let mut made = false;
-        for index in run.first.0 / entries..=(run.end().0 - 1) / entries {
-            if index >= to_u64(self.table.len()) {
-                self.grow(index, holds)?;
-                made = true;
-            }
-            if self.table[to_usize(index)] == 0 {
-                self.check_free(Run::one(HostCluster(index * entries)), holds)?;
-                self.make_block(index, HostCluster(index * entries));
-                made = true;
-            }
-        }
-        Ok(made)
-    }
-
-    /// Makes the block `index` at `cluster`, which is in the range of a block that exists or of
-    /// this one. On disk the table refers to it only after the block is durable.
-    fn make_block(&mut self, index: u64, cluster: HostCluster) {
-        let offset = self.geometry.offset_of(cluster);
-        let bytes = vec![0; to_usize(self.geometry.cluster_size())];
-        let order = self.geometry.refcount_order;
-        let entries = self.geometry.block_entries();
-        self.block_set.insert(cluster);
-        let table = self.blocks.insert(offset, bytes);
-        if cluster.0 / entries == index {
-            set(table, to_usize(cluster.0 % entries), order, 1);
-        }
-        let index = to_usize(index);
-        self.table[index] = offset.0;
-        self.table_dirty = Some(match self.table_dirty.take() {
-            Some(old) => old.start.min(index)..old.end.max(index + 1),
-            None => index..index + 1,
-        });
-    }
-
-    /// Moves the table to a larger place so that it has an entry `index`.
-    ///
-    /// The new table and blocks that describe it lie in ranges no block described before, hence
-    /// free. Order: new blocks and table durable, then the header, then the old table is freed. A
-    /// crash in between leaves the old table in force and nothing else on disk refers to the new.
-    fn grow(&mut self, index: u64, holds: Holds<'_>) -> Result<()> {
-        let geometry = self.geometry;
-        let entries = geometry.block_entries();
-        let old_entries = to_u64(self.table.len());
-        let first_block = old_entries.max(index);
-        // Half as much again, so that growth is rare; room for the blocks that describe the table.
-        let mut wanted = first_block + 1 + old_entries / 2;
-        let (clusters, blocks) = loop {
-            let clusters = geometry.clusters(wanted * 8);
-            let blocks = clusters.div_ceil(entries - 1);
-            if clusters * geometry.cluster_size() / 8 >= first_block + blocks {
-                break (clusters, blocks);
-            }
-            wanted += blocks;
-        };
-        if clusters << geometry.cluster_bits > MAX_REFTABLE_BYTES.max(geometry.cluster_size()) {
-            return Err(Error::NotSupported(format!(
-                "Image '{}' cannot grow any more: its refcount table is at its largest",
-                self.storage.name()
-            )));
-        }
-        let start = HostCluster(first_block * entries);
-        let table_run = Run { first: start + blocks, count: clusters };
-        if geometry.offset_of(table_run.end()).0 >= MAX_HOST {
-            return Err(Error::NotSupported(format!(
-                "Image '{}' cannot grow any more",
-                self.storage.name()
-            )));
-        }
-        self.check_free(Run { first: start, count: blocks + clusters }, holds)?;
-        let old_table = self.table.clone();
-        let old_dirty = self.table_dirty.clone();
-        self.table.resize(to_usize(clusters * geometry.cluster_size() / 8), 0);
-        let result = self.install(first_block, blocks, start, table_run);
-        if result.is_err() {
-            for n in 0..blocks {
-                self.blocks.forget(geometry.offset_of(start + n));
-                self.block_set.remove(start + n);
-            }
-            self.table = old_table;
-            self.table_dirty = old_dirty;
-            return result;
-        }
-        let old_run = std::mem::replace(&mut self.table_run, table_run);
-        self.table_dirty = None;
-        self.moved = true;
-        // After a failure the header may have either, and both are whole: the new one is in force,
-        // the header is written before anything that needs it, and the old one is leaked.
-        self.settle()?;
-        self.sub(old_run, |_| {})
-    }
-
-    /// Makes the header give the table's place, if it may not.
-    fn settle(&mut self) -> Result<()> {
-        if !self.moved {
-            return Ok(());
-        }
-        let mut fields = [0; 12];
-        let offset = self.geometry.offset_of(self.table_run.first).0;
-        fields[..8].copy_from_slice(&offset.to_be_bytes());
-        let clusters = u32::try_from(self.table_run.count).unwrap_or(u32::MAX);
-        fields[8..].copy_from_slice(&clusters.to_be_bytes());
-        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
-        self.storage.flush()?;
-        self.moved = false;
-        Ok(())
-    }
-
-    /// Makes the new table and its blocks of [`Refcounts::grow`] durable.
-    fn install(
-        &mut self,
-        first_block: u64,
-        blocks: u64,
-        start: HostCluster,
-        table: Run,
-    ) -> Result<()> {
-        for n in 0..blocks {
-            self.make_block(first_block + n, start + n);
-        }
-        for cluster in (Run { first: start, count: blocks + table.count }).clusters() {
-            self.set(cluster, 1)?;
-        }
-        self.blocks.write_back(&*self.storage)?;
-        let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
-        let offset = self.geometry.offset_of(table.first).0;
-        self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
-        self.storage.flush()
     }
 
     /// Drops blocks from memory that were not used since the last call.

@@ -1,0 +1,142 @@
+//! New refcount blocks, and a larger table for them.
+
+use crate::num::{to_u64, to_usize};
+use crate::qcow2::header::{MAX_REFTABLE_BYTES, field};
+use crate::qcow2::layout::{HostCluster, MAX_HOST, Run};
+use crate::{Error, Result, WriteBuf};
+
+use super::{Holds, Refcounts, set};
+
+impl Refcounts {
+    /// Makes sure that all clusters of a run have a block; says whether any was missing.
+    pub(super) fn ensure_blocks(&mut self, run: Run, holds: Holds<'_>) -> Result<bool> {
+        let entries = self.geometry.block_entries();
+        let mut made = false;
+        for index in run.first.0 / entries..=(run.end().0 - 1) / entries {
+            if index >= to_u64(self.table.len()) {
+                self.grow(index, holds)?;
+                made = true;
+            }
+            if self.table[to_usize(index)] == 0 {
+                self.check_free(Run::one(HostCluster(index * entries)), holds)?;
+                self.make_block(index, HostCluster(index * entries));
+                made = true;
+            }
+        }
+        Ok(made)
+    }
+
+    /// Makes the block `index` at `cluster`, which is in the range of a block that exists or of
+    /// this one. On disk the table refers to it only after the block is durable.
+    fn make_block(&mut self, index: u64, cluster: HostCluster) {
+        let offset = self.geometry.offset_of(cluster);
+        let bytes = vec![0; to_usize(self.geometry.cluster_size())];
+        let order = self.geometry.refcount_order;
+        let entries = self.geometry.block_entries();
+        self.block_set.insert(cluster);
+        let table = self.blocks.insert(offset, bytes);
+        if cluster.0 / entries == index {
+            set(table, to_usize(cluster.0 % entries), order, 1);
+        }
+        let index = to_usize(index);
+        self.table[index] = offset.0;
+        self.table_dirty = Some(match self.table_dirty.take() {
+            Some(old) => old.start.min(index)..old.end.max(index + 1),
+            None => index..index + 1,
+        });
+    }
+
+    /// Moves the table to a larger place so that it has an entry `index`.
+    ///
+    /// The new table and blocks that describe it lie in ranges no block described before, hence
+    /// free. Order: new blocks and table durable, then the header, then the old table is freed. A
+    /// crash in between leaves the old table in force and nothing else on disk refers to the new.
+    fn grow(&mut self, index: u64, holds: Holds<'_>) -> Result<()> {
+        let geometry = self.geometry;
+        let entries = geometry.block_entries();
+        let old_entries = to_u64(self.table.len());
+        let first_block = old_entries.max(index);
+        // Half as much again, so that growth is rare; room for the blocks that describe the table.
+        let mut wanted = first_block + 1 + old_entries / 2;
+        let (clusters, blocks) = loop {
+            let clusters = geometry.clusters(wanted * 8);
+            let blocks = clusters.div_ceil(entries - 1);
+            if clusters * geometry.cluster_size() / 8 >= first_block + blocks {
+                break (clusters, blocks);
+            }
+            wanted += blocks;
+        };
+        if clusters << geometry.cluster_bits > MAX_REFTABLE_BYTES.max(geometry.cluster_size()) {
+            return Err(Error::NotSupported(format!(
+                "Image '{}' cannot grow any more: its refcount table is at its largest",
+                self.storage.name()
+            )));
+        }
+        let start = HostCluster(first_block * entries);
+        let table_run = Run { first: start + blocks, count: clusters };
+        if geometry.offset_of(table_run.end()).0 >= MAX_HOST {
+            return Err(Error::NotSupported(format!(
+                "Image '{}' cannot grow any more",
+                self.storage.name()
+            )));
+        }
+        self.check_free(Run { first: start, count: blocks + clusters }, holds)?;
+        let old_table = self.table.clone();
+        let old_dirty = self.table_dirty.clone();
+        self.table.resize(to_usize(clusters * geometry.cluster_size() / 8), 0);
+        let result = self.install(first_block, blocks, start, table_run);
+        if result.is_err() {
+            for n in 0..blocks {
+                self.blocks.forget(geometry.offset_of(start + n));
+                self.block_set.remove(start + n);
+            }
+            self.table = old_table;
+            self.table_dirty = old_dirty;
+            return result;
+        }
+        let old_run = std::mem::replace(&mut self.table_run, table_run);
+        self.table_dirty = None;
+        self.moved = true;
+        // After a failure the header may have either, and both are whole: the new one is in force,
+        // the header is written before anything that needs it, and the old one is leaked.
+        self.settle()?;
+        self.sub(old_run, |_| {})
+    }
+
+    /// Makes the header give the table's place, if it may not.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        if !self.moved {
+            return Ok(());
+        }
+        let mut fields = [0; 12];
+        let offset = self.geometry.offset_of(self.table_run.first).0;
+        fields[..8].copy_from_slice(&offset.to_be_bytes());
+        let clusters = u32::try_from(self.table_run.count).unwrap_or(u32::MAX);
+        fields[8..].copy_from_slice(&clusters.to_be_bytes());
+        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
+        self.storage.flush()?;
+        self.moved = false;
+        Ok(())
+    }
+
+    /// Makes the new table and its blocks of [`Refcounts::grow`] durable.
+    fn install(
+        &mut self,
+        first_block: u64,
+        blocks: u64,
+        start: HostCluster,
+        table: Run,
+    ) -> Result<()> {
+        for n in 0..blocks {
+            self.make_block(first_block + n, start + n);
+        }
+        for cluster in (Run { first: start, count: blocks + table.count }).clusters() {
+            self.set(cluster, 1)?;
+        }
+        self.blocks.write_back(&*self.storage)?;
+        let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        let offset = self.geometry.offset_of(table.first).0;
+        self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
+        self.storage.flush()
+    }
+}
