@@ -250,7 +250,7 @@ mod tests {
             CreateOptions { size: SIZE, cluster_size: Some(CLUSTER), ..CreateOptions::default() };
         create(&*storage, None, &options, &Progress::default()).unwrap();
         let image = Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap();
-        image.write(0, &[WriteBuf::new(&[1; CLUSTER as usize])]).unwrap();
+        image.write(0, &[WriteBuf::new(&[1; 1024])]).unwrap();
         image.write(SIZE - 512, &[WriteBuf::new(&[2; 512])]).unwrap();
         let held = image.in_flight.shared(0..CLUSTER);
         thread::scope(|scope| {
