@@ -170,7 +170,7 @@ fn what_cannot_be_is_refused_and_leaves_no_file() {
 }
 
 /// The bytes of a disk that must not be lost.
-const PRECIOUS: [u8; 1 << 20] = [0x5a; 1 << 20];
+static PRECIOUS: [u8; 1 << 20] = [0x5a; 1 << 20];
 
 #[test]
 fn a_copy_onto_its_own_source_or_backing_file_is_refused_and_loses_nothing() {
