@@ -251,6 +251,7 @@ fn a_backing_file_is_reopened_alone_under_reads_and_status_of_its_overlay() {
     graph.add(&base).unwrap();
     let node = graph.add(&top).unwrap();
     let done = &std::sync::atomic::AtomicBool::new(false);
+    let rounds = &std::sync::atomic::AtomicU64::new(0);
     std::thread::scope(|scope| {
         for lane in 0..2u64 {
             let (node, contents) = (&node, &contents);
@@ -270,6 +271,7 @@ fn a_backing_file_is_reopened_alone_under_reads_and_status_of_its_overlay() {
                         assert!(status.iter().all(|e| e.data && e.depth == 2), "{status:?}");
                     }
                     queue.drain(&mut completions);
+                    rounds.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     for completion in completions.drain(..) {
                         completion.result.unwrap();
                         let at = completion.id as usize;
@@ -278,7 +280,14 @@ fn a_backing_file_is_reopened_alone_under_reads_and_status_of_its_overlay() {
                 }
             });
         }
-        let reopened = (0..100).try_for_each(|_| graph.reopen(std::slice::from_ref(&base)));
+        let reopened = (0..100).try_for_each(|_| {
+            // Until its tables are in memory again, so that reads are located.
+            let seen = rounds.load(std::sync::atomic::Ordering::Relaxed);
+            while rounds.load(std::sync::atomic::Ordering::Relaxed) < seen + 8 {
+                std::thread::yield_now();
+            }
+            graph.reopen(std::slice::from_ref(&base))
+        });
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         reopened.unwrap();
     });

@@ -173,13 +173,14 @@ fn restore_to_before_the_driver_came_stops_the_queues() {
 
 #[test]
 fn resume_raises_an_unacknowledged_interrupt_again() {
-    let (mut first, _) = running();
+    let (mut first, disk) = running();
     send_flush(&mut first);
     wait_readable(std::os::fd::AsRawFd::as_raw_fd(first.line.event_fd()));
     let state = saved(&mut first);
     assert_eq!(state.virtio.interrupt_status, 1);
 
-    let (mut second, _) = driver();
+    // The queues go on where they were, so the guest's memory must be the one they were in.
+    let mut second = Driver::with_memory(disk.device(2), first.mem.clone());
     second.dev.restore(&state).unwrap();
     assert!(second.line.event_fd().read().is_err());
     second.dev.resume().unwrap();
