@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,17 +20,19 @@ const SEND_BUFFER: usize = 2 << 20;
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
-    /// A unix socket; a socket that is there is replaced.
+    /// A unix socket; one that a process left behind is replaced.
     Unix(PathBuf),
     /// A TCP port on a local address.
     Tcp(SocketAddr),
 }
 
-/// A listening socket. The path of a unix socket is removed with it.
+/// A listening socket. The file of a unix socket is removed with it.
 #[derive(Debug)]
 pub(super) struct Listener {
     fd: OwnedFd,
     address: Address,
+    /// Device and inode of a unix socket's file: another process may have put its own in its place.
+    file: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -43,9 +45,9 @@ impl Listener {
                     offset: 0,
                     source,
                 };
-                remove_socket(path);
+                remove_stale(path).map_err(failed)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
-                Ok(Self { fd: listener.into(), address: address.clone() })
+                Ok(Self { fd: listener.into(), address: address.clone(), file: socket_file(path) })
             }
             Address::Tcp(at) => {
                 let failed = |source| Error::Io {
@@ -57,7 +59,7 @@ impl Listener {
                 let listener = TcpListener::bind(at).map_err(failed)?;
                 // Port 0 became another.
                 let at = listener.local_addr().map_err(failed)?;
-                Ok(Self { fd: listener.into(), address: Address::Tcp(at) })
+                Ok(Self { fd: listener.into(), address: Address::Tcp(at), file: None })
             }
         }
     }
@@ -84,16 +86,37 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Address::Unix(path) = &self.address {
-            remove_socket(path);
+        if let Address::Unix(path) = &self.address
+            && self.file.is_some()
+            && socket_file(path) == self.file
+        {
+            // It may be gone already, which is as well.
+            let _ = std::fs::remove_file(path);
         }
     }
 }
 
-/// Removes a path only if it is a socket; whether it succeeds shows at the next bind.
-fn remove_socket(path: &Path) {
-    if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
-        let _ = std::fs::remove_file(path);
+/// Device and inode of a path that is a socket.
+fn socket_file(path: &Path) -> Option<(u64, u64)> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    meta.file_type().is_socket().then(|| (meta.dev(), meta.ino()))
+}
+
+/// Removes a socket's file that nobody listens on: a process that was killed leaves it behind.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    if socket_file(path).is_none() {
+        return Ok(());
+    }
+    let flags = net::SocketFlags::CLOEXEC | net::SocketFlags::NONBLOCK;
+    let probe = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, flags, None)?;
+    match net::connect(&probe, &net::SocketAddrUnix::new(path)?) {
+        Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(path),
+        Err(rustix::io::Errno::NOENT) => Ok(()),
+        // A full backlog says that someone is there.
+        Ok(()) | Err(rustix::io::Errno::AGAIN) => {
+            Err(io::Error::new(io::ErrorKind::AddrInUse, "another server is listening on it"))
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -171,5 +194,29 @@ pub(super) fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], until: Option<Instant>) 
     match poll(&mut polled, timeout.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_in_use_is_left_alone_and_one_left_behind_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let address = Address::Unix(path.clone());
+        // Closed without its file being removed, as by a process that was killed.
+        drop(UnixListener::bind(&path).unwrap());
+        let first = Listener::bind(&address).unwrap();
+        let error = Listener::bind(&address).unwrap_err().to_string();
+        assert!(error.contains("another server is listening on it"), "{error}");
+        // Somebody took the file away and listens there: it is not ours to remove.
+        std::fs::remove_file(&path).unwrap();
+        let second = Listener::bind(&address).unwrap();
+        drop(first);
+        assert!(path.exists());
+        drop(second);
+        assert!(!path.exists());
     }
 }
