@@ -8,7 +8,7 @@
 //! | `cache` | L2 tables and refcount blocks in memory |
 //! | `counts` | the refcounts of one block |
 //! | `refcount` | references to host clusters, allocation |
-//! | `meta` | all of these together, and the order in which they are written |
+//! | `meta`, `meta/sync` | all of these together; the order in which they are written |
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
 //! | `inflight` | which guest ranges are being worked on |
 //! | `subcluster` | what an L2 entry says of the parts of its cluster |

@@ -1,0 +1,260 @@
+//! How changes of the metadata reach the disk, in the order that [`super`] describes, and what is given
+//! back afterwards.
+
+use std::time::Instant;
+
+use crate::num::to_u64;
+use crate::qcow2::header::{field, incompatible};
+use crate::qcow2::layout::{Run, push_run};
+use crate::qcow2::snapshot;
+use crate::{Result, WriteBuf};
+
+use super::Meta;
+
+/// Clusters waiting to be given back before a sync is due.
+const MAX_PENDING_RUNS: usize = 4096;
+
+/// Runs of freed clusters that are kept before their space is given back.
+const MAX_FREED_RUNS: usize = 16384;
+
+/// Host space that is given back at once.
+const PUNCH_BYTES: u64 = 32 << 20;
+
+impl Meta {
+    /// Whether [`Meta::trim`] has something to do.
+    pub(crate) fn needs_trim(&self) -> bool {
+        self.refcounts.needs_trim() || self.l2.is_over() || self.pending.len() > MAX_PENDING_RUNS
+    }
+
+    /// Whether anything in memory differs from the disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.unsettled
+            || self.flags_lag
+            || self.refcounts.is_dirty()
+            || self.l2.is_dirty()
+            || self.l1_dirty.is_some()
+            || self.pending_runs() > 0
+    }
+
+    /// Writes all changes in the module's order; all of them, and the guest's data, are durable
+    /// afterwards. A failure leaves what is unwritten in memory, to be tried again.
+    ///
+    /// In an image that was found corrupt this saves the writes from before: all tables in memory
+    /// are in places that were checked. Nothing is given back any more, as counts may be wrong.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if let Some(data) = &self.data {
+            data.flush()?;
+        }
+        if !self.has_changes() {
+            return self.storage.flush();
+        }
+        self.settle()?;
+        if std::mem::take(&mut self.flags_lag)
+            && self.broken.is_none()
+            && let Err(e) = snapshot::set_copied(self)
+        {
+            tracing::warn!(image = self.storage.name(), "clusters are not marked as ours: {e}");
+        }
+        self.write_counts()?;
+        self.storage.flush()?;
+        self.write_tables()?;
+        self.storage.flush()?;
+        if self.broken.is_some() {
+            self.pending = Default::default();
+            return Ok(());
+        }
+        let [passed, kept] = std::mem::take(&mut self.pending);
+        for (runs, pass) in [(passed, true), (kept, false)] {
+            for run in runs {
+                self.free_passing(run, pass)?;
+            }
+        }
+        // No order is needed: on disk these clusters just look used until then.
+        self.write_counts()?;
+        self.punch_if_many()?;
+        self.punch_some().map(|_| ())
+    }
+
+    /// Whether a [`Meta::sync`] has anything to write. Counts that may be written later are no reason.
+    fn has_changes(&self) -> bool {
+        let counts = self.refcounts.is_dirty() && !(self.lazy && self.is_marked_dirty());
+        counts
+            || self.unsettled
+            || self.flags_lag
+            || self.l2.is_dirty()
+            || self.l1_dirty.is_some()
+            || self.pending_runs() > 0
+    }
+
+    fn is_marked_dirty(&self) -> bool {
+        self.header.incompatible & incompatible::DIRTY != 0
+    }
+
+    /// Step 1 of the order. With lazy refcounts they stay in memory: instead, the dirty bit is set
+    /// durably before any table refers to a cluster that is not counted on disk. Whoever opens the
+    /// image for writing after a crash counts anew.
+    fn write_counts(&mut self) -> Result<()> {
+        if !self.lazy {
+            return self.refcounts.write_back();
+        }
+        if self.refcounts.is_dirty() && !self.is_marked_dirty() {
+            let bits = self.header.incompatible | incompatible::DIRTY;
+            self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes())?;
+            self.storage.flush()?;
+            self.header.incompatible = bits;
+        }
+        Ok(())
+    }
+
+    /// Writes all that is left and takes the dirty bit back. Order: counts durable, then the bit. An
+    /// image that was found corrupt keeps it.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        let lazy = std::mem::replace(&mut self.lazy, false);
+        let result = self.close_counted();
+        // Until all is written, later writes go on as before.
+        self.lazy = lazy;
+        result
+    }
+
+    fn close_counted(&mut self) -> Result<()> {
+        if self.is_dirty() {
+            self.sync()?;
+        }
+        if self.has_freed() && self.broken.is_none() {
+            while self.punch_some()? {}
+            self.truncate_tail();
+        }
+        if self.is_marked_dirty() && self.writable && self.broken.is_none() {
+            self.storage.flush()?;
+            let bits = self.header.incompatible & !incompatible::DIRTY;
+            self.write_field(field::INCOMPATIBLE, &bits.to_be_bytes())?;
+            self.storage.flush()?;
+            self.header.incompatible = bits;
+        }
+        Ok(())
+    }
+
+    /// Makes the header tell of the tables in force, where it may tell of others. Both are whole on
+    /// disk, so this may come before all other writes; it must, because these go to the tables in
+    /// force.
+    fn settle(&mut self) -> Result<()> {
+        if !self.unsettled {
+            return Ok(());
+        }
+        let (snapshots, table) = (to_u64(self.snapshots.len()), self.snapshot_table);
+        snapshot::write_table_place(self, snapshots, table)?;
+        let (size, l1) = (self.header.size, self.header.l1_offset);
+        snapshot::write_disk_place(self, size, l1, self.header.l1_size)?;
+        self.storage.flush()?;
+        self.unsettled = false;
+        Ok(())
+    }
+
+    /// Gives some of the host's space of free clusters back, unless they are in use again; says
+    /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
+    pub(crate) fn punch_some(&mut self) -> Result<bool> {
+        self.check_writable()?;
+        let geometry = self.geometry();
+        let mut left = geometry.clusters(PUNCH_BYTES).max(1);
+        // Snapshots free in the order of the guest; few large calls are faster than many.
+        let mut runs = std::mem::take(&mut self.freed);
+        runs.sort_unstable_by_key(|run| run.first);
+        runs.into_iter().for_each(|run| push_run(&mut self.freed, run));
+        while left > 0
+            && let Some(mut run) = self.freed.pop()
+        {
+            if run.count > left {
+                self.freed.push(Run { first: run.first, count: run.count - left });
+                run = Run { first: run.first + (run.count - left), count: left };
+            }
+            left -= run.count;
+            for part in self.refcounts.free_parts(run)? {
+                let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
+                if let Err(e) = self.storage.discard(at, len) {
+                    tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
+                }
+            }
+        }
+        Ok(!self.freed.is_empty())
+    }
+
+    /// Whether there is space that [`Meta::punch_some`] would give back.
+    pub(crate) fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
+    /// Keeps the list of freed clusters short: a large image may have them all over the file.
+    pub(crate) fn punch_if_many(&mut self) -> Result<()> {
+        if self.freed.len() > MAX_FREED_RUNS {
+            while self.freed.len() > MAX_FREED_RUNS / 2 && self.punch_some()? {}
+        }
+        Ok(())
+    }
+
+    /// Step 3 of the order.
+    fn write_tables(&mut self) -> Result<()> {
+        self.l2.write_back(&*self.storage)?;
+        if let Some(range) = self.l1_dirty.clone() {
+            self.storage.flush()?;
+            let bytes: Vec<u8> =
+                self.l1[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let at = self.header.l1_offset + to_u64(range.start) * 8;
+            self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;
+            self.l1_dirty = None;
+        }
+        Ok(())
+    }
+
+    /// Drops tables that were not used for the interval of `cache-clean-interval`.
+    fn clean_caches(&mut self) {
+        if let Some(interval) = self.clean_interval
+            && self.cleaned.elapsed() >= interval
+        {
+            self.cleaned = Instant::now();
+            self.l2.drop_unused();
+            self.refcounts.drop_unused();
+        }
+    }
+
+    /// As [`Meta::trim`] for reads, which neither wait for writes nor fail with them: what is dirty
+    /// stays until something is written.
+    pub(crate) fn trim_clean(&mut self) {
+        self.clean_caches();
+        if self.l2.is_over() {
+            self.l2.shrink();
+        }
+    }
+
+    /// Between operations: keeps caches and the list of clusters to be freed within their limits.
+    pub(crate) fn trim(&mut self) -> Result<()> {
+        self.clean_caches();
+        self.refcounts.trim()?;
+        if self.l2.is_over() {
+            self.l2.shrink();
+        }
+        if (self.l2.is_over() || self.pending_runs() > MAX_PENDING_RUNS) && self.writable {
+            self.sync()?;
+            self.l2.shrink();
+        }
+        Ok(())
+    }
+
+    /// Cuts free clusters off the end of the file. An error is of no consequence.
+    pub(crate) fn truncate_tail(&mut self) {
+        if let Err(e) = self.cut_tail() {
+            tracing::debug!(image = self.storage.name(), "file was not shortened: {e}");
+        }
+    }
+
+    fn cut_tail(&mut self) -> Result<()> {
+        self.check_writable()?;
+        let Some(end) = self.refcounts.used_end()? else {
+            return Ok(());
+        };
+        let end = self.geometry().offset_of(end).0;
+        if end > 0 && end < self.storage.len()? {
+            self.storage.set_len(end)?;
+        }
+        Ok(())
+    }
+}
