@@ -17,17 +17,20 @@
 //!
 //! A job that ends before `Freeze` has not touched the guest.
 
+mod load;
+mod save;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::{Graph, Node, Progress};
 use devices::GuestMemory;
-use snapshot::{Checkpoint, MachineConfig, SaveRequest, Stamp};
-use tracing::{info, warn};
+use snapshot::MachineConfig;
+use tracing::info;
 
+pub use self::load::Revival;
 use super::mailbox::{Mailbox, Message};
 use crate::machine::state::{MachineState, Shape};
 
@@ -144,8 +147,8 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
-        Task::Save(target) => save(target, context),
-        Task::Load(target) => load(&target, context),
+        Task::Save(target) => save::save(target, context),
+        Task::Load(target) => load::load(&target, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;
             let report = snapshot::delete(&nodes, &tag)?;
@@ -153,44 +156,6 @@ fn run(task: Task, context: &WorkContext) -> Outcome {
             Ok(())
         }
     }
-}
-
-fn save(target: Target, context: &WorkContext) -> Outcome {
-    let Target { tag, vmstate, devices } = target;
-    let nodes = context.resolve(&devices)?;
-    snapshot::preflight_save(&nodes, &vmstate, &tag)?;
-    let Frozen { state } = context.freeze(Freeze::Save)?;
-    let stamp = stamp(tag, state.clock.kvmclock_ns);
-    let request = SaveRequest {
-        nodes: &nodes,
-        vmstate: &vmstate,
-        stamp,
-        config: &context.config,
-        sections: state.to_sections()?,
-        ram: &context.memory,
-        progress: &context.progress,
-        threads: IO_THREADS,
-    };
-    match snapshot::save(request) {
-        Ok(report) => {
-            info!("saved {report:?}");
-            Ok(())
-        }
-        Err(snapshot::SaveError::Cancelled) => Err(WorkError::Cancelled),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn load(target: &Target, context: &WorkContext) -> Outcome {
-    let nodes = context.resolve(&target.devices)?;
-    let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
-    context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
-    // From here on a cancel is refused; this is the last one to be heard.
-    if context.progress.check().is_err() {
-        return Err(WorkError::Cancelled);
-    }
-    revival.read(&context.memory, false, &context.progress, &context.memory_lost)?;
-    context.restore(revival.state)
 }
 
 impl WorkContext {
@@ -215,66 +180,5 @@ impl WorkContext {
         self.mailbox.send(Message::Work(message(reply)));
         // No answer: the main thread has ended, and with it the machine.
         answer.recv().unwrap_or(Err(WorkError::Cancelled))
-    }
-}
-
-/// A checkpoint on its way into a machine: checked and decoded, nothing touched yet.
-pub struct Revival {
-    checkpoint: Checkpoint,
-    /// What the vCPUs and devices are to be.
-    pub state: MachineState,
-}
-
-impl Revival {
-    /// Finds the checkpoint and checks all that can be checked without touching the guest.
-    ///
-    /// # Errors
-    /// It is not there, not whole, or of another machine.
-    pub fn open(
-        nodes: &[Arc<Node>],
-        target: &Target,
-        config: &MachineConfig,
-        memory: &GuestMemory,
-        shape: Shape,
-    ) -> Result<Self, WorkError> {
-        let checkpoint = Checkpoint::open(nodes, &target.vmstate, &target.tag)?;
-        for difference in checkpoint.check_machine(config, memory)? {
-            warn!("loading '{}': {difference}", target.tag);
-        }
-        let unfit = |error| {
-            let Target { tag, vmstate, .. } = target;
-            WorkError::Failed(format!("Snapshot '{tag}' on '{vmstate}': {error}"))
-        };
-        let state = MachineState::from_sections(checkpoint.sections(), shape).map_err(unfit)?;
-        Ok(Self { checkpoint, state })
-    }
-
-    /// Reads RAM and takes the disks back. The guest must be stopped. `memory_lost` is set when its
-    /// memory begins to be replaced; a failure before that leaves the guest whole, one after it
-    /// the disks. `fresh` memory was never used.
-    pub fn read(
-        &self,
-        memory: &GuestMemory,
-        fresh: bool,
-        progress: &Progress,
-        memory_lost: &AtomicBool,
-    ) -> Outcome {
-        let disks = self.checkpoint.prepare_disks()?;
-        memory_lost.store(true, Ordering::Release);
-        let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
-        info!("loaded {report:?}");
-        disks.revert()?;
-        Ok(())
-    }
-}
-
-/// Date and clock of a checkpoint: microseconds, as QEMU's.
-fn stamp(tag: String, vm_clock_nsec: u64) -> Stamp {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Stamp {
-        tag,
-        date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
-        date_nsec: now.subsec_micros() * 1000,
-        vm_clock_nsec,
     }
 }
