@@ -15,7 +15,7 @@
 //! the image as it was. Dropping a change without `finish` rolls it back. A crash at any point
 //! leaves the old or the new state, and at most leaked clusters.
 
-use crate::{ReadBuf, Result, WriteBuf};
+use crate::{Error, ReadBuf, Result, WriteBuf};
 
 /// An internal snapshot, as the snapshot table tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,16 +64,38 @@ pub trait SnapshotChange: Send {
 }
 
 /// A snapshot being made; it may carry VM state.
+///
+/// VM state is written and zeroed in pages of 4096 bytes, or in clusters where these are smaller:
+/// offsets and lengths must be multiples of that. Writing and zeroing may be called from many threads
+/// at once for ranges that share no cluster.
 pub trait SnapshotCreate: SnapshotChange + Sync {
-    /// Writes VM state at `offset` bytes from the start of the VM-state area. Callable from many
-    /// threads at once for ranges that share no cluster; `offset` and the total length must be
-    /// multiples of [`SnapshotCreate::cluster_size`]. A range is written once; what is never
-    /// written reads as zeroes and takes no space. Buffers aligned to 4096 bytes go to the host
-    /// without a copy.
+    /// Starts with the VM state of snapshot `id` of the same image, before any is written; gives its
+    /// length in bytes, which becomes the length of this one. What is not written or zeroed afterwards
+    /// is shared with it and takes no more space, and either may be deleted first.
+    ///
+    /// # Errors
+    /// Among others if the format cannot share VM state.
+    fn inherit_vmstate(&mut self, _id: &str) -> Result<u64> {
+        Err(Error::NotSupported("This image format cannot share VM state".to_owned()))
+    }
+
+    /// Writes VM state at `offset` bytes from the start of the VM-state area, also where there is some
+    /// already. A cluster that is written in part keeps the rest, which may have to be read from
+    /// where it is inherited from. What is never written reads as zeroes and takes no space. Buffers
+    /// aligned to 4096 bytes go to the host without a copy. After an error the range has anything.
     fn write_vmstate(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()>;
 
-    /// The length recorded in the snapshot table; at least the end of the last write.
+    /// Makes a part of the VM state read as zeroes. Whole clusters of it take no space afterwards.
+    fn zero_vmstate(&self, _offset: u64, _len: u64) -> Result<()> {
+        Err(Error::NotSupported("This image format cannot zero VM state".to_owned()))
+    }
+
+    /// The length recorded in the snapshot table; at least the end of what was written. Inherited VM
+    /// state past it is left out.
     fn set_vmstate_size(&mut self, size: u64);
+
+    /// Replaces the times given at the start: see [`NewSnapshot`].
+    fn set_time(&mut self, date_sec: u32, date_nsec: u32, vm_clock_nsec: u64);
 
     /// Cluster size of the image in bytes.
     fn cluster_size(&self) -> u64;

@@ -82,6 +82,22 @@ fn save(base: &Base, format: &Qcow2) -> Result<()> {
     change.finish()
 }
 
+/// With VM state that starts as the earlier snapshot's.
+fn save_inheriting(base: &Base, format: &Qcow2) -> Result<()> {
+    let size = cluster(base);
+    let unit = size.min(4096);
+    let mut change = format.create_snapshot(&new_snapshot("new"))?;
+    change.inherit_vmstate(&id_of(format, "old"))?;
+    for at in [0, 2 * size] {
+        change.write_vmstate(at, &[WriteBuf::new(&vec![9; unit as usize])])?;
+    }
+    change.zero_vmstate(size, unit)?;
+    change.set_vmstate_size(3 * size);
+    change.prepare()?;
+    change.publish()?;
+    change.finish()
+}
+
 /// More clusters than the refcount table has room for.
 fn save_large(base: &Base, format: &Qcow2) -> Result<()> {
     let bytes = vec![9; 128 * base.kind.cluster()];
@@ -156,6 +172,7 @@ const OPERATIONS: &[Operation] = &[
     Operation { name: "write-zeroes with unmap", run: zero_unmapping, done: NEVER, writes: true },
     Operation { name: "discard", run: discard, done: NEVER, writes: true },
     Operation { name: "save", run: save, done: saved, writes: false },
+    Operation { name: "inheriting save", run: save_inheriting, done: saved, writes: false },
     Operation { name: "revert", run: revert, done: NEVER, writes: true },
     Operation {
         name: "delete",

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use block::bitmap::NewBitmap;
 use block::qcow2::check::{self, Repair};
-use block::{NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, WriteBuf};
+use block::{
+    NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, SnapshotCreate, WriteBuf,
+};
 
 use crate::common::Random;
 use crate::kinds::{BITMAP, Base, Start};
@@ -272,6 +274,13 @@ impl Work<'_> {
         let mut change = format.create_snapshot(&new).unwrap();
         let cluster = change.cluster_size() as usize;
         let mut vm = Vec::new();
+        if self.random.below(2) == 0
+            && let Some((id, from)) = self.pick(node)
+        {
+            assert_eq!(change.inherit_vmstate(&id).unwrap(), from.vm.len() as u64);
+            vm.clone_from(&from.vm);
+            self.rewrite(&*change, &mut vm);
+        }
         for _ in 0..self.random.below(4) {
             // A hole, then a part.
             vm.resize(vm.len() + cluster * self.random.below(3) as usize, 0);
@@ -308,6 +317,23 @@ impl Work<'_> {
         }
         change.finish().unwrap();
         self.snaps.push(snap);
+    }
+
+    /// Changes pages of VM state, some of them twice.
+    fn rewrite(&mut self, change: &dyn SnapshotCreate, vm: &mut [u8]) {
+        let unit = change.cluster_size().min(4096) as usize;
+        for _ in 0..if vm.is_empty() { 0 } else { self.random.below(5) } {
+            let at = self.random.below((vm.len() / unit) as u64) as usize * unit;
+            let len = (unit * (1 + self.random.below(3) as usize)).min(vm.len() - at);
+            if self.random.below(3) == 0 {
+                change.zero_vmstate(at as u64, len as u64).unwrap();
+                vm[at..at + len].fill(0);
+            } else {
+                let bytes = self.bytes(len);
+                change.write_vmstate(at as u64, &[WriteBuf::new(&bytes)]).unwrap();
+                vm[at..at + len].copy_from_slice(&bytes);
+            }
+        }
     }
 
     fn delete(&mut self, node: &Node) {

@@ -29,3 +29,4 @@ mod resize;
 mod snapshots;
 mod space;
 mod twin;
+mod vmstate;

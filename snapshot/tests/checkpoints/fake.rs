@@ -281,6 +281,13 @@ impl SnapshotCreate for Change<'_> {
         }
     }
 
+    fn set_time(&mut self, date_sec: u32, date_nsec: u32, vm_clock_nsec: u64) {
+        if let Kind::Create(snapshot) = &self.kind {
+            let info = &mut snapshot.lock().unwrap().info;
+            *info = SnapshotInfo { date_sec, date_nsec, vm_clock_nsec, ..info.clone() };
+        }
+    }
+
     fn cluster_size(&self) -> u64 {
         self.image.cluster
     }

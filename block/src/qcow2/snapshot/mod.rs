@@ -3,6 +3,7 @@
 //! The snapshot point is `prepare`: writes that come later go to new clusters, whether the snapshot
 //! is published or rolled back afterwards.
 
+mod area;
 mod create;
 mod delete;
 mod revert;

@@ -34,6 +34,12 @@ impl<'a> VmState<'a> {
         Ok(Self { image, id: id.to_owned(), l1, base, size: entry.info.vm_state_size })
     }
 
+    /// The L1 entry of a table, counted from the start of the VM state; 0 for one that is not there.
+    pub(super) fn l1_entry(&self, table: u64) -> u64 {
+        let first = self.base / self.image.geometry.l2_coverage();
+        self.l1.get(to_usize(first.saturating_add(table))).copied().unwrap_or(0)
+    }
+
     fn map(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
         let mut meta = self.image.meta();
         meta.trim_clean();
