@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use block::graph::Graph;
 use block::{Node, Progress};
-use snapshot::{Checkpoint, MachineConfig, SaveRequest, Section, Stamp, delete, save};
+use snapshot::{Checkpoint, GuestMemory, MachineConfig, SaveRequest, Section, Stamp, delete, save};
 use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -52,12 +52,12 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn memory(mib: usize) -> Result<GuestMemoryMmap, Failure> {
-    Ok(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), mib << 20)])?)
+fn memory(mib: usize) -> Result<GuestMemory, Failure> {
+    Ok(GuestMemory::from_ranges(&[(GuestAddress(0), mib << 20)])?)
 }
 
 /// No two pages alike and none zero.
-fn fill(ram: &GuestMemoryMmap, mib: usize) -> Result<(), Failure> {
+fn fill(ram: &GuestMemory, mib: usize) -> Result<(), Failure> {
     let mut word = 0x9e37_79b9_7f4a_7c15_u64;
     let mut page = vec![0; 4096];
     for at in (0..mib << 20).step_by(4096) {
@@ -74,7 +74,7 @@ fn fill(ram: &GuestMemoryMmap, mib: usize) -> Result<(), Failure> {
 
 fn save_ram(
     nodes: &[Arc<Node>],
-    ram: &GuestMemoryMmap,
+    ram: &GuestMemory,
     tag: &str,
     threads: usize,
 ) -> Result<(), Failure> {
@@ -93,7 +93,7 @@ fn save_ram(
 
 fn load(
     nodes: &[Arc<Node>],
-    ram: &GuestMemoryMmap,
+    ram: &GuestMemory,
     tag: &str,
     fresh: bool,
     threads: usize,

@@ -18,7 +18,14 @@ pub mod order;
 mod parallel;
 mod revive;
 pub mod save;
+pub mod track;
 mod units;
+
+/// Size of a page of guest RAM in bytes.
+pub const PAGE_SIZE: u64 = units::PAGE;
+
+/// Guest RAM as the devices have it: with a bit for each page that the host wrote.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
 
 pub use block::Progress;
 pub use config::MachineConfig;
@@ -28,3 +35,4 @@ pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
 pub use nodes::{NodesError, resolve};
 pub use save::{SaveError, SaveReport, SaveRequest, Stamp, preflight_save, save};
+pub use track::{Base, PageRun, PageSet, Tracker};

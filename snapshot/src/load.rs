@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use block::snapshot::VmStateRead;
 use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
-use vm_memory::GuestMemoryMmap;
 
+use crate::GuestMemory;
 use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, Difference, MachineConfig};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
@@ -16,6 +16,7 @@ use crate::nodes::{NodesError, check_capable, find_tag, kept_tag, quoted, vmstat
 use crate::order::{ChangeError, NodeChange, prepare_all, publish_all};
 pub use crate::revive::ReviveReport;
 use crate::revive::{Stored, revive, stored_parts};
+use crate::track::Base;
 use crate::units::human;
 
 /// Why a checkpoint cannot be loaded. Where nothing else is said, nothing was touched.
@@ -163,6 +164,16 @@ impl Checkpoint {
         &self.nodes[self.vmstate].snapshot
     }
 
+    /// What RAM is when it has been read.
+    pub fn base(&self) -> Base {
+        let Found { node, snapshot, .. } = self.carrier();
+        Base {
+            node: node.name().to_owned(),
+            snapshot: snapshot.clone(),
+            ram_offset: self.area.layout.start().0,
+        }
+    }
+
     /// Where RAM lies.
     pub fn layout(&self) -> &RamLayout {
         &self.area.layout
@@ -186,7 +197,7 @@ impl Checkpoint {
     pub fn check_machine(
         &self,
         machine: &MachineConfig,
-        ram: &GuestMemoryMmap,
+        ram: &GuestMemory,
     ) -> Result<Vec<Difference>, LoadError> {
         let differences = machine.differences(&self.config.machine);
         let (differences, notes): (Vec<_>, Vec<_>) =
@@ -202,7 +213,7 @@ impl Checkpoint {
     /// memory is cleared where the checkpoint has nothing. The vCPUs are stopped meanwhile.
     pub fn read_ram(
         &self,
-        ram: &GuestMemoryMmap,
+        ram: &GuestMemory,
         fresh: bool,
         threads: usize,
         progress: &Progress,
@@ -286,7 +297,7 @@ impl Checkpoint {
     }
 
     /// Guest memory has the regions that were saved.
-    fn check_ram(&self, ram: &GuestMemoryMmap) -> Result<(), LoadError> {
+    fn check_ram(&self, ram: &GuestMemory) -> Result<(), LoadError> {
         let layout = &self.area.layout;
         let here = memory::ranges(ram);
         let saved = layout.regions().iter().map(|region| (region.start, region.len));

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use block::{Format, NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
-use vm_memory::GuestMemoryMmap;
 
+use crate::GuestMemory;
 use crate::capture::capture;
 use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, CheckpointNode, MachineConfig};
 use crate::format::FormatError;
@@ -40,7 +40,7 @@ pub struct SaveRequest<'a> {
     /// All other sections.
     pub sections: Vec<Section>,
     /// Guest RAM.
-    pub ram: &'a GuestMemoryMmap,
+    pub ram: &'a GuestMemory,
     /// Tells bytes of RAM done, and cancels until the first snapshot is published.
     pub progress: &'a Progress,
     /// How many threads write RAM.
@@ -202,7 +202,7 @@ fn begin<'a>(
 fn write_state(
     target: &mut dyn SnapshotCreate,
     area: &StateArea,
-    ram: &GuestMemoryMmap,
+    ram: &GuestMemory,
     threads: usize,
     progress: &Progress,
 ) -> block::Result<SaveReport> {
@@ -235,7 +235,7 @@ fn state_area(
     nodes: &[Arc<Node>],
     config: &MachineConfig,
     sections: Vec<Section>,
-    ram: &GuestMemoryMmap,
+    ram: &GuestMemory,
 ) -> Result<StateArea, FormatError> {
     let node =
         |node: &Arc<Node>| CheckpointNode { node: node.name().to_owned(), size: node.size() };

@@ -195,7 +195,7 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
     let revival =
         Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
     revival.read(&memory, true, &Progress::default(), &AtomicBool::new(false)).map_err(text)?;
-    Ok(machine.restore(&revival.state)?)
+    Ok(machine.restore(&revival.state, Some(revival.base()))?)
 }
 
 /// Sends a message when the guest pulls the line: one for each guest, as a guest that pulls it in a

@@ -6,28 +6,31 @@ mod zero;
 use std::io;
 
 use block::{ReadBuf, WriteBuf};
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) use pagemap::Pagemap;
 pub(crate) use zero::page_is_zero;
 
+use crate::GuestMemory;
 use crate::units::{PAGE, index};
+
+/// One region of [`GuestMemory`].
+type GuestRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
 
 /// One region of guest RAM, borrowed from the guest memory that keeps it mapped.
 pub(crate) struct RamSlice<'a> {
-    region: &'a GuestRegionMmap,
+    region: &'a GuestRegion,
 }
 
 /// The RAM regions in order of guest physical address.
-pub(crate) fn slices(memory: &GuestMemoryMmap) -> Vec<RamSlice<'_>> {
+pub(crate) fn slices(memory: &GuestMemory) -> Vec<RamSlice<'_>> {
     memory.iter().map(|region| RamSlice { region }).collect()
 }
 
 /// The RAM regions as a layout takes them.
-pub(crate) fn ranges(memory: &GuestMemoryMmap) -> Vec<(GuestAddress, u64)> {
-    let range = |region: &GuestRegionMmap| (region.start_addr(), region.len());
+pub(crate) fn ranges(memory: &GuestMemory) -> Vec<(GuestAddress, u64)> {
+    let range = |region: &GuestRegion| (region.start_addr(), region.len());
     memory.iter().map(range).collect()
 }
 

@@ -6,15 +6,15 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion};
 
 use super::*;
 
-fn anonymous(len: usize) -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)]).unwrap()
+fn anonymous(len: usize) -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), len)]).unwrap()
 }
 
-fn shared_file(len: usize) -> (GuestMemoryMmap, File) {
+fn shared_file(len: usize) -> (GuestMemory, File) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(len as u64).unwrap();
     let offset = Some(FileOffset::new(file.try_clone().unwrap(), 0));
-    let memory = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), len, offset)]).unwrap();
+    let memory = GuestMemory::from_ranges_with_files([(GuestAddress(0), len, offset)]).unwrap();
     (memory, file)
 }
 
@@ -61,7 +61,7 @@ fn memory_in_huge_pages_is_cleared_by_writing() {
     let flags = region.flags() | libc::MAP_HUGETLB;
     // SAFETY: the range is that of `memory`, which outlives the second view of it.
     let huge = unsafe { MmapRegion::build_raw(region.as_ptr(), 4096, region.prot(), flags) };
-    let huge = GuestRegionMmap::new(huge.unwrap(), GuestAddress(0)).unwrap();
+    let huge = GuestRegion::new(huge.unwrap(), GuestAddress(0)).unwrap();
     let ram = RamSlice { region: &huge };
     assert!(!ram.is_anonymous());
     memory.write_slice(&[0xa5; 4096], GuestAddress(0)).unwrap();

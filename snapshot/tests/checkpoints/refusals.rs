@@ -169,7 +169,7 @@ fn ram_with_other_regions_is_refused_even_with_one_size() {
     machine.save("t").unwrap();
     let checkpoint = Checkpoint::open(&machine.nodes, "d0", "t").unwrap();
     let len = usize::try_from(12 * MIB + 4096).unwrap();
-    let flat = vm_memory::GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), len)]);
+    let flat = snapshot::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), len)]);
     let flat = flat.unwrap();
     let error = checkpoint.check_machine(&machine.config, &flat).unwrap_err();
     assert!(matches!(error, LoadError::Configuration { .. }));

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use block::{Node, Progress};
 use snapshot::config::{Bus, DeviceConfig, DiskConfig};
-use snapshot::{MachineConfig, SaveError, SaveReport, SaveRequest, Section, Stamp, save};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use snapshot::{
+    GuestMemory, MachineConfig, SaveError, SaveReport, SaveRequest, Section, Stamp, save,
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::fake::{Disk, FakeImage};
 
@@ -15,7 +17,7 @@ pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) struct Machine {
     pub(crate) images: Vec<Arc<FakeImage>>,
     pub(crate) nodes: Vec<Arc<Node>>,
-    pub(crate) ram: GuestMemoryMmap,
+    pub(crate) ram: GuestMemory,
     pub(crate) config: MachineConfig,
     pub(crate) progress: Arc<Progress>,
 }
@@ -25,9 +27,9 @@ pub(crate) fn node(name: &str, image: &Arc<FakeImage>) -> Arc<Node> {
 }
 
 /// 9 MiB below the hole and 3 MiB and a page above, so that the last cluster is not filled.
-pub(crate) fn new_ram() -> GuestMemoryMmap {
+pub(crate) fn new_ram() -> GuestMemory {
     let below = (GuestAddress(0), 9 << 20);
-    GuestMemoryMmap::from_ranges(&[below, (GuestAddress(4 << 30), (3 << 20) + 4096)]).unwrap()
+    GuestMemory::from_ranges(&[below, (GuestAddress(4 << 30), (3 << 20) + 4096)]).unwrap()
 }
 
 impl Machine {
@@ -89,7 +91,7 @@ pub(crate) fn stamp(tag: &str) -> Stamp {
     }
 }
 
-fn config(ram: &GuestMemoryMmap, names: &[&str]) -> MachineConfig {
+fn config(ram: &GuestMemory, names: &[&str]) -> MachineConfig {
     let device = |(slot, name): (u64, &&str)| DeviceConfig {
         kind: "virtio-blk".to_owned(),
         id: String::new(),
@@ -117,7 +119,7 @@ fn config(ram: &GuestMemoryMmap, names: &[&str]) -> MachineConfig {
 
 /// Pages with data, pages written with zeroes and pages never touched, alone and in runs, at the
 /// edges of both regions.
-fn fill(ram: &GuestMemoryMmap) {
+fn fill(ram: &GuestMemory) {
     let page = |at: u64, byte: u8| ram.write_slice(&[byte; 4096], GuestAddress(at)).unwrap();
     page(0, 1);
     page(9 * MIB - 4096, 2);
@@ -133,8 +135,8 @@ fn fill(ram: &GuestMemoryMmap) {
 }
 
 /// All bytes of RAM.
-pub(crate) fn contents(ram: &GuestMemoryMmap) -> Vec<Vec<u8>> {
-    let of = |region: &vm_memory::GuestRegionMmap| {
+pub(crate) fn contents(ram: &GuestMemory) -> Vec<Vec<u8>> {
+    let of = |region: &vm_memory::GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>| {
         let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
         ram.read_slice(&mut bytes, region.start_addr()).unwrap();
         bytes

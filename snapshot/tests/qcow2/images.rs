@@ -7,9 +7,10 @@ use std::sync::Arc;
 use block::graph::Graph;
 use block::{Node, Progress, ReadBuf, WriteBuf};
 use snapshot::{
-    Checkpoint, MachineConfig, SaveError, SaveReport, SaveRequest, Section, Stamp, save,
+    Checkpoint, GuestMemory, MachineConfig, SaveError, SaveReport, SaveRequest, Section, Stamp,
+    save,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const DISK: u64 = 64 * MIB;
@@ -86,7 +87,7 @@ impl Images {
         bytes[0]
     }
 
-    pub(crate) fn save(&self, tag: &str, ram: &GuestMemoryMmap) -> Result<SaveReport, SaveError> {
+    pub(crate) fn save(&self, tag: &str, ram: &GuestMemory) -> Result<SaveReport, SaveError> {
         save(SaveRequest {
             nodes: &self.nodes,
             vmstate: "d0",
@@ -105,7 +106,7 @@ impl Images {
     }
 
     /// Loads `tag` into used memory and the disks; returns what its section says.
-    pub(crate) fn load(&self, tag: &str, ram: &GuestMemoryMmap) -> String {
+    pub(crate) fn load(&self, tag: &str, ram: &GuestMemory) -> String {
         let checkpoint = Checkpoint::open(&self.nodes, "d0", tag).unwrap();
         checkpoint.read_ram(ram, false, 3, &Progress::default()).unwrap();
         checkpoint.revert_disks().unwrap();
@@ -114,13 +115,13 @@ impl Images {
 }
 
 /// 33 MiB below the hole and 3 MiB and a page above.
-pub(crate) fn ram() -> GuestMemoryMmap {
+pub(crate) fn ram() -> GuestMemory {
     let above = (GuestAddress(4 << 30), (3 << 20) + 4096);
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 33 << 20), above]).unwrap()
+    GuestMemory::from_ranges(&[(GuestAddress(0), 33 << 20), above]).unwrap()
 }
 
 /// Writes a pattern of its own over parts of RAM: `seed` says which and what.
-pub(crate) fn scribble(ram: &GuestMemoryMmap, seed: u8) {
+pub(crate) fn scribble(ram: &GuestMemory, seed: u8) {
     for n in 0..40_u64 {
         let page = vec![seed ^ u8::try_from(n).unwrap() | 0x80; 4096];
         let at = (n * 211 + u64::from(seed) * 37) % (33 * 256) * 4096;
@@ -131,7 +132,7 @@ pub(crate) fn scribble(ram: &GuestMemoryMmap, seed: u8) {
     ram.write_obj(seed, GuestAddress((4 << 30) + 3 * MIB + 4095)).unwrap();
 }
 
-pub(crate) fn contents(ram: &GuestMemoryMmap) -> Vec<u8> {
+pub(crate) fn contents(ram: &GuestMemory) -> Vec<u8> {
     let mut bytes = vec![0; (36 << 20) + 4096];
     let (below, above) = bytes.split_at_mut(33 << 20);
     ram.read_slice(below, GuestAddress(0)).unwrap();

@@ -156,6 +156,11 @@ impl<'a> Driver<'a> {
 
     /// Transfers the sector between [`DATA`] and the disk; gives the request's status byte.
     pub fn transfer(&mut self, kind: u32, sector: u64) -> u8 {
+        self.transfer_at(kind, sector, DATA, 512)
+    }
+
+    /// The same with memory anywhere, `length` bytes.
+    pub fn transfer_at(&mut self, kind: u32, sector: u64, address: u64, length: u32) -> u8 {
         let mut header = kind.to_le_bytes().to_vec();
         header.extend([0; 4]);
         header.extend(sector.to_le_bytes());
@@ -164,7 +169,7 @@ impl<'a> Driver<'a> {
         let to_memory = if kind == 0 { WRITE } else { 0 };
         self.describe(&[
             Descriptor { address: HEADER, length: 16, flags: NEXT, next: 1 },
-            Descriptor { address: DATA, length: 512, flags: NEXT | to_memory, next: 2 },
+            Descriptor { address, length, flags: NEXT | to_memory, next: 2 },
             Descriptor { address: REQUEST_STATUS, length: 1, flags: WRITE, next: 0 },
         ]);
         let wanted = self.available.wrapping_add(1);

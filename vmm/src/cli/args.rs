@@ -43,7 +43,8 @@ pub struct Cli {
 /// The machine to run.
 #[derive(Debug, Args)]
 pub struct MachineArgs {
-    /// Machine type: microvm, or none for a storage daemon without a guest
+    /// Machine type: microvm, or none for a storage daemon without a guest; with
+    /// microvm,dirty-tracking=off every checkpoint writes all of RAM
     #[arg(long, value_name = "TYPE", default_value = "microvm")]
     pub machine: String,
     /// Accelerator; there is only kvm

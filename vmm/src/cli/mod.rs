@@ -69,7 +69,7 @@ impl Options {
     /// Names the option and the value that cannot be used.
     pub fn from_args(args: &MachineArgs) -> Result<Self, Error> {
         let guest = match values::machine_type(&args.machine)? {
-            MachineType::Microvm => Some(guest_options(args)?),
+            MachineType::Microvm { dirty_tracking } => Some(guest_options(args, dirty_tracking)?),
             MachineType::None => {
                 no_guest_options(args)?;
                 None
@@ -95,14 +95,14 @@ impl Options {
     }
 }
 
-fn guest_options(args: &MachineArgs) -> Result<GuestOptions, Error> {
+fn guest_options(args: &MachineArgs, dirty_tracking: bool) -> Result<GuestOptions, Error> {
     values::check_accel(args.accel.as_deref())?;
     values::check_cpu(args.cpu.as_deref().unwrap_or("host"))?;
     let devices =
         args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
     let serial_text = args.serial.as_deref().unwrap_or("stdio");
     Ok(GuestOptions {
-        machine: machine_spec(args, devices)?,
+        machine: machine_spec(args, devices, dirty_tracking)?,
         serial: values::serial(serial_text)?,
         serial_text: serial_text.to_owned(),
         start_paused: args.start_paused,
@@ -140,7 +140,11 @@ fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
     Ok(())
 }
 
-fn machine_spec(args: &MachineArgs, devices: Vec<DeviceSpec>) -> Result<MachineSpec, Error> {
+fn machine_spec(
+    args: &MachineArgs,
+    devices: Vec<DeviceSpec>,
+    dirty_tracking: bool,
+) -> Result<MachineSpec, Error> {
     if args.kernel.is_none() && args.loadvm.is_none() {
         return Err(Error::new(
             "kernel",
@@ -160,6 +164,7 @@ fn machine_spec(args: &MachineArgs, devices: Vec<DeviceSpec>) -> Result<MachineS
         kernel: args.kernel.clone(),
         initrd: args.initrd.clone(),
         cmdline: args.append.clone().unwrap_or_default(),
+        dirty_tracking,
         devices,
     })
 }

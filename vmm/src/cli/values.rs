@@ -33,21 +33,33 @@ pub struct QmpSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MachineType {
     /// A guest.
-    Microvm,
+    Microvm {
+        /// Whether what the guest writes may be tracked between checkpoints.
+        dirty_tracking: bool,
+    },
     /// A storage daemon without one.
     None,
 }
 
-/// `--machine`: a type, without properties to set.
+/// `--machine`: a type; a microvm can be told not to track what the guest writes.
 pub fn machine_type(text: &str) -> Result<MachineType, Error> {
-    match text {
-        MACHINE_TYPE | "type=microvm" => Ok(MachineType::Microvm),
-        "none" | "type=none" => Ok(MachineType::None),
-        _ => Err(Error::new(
-            "machine",
-            text,
-            "the machine type is microvm or none, without properties",
-        )),
+    let error = |reason: &str| Error::new("machine", text, reason);
+    let mut options = text::object(text, "type").map_err(|e| error(&e.to_string()))?;
+    let machine = match take(&mut options, "type").as_deref() {
+        Some(MACHINE_TYPE) => {
+            let dirty_tracking = match take(&mut options, "dirty-tracking").as_deref() {
+                None | Some("on" | "true") => true,
+                Some("off" | "false") => false,
+                Some(_) => return Err(error("dirty-tracking is on or off")),
+            };
+            MachineType::Microvm { dirty_tracking }
+        }
+        Some("none") => MachineType::None,
+        _ => return Err(error("the machine type is microvm or none")),
+    };
+    match options.keys().next() {
+        Some(key) => Err(error(&format!("'{key}' is not a property of this machine type"))),
+        None => Ok(machine),
     }
 }
 
@@ -219,6 +231,20 @@ mod tests {
         for bad in ["0", "31M", "65T", "33554433B"] {
             let error = memory(bad).unwrap_err().to_string();
             assert!(error.starts_with(&format!("-m {bad}: ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_machine_has_a_type_and_may_go_without_dirty_tracking() {
+        let microvm = |dirty_tracking| MachineType::Microvm { dirty_tracking };
+        assert_eq!(machine_type("microvm").unwrap(), microvm(true));
+        assert_eq!(machine_type("type=microvm,dirty-tracking=off").unwrap(), microvm(false));
+        assert_eq!(machine_type("microvm,dirty-tracking=on").unwrap(), microvm(true));
+        assert_eq!(machine_type("none").unwrap(), MachineType::None);
+        for bad in ["q35", "", "microvm,dirty-tracking=1", "none,dirty-tracking=on", "microvm,x=y"]
+        {
+            let error = machine_type(bad).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--machine {bad}: ")), "{error}");
         }
     }
 

@@ -160,9 +160,9 @@ impl Controller {
             WorkMessage::Freeze { purpose, reply } => {
                 let _ = reply.send(self.freeze(&purpose));
             }
-            WorkMessage::Restore { state, reply } => {
+            WorkMessage::Restore { state, base, reply } => {
                 self.inbox.guest_replaced();
-                let restored = self.machine.restore(&state).map_err(WorkError::from);
+                let restored = self.machine.restore(&state, Some(base)).map_err(WorkError::from);
                 let _ = reply.send(restored);
             }
             WorkMessage::Done(outcome) => self.job_done(outcome),
@@ -205,6 +205,9 @@ impl Controller {
             error!("the thread of job '{}' has panicked", current.id);
         }
         let memory_lost = current.handle.memory_lost.load(Ordering::Acquire);
+        if memory_lost && outcome.is_err() {
+            self.machine.tracker().forget();
+        }
         self.release_guest(outcome.is_ok(), memory_lost);
         self.jobs.finish(&current.id, outcome);
         self.start_next_job();

@@ -19,6 +19,7 @@ use ::devices::GuestMemory;
 use block::Graph;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use snapshot::{Base, PageSet, Tracker};
 
 use crate::boot::{self, Boot, BootSpec};
 use crate::bus::Bus;
@@ -27,6 +28,7 @@ use crate::kvm::irqchip::{self, ClockState, IrqchipState};
 use crate::kvm::vcpu_state::{self, CaptureInfo};
 use crate::kvm::{self, IoctlContext, msrs};
 use crate::memory;
+use crate::memory::dirty_log::DirtyLog;
 use crate::vcpu::{EventSink, VcpuHandle};
 use devices::{DeviceSet, GuestSignals};
 pub use error::Error;
@@ -41,6 +43,8 @@ pub struct Machine {
     devices: DeviceSet,
     vm: VmFd,
     memory: GuestMemory,
+    log: DirtyLog,
+    tracker: Tracker,
     spec: MachineSpec,
     cpuid: CpuId,
     info: Arc<CaptureInfo>,
@@ -73,6 +77,8 @@ impl Machine {
         irqchip::create(&vm)?;
         let memory = memory::allocate(spec.ram_bytes)?;
         memory::register(&vm, &memory)?;
+        let log = DirtyLog::new(&kvm);
+        let tracker = Tracker::new(&PageSet::of(&memory));
 
         let mut bus = Bus::default();
         let devices =
@@ -102,7 +108,7 @@ impl Machine {
         let clock = ClockState { kvmclock_ns: 0 };
         let pristine = capture(&vm, &vcpus, &devices, clock)?;
         let cpuid = cpuid::for_vcpu(&cpuid, Topology { vcpus: spec.vcpus }, 0)?;
-        Ok(Self { vcpus, devices, vm, memory, spec, cpuid, info, pristine, clock })
+        Ok(Self { vcpus, devices, vm, memory, log, tracker, spec, cpuid, info, pristine, clock })
     }
 
     /// Puts a prepared kernel in memory and vCPU 0 at its entry; everything else is as at power-on.
@@ -111,6 +117,7 @@ impl Machine {
     /// # Errors
     /// It does not load; the machine must not be run then.
     pub fn boot(&mut self, prepared: Boot) -> Result<(), Error> {
+        self.tracker.forget();
         // What an earlier boot left must not be there: the loader writes no zeroes.
         memory::discard(&self.memory)?;
         let info = prepared.load(&self.memory)?;
@@ -121,7 +128,7 @@ impl Machine {
             *first.regs_mut() = entry.regs;
             *first.sregs_mut() = entry.sregs;
         }
-        self.restore(&state)
+        self.restore(&state, None)
     }
 
     /// Lets the guest run.
@@ -165,10 +172,17 @@ impl Machine {
         Ok(())
     }
 
-    /// Replaces the state of the paused machine. RAM must hold that state's memory already.
-    pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
+    /// Replaces the state of the paused machine. RAM must hold that state's memory already; where it
+    /// is that of a checkpoint, `base` tells which.
+    pub fn restore(&mut self, state: &MachineState, base: Option<Base>) -> Result<(), Error> {
         self.check_fits(state)?;
-        memory::forget_translations(&self.vm, &self.memory)?;
+        let base = base.filter(|_| self.spec.dirty_tracking);
+        self.tracker.forget();
+        let logged = base.is_some();
+        memory::forget_translations(&self.vm, &self.memory, &mut self.log, logged)?;
+        if let Some(base) = base {
+            self.tracker.loaded(base);
+        }
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
         state.irqchip.restore(&self.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
@@ -177,6 +191,42 @@ impl Machine {
         self.devices.restore(&state.devices)?;
         self.clock = state.clock;
         Ok(())
+    }
+
+    /// Lets KVM log what the guest writes, from now on, unless the user does not want it.
+    pub fn start_tracking(&mut self) -> Result<(), Error> {
+        if self.spec.dirty_tracking {
+            memory::start_log(&self.vm, &self.memory, &mut self.log)?;
+        }
+        Ok(())
+    }
+
+    /// Whether what the guest writes is tracked, so that there can be a base.
+    pub fn is_tracking(&self) -> bool {
+        self.log.is_on()
+    }
+
+    /// Tells the tracker of all pages written so far.
+    ///
+    /// # Errors
+    /// KVM does not say what was written. There is no base then.
+    pub fn note_written(&mut self) -> Result<(), Error> {
+        match self.log.collect(&self.vm, &self.memory) {
+            Ok(written) => {
+                self.tracker.note(&written);
+                Ok(())
+            }
+            Err(error) => {
+                self.tracker.forget();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// What was written since which checkpoint. It is right up to the last
+    /// [`Machine::note_written`].
+    pub fn tracker(&mut self) -> &mut Tracker {
+        &mut self.tracker
     }
 
     /// How many parts the machine has.

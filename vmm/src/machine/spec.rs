@@ -21,6 +21,8 @@ pub struct MachineSpec {
     pub initrd: Option<PathBuf>,
     /// Kernel command line, without what the machine adds for its devices.
     pub cmdline: String,
+    /// Whether what the guest writes may be tracked between checkpoints.
+    pub dirty_tracking: bool,
     /// Devices in the order of the command line, which is that of their slots.
     pub devices: Vec<DeviceSpec>,
 }

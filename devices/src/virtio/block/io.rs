@@ -192,6 +192,9 @@ impl QueueHandler for BlockHandler {
         };
         let planned = self.plan(request.operation, mem, chain);
         let mut pending = Pending::new(token, request.status, data);
+        if let Operation::Read(_) = request.operation {
+            pending.filling(chain.writable.segments());
+        }
         match planned {
             Ok((ops, bufs)) => {
                 pending.todo = ops.into();

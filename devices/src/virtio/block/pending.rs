@@ -7,8 +7,8 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::GuestMemory;
-use crate::virtio::Token;
 use crate::virtio::chain::{Malformed, out_of_memory};
+use crate::virtio::{Segment, Token, mark_filled};
 
 /// Why a request fails, as its status byte tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub(super) struct Pending {
     pub(super) token: Token,
     /// What is still to be done, one after another.
     pub(super) todo: VecDeque<Op>,
+    /// Guest memory that the host fills past vm-memory.
+    filled: Vec<Segment>,
     /// Guest physical address of the status byte.
     status: GuestAddress,
     /// Bytes that count as written if it succeeds, before the status byte.
@@ -36,12 +38,19 @@ pub(super) struct Pending {
 
 impl Pending {
     pub(super) fn new(token: Token, status: GuestAddress, data: u64) -> Self {
-        Self { token, todo: VecDeque::new(), status, data }
+        Self { token, todo: VecDeque::new(), filled: Vec::new(), status, data }
+    }
+
+    /// The host fills these.
+    pub(super) fn filling(&mut self, segments: &[Segment]) {
+        self.filled = segments.to_vec();
     }
 
     /// Writes the status byte; gives the bytes that were written. Those before it count only where
     /// they surely are.
     pub(super) fn answer(&self, mem: &GuestMemory, outcome: Outcome) -> Result<u32, Malformed> {
+        // Also after a failure: some of the data may be there.
+        mark_filled(mem, &self.filled);
         debug_assert_eq!(VIRTIO_BLK_S_OK, 0);
         let status = outcome.map_or_else(|failure| failure as u8, |()| 0);
         mem.write_obj(status, self.status).map_err(|_| out_of_memory(self.status, 1))?;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::{Node, Progress};
 use devices::GuestMemory;
-use snapshot::{Checkpoint, MachineConfig};
+use snapshot::{Base, Checkpoint, MachineConfig};
 use tracing::{info, warn};
 
 use super::{Freeze, IO_THREADS, Outcome, Target, WorkContext, WorkError};
@@ -20,7 +20,8 @@ pub(super) fn load(target: &Target, context: &WorkContext) -> Outcome {
         return Err(WorkError::Cancelled);
     }
     revival.read(&context.memory, false, &context.progress, &context.memory_lost)?;
-    context.restore(revival.state)
+    let base = revival.base();
+    context.restore(revival.state, base)
 }
 
 /// A checkpoint on its way into a machine: checked and decoded, nothing touched yet.
@@ -52,6 +53,11 @@ impl Revival {
         };
         let state = MachineState::from_sections(checkpoint.sections(), shape).map_err(unfit)?;
         Ok(Self { checkpoint, state })
+    }
+
+    /// What RAM equals once it has been read.
+    pub fn base(&self) -> Base {
+        self.checkpoint.base()
     }
 
     /// Reads RAM and takes the disks back. The guest must be stopped. `memory_lost` is set when its

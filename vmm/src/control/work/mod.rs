@@ -27,7 +27,7 @@ use std::thread::JoinHandle;
 
 use block::{Graph, Node, Progress};
 use devices::GuestMemory;
-use snapshot::MachineConfig;
+use snapshot::{Base, MachineConfig};
 use tracing::info;
 
 pub use self::load::Revival;
@@ -109,6 +109,8 @@ pub enum WorkMessage {
     Restore {
         /// The state.
         state: Box<MachineState>,
+        /// The checkpoint whose RAM is in place.
+        base: Base,
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
     },
@@ -167,9 +169,9 @@ impl WorkContext {
         self.ask(|reply| WorkMessage::Freeze { purpose, reply })
     }
 
-    fn restore(&self, state: MachineState) -> Outcome {
+    fn restore(&self, state: MachineState, base: Base) -> Outcome {
         let state = Box::new(state);
-        self.ask(|reply| WorkMessage::Restore { state, reply })
+        self.ask(|reply| WorkMessage::Restore { state, base, reply })
     }
 
     fn ask<T>(

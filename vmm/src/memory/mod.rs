@@ -1,12 +1,19 @@
 //! Guest RAM: allocated on the host, known to KVM.
 
+pub mod dirty_log;
+
 use devices::GuestMemory;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::layout::{self, LayoutError};
 use crate::kvm;
+use dirty_log::{Begin, DirtyLog};
+
+type GuestRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
+type MmapRegion = vm_memory::MmapRegion<AtomicBitmap>;
 
 /// Why there is no guest RAM.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +53,7 @@ pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
         )
         .map_err(|source| Error::Map { size, source })?;
         advise(&mapping);
-        let region = GuestRegionMmap::new(mapping, start)
+        let region = GuestRegion::new(mapping, start)
             .ok_or(Error::Map { size, source: vm_memory::mmap::MmapRegionError::InvalidPointer })?;
         regions.push(region);
     }
@@ -65,9 +72,21 @@ fn advise(mapping: &MmapRegion) {
     }
 }
 
-/// Tells KVM of all RAM, one memory slot a region.
+/// Tells KVM of all RAM, one memory slot a region, not logged.
 pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
-    set_slots(vm, memory, GuestMemoryRegion::len)
+    set_slots(vm, memory, 0, GuestMemoryRegion::len)
+}
+
+/// Lets KVM log which pages are written from now on. The first collection may give all of them. Slots
+/// that are logged already stay as they are.
+pub fn start_log(vm: &VmFd, memory: &GuestMemory, log: &mut DirtyLog) -> Result<(), Error> {
+    if log.is_on() {
+        return Ok(());
+    }
+    log.set_begin(vm, Begin::Full)?;
+    set_slots(vm, memory, KVM_MEM_LOG_DIRTY_PAGES, GuestMemoryRegion::len)?;
+    log.set_on(true);
+    Ok(())
 }
 
 /// Makes KVM forget what it derived from the contents of RAM, after the host has replaced them. The
@@ -75,22 +94,36 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
 ///
 /// A KVM without nested paging shadows the guest's page tables. It sees the guest's writes to them,
 /// not the host's, and would go on with translations of the former guest. All of them go with the
-/// memory slots.
-pub fn forget_translations(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
-    set_slots(vm, memory, |_| 0)?;
-    register(vm, memory)
+/// memory slots, and so does what was logged: whoever needs it collects it before. With `logged`
+/// pages are logged afterwards, beginning with none.
+pub fn forget_translations(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    log: &mut DirtyLog,
+    logged: bool,
+) -> Result<(), Error> {
+    set_slots(vm, memory, 0, |_| 0)?;
+    for region in memory.iter() {
+        MmapRegion::bitmap(region).reset();
+    }
+    log.set_begin(vm, Begin::Empty)?;
+    let flags = if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+    set_slots(vm, memory, flags, GuestMemoryRegion::len)?;
+    log.set_on(logged);
+    Ok(())
 }
 
 /// Sets the memory slot of each region; a size of 0 removes it.
 fn set_slots(
     vm: &VmFd,
     memory: &GuestMemory,
-    size: impl Fn(&GuestRegionMmap) -> u64,
+    flags: u32,
+    size: impl Fn(&GuestRegion) -> u64,
 ) -> Result<(), Error> {
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: size(region),
             userspace_addr: region.as_ptr() as u64,

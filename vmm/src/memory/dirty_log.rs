@@ -1,0 +1,141 @@
+//! Which pages of RAM the guest wrote: KVM's dirty log (KVM API, KVM_GET_DIRTY_LOG), together with
+//! what the host wrote for it.
+//!
+//! The log is a flag of the memory slots. It is off until something needs it, as it keeps KVM from
+//! using large pages, and costs a fault at the first write to each page after a collection.
+
+use devices::GuestMemory;
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use snapshot::{PageRun, PageSet};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::MmapRegion;
+use crate::kvm::{self, IoctlContext};
+
+/// kvm-ioctls has all but this one.
+mod ioctl {
+    #![allow(missing_docs, reason = "the macro makes a public function")]
+
+    use super::{KVMIO, kvm_clear_dirty_log};
+
+    vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+}
+
+/// Pages whose log is cleared in one call: 256 MiB. KVM holds the lock that the guest's page faults
+/// want meanwhile.
+const CHUNK: u64 = 1 << 16;
+const WORD: u64 = 64;
+
+/// What this host's KVM can do, and whether slots are logged.
+#[derive(Debug, Clone, Copy)]
+pub struct DirtyLog {
+    /// Bits of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; 0 where reading the log clears it too.
+    manual: u64,
+    on: bool,
+}
+
+/// What a slot's log holds when the slot gets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// Every page, where KVM can: no page has to be protected to begin.
+    Full,
+    /// No page. For a slot that is made anew, this costs nothing.
+    Empty,
+}
+
+impl DirtyLog {
+    /// Asks what KVM can do. The log is off.
+    pub fn new(kvm: &Kvm) -> Self {
+        let bits = kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        let known = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        Self { manual: u64::try_from(bits).unwrap_or(0) & u64::from(known), on: false }
+    }
+
+    /// Whether slots are logged.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Says how the log of the slots that are set next begins.
+    pub(super) fn set_begin(&self, vm: &VmFd, begin: Begin) -> kvm::Result<()> {
+        let enable = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+        if self.manual & enable == 0 {
+            return Ok(());
+        }
+        let bits = if begin == Begin::Full { self.manual } else { enable };
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [bits, 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&cap).ioctl("KVM_ENABLE_CAP(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)")
+    }
+
+    /// Slots are logged from now on, or no longer.
+    pub(super) fn set_on(&mut self, on: bool) {
+        self.on = on;
+    }
+
+    /// Takes the pages that were written since the last time, by the guest or for it. Without the log
+    /// it is all of RAM. A page that is written meanwhile is among them, or among the next ones; copy
+    /// it afterwards, not before.
+    ///
+    /// # Errors
+    /// KVM refuses. What it had logged may be lost then: all of RAM counts as written.
+    pub fn collect(&self, vm: &VmFd, memory: &GuestMemory) -> kvm::Result<PageSet> {
+        let mut written = PageSet::of(memory);
+        for (at, region) in memory.iter().enumerate() {
+            written.insert_words(at, &MmapRegion::bitmap(region).get_and_reset());
+        }
+        if !self.on {
+            written.insert_all();
+            return Ok(written);
+        }
+        for (slot, region) in (0u32..).zip(memory.iter()) {
+            let words = vm.get_dirty_log(slot, region.size()).ioctl("KVM_GET_DIRTY_LOG")?;
+            if self.manual != 0 {
+                clear(vm, slot, &words, region.len() / snapshot::PAGE_SIZE)?;
+            }
+            written.insert_words(slot as usize, &words);
+        }
+        Ok(written)
+    }
+}
+
+/// Protects the pages of `words` again. Bits that came since stay.
+fn clear(vm: &VmFd, slot: u32, words: &[u64], pages: u64) -> kvm::Result<()> {
+    let whole = PageRun { region: 0, first: 0, count: pages };
+    for chunk in whole.pieces(CHUNK) {
+        let from = usize::try_from(chunk.first / WORD).unwrap_or(usize::MAX);
+        let to = usize::try_from(chunk.end().div_ceil(WORD)).unwrap_or(usize::MAX);
+        let Some(words) = words.get(from..to) else { continue };
+        // From the first word with a bit to the last.
+        let Some(first) = words.iter().position(|word| *word != 0) else { continue };
+        let last = words.iter().rposition(|word| *word != 0).unwrap_or(first);
+        let words = &words[first..=last];
+        let first_page = chunk.first + first as u64 * WORD;
+        // Whole words, but at the end of the slot.
+        let count = (words.len() as u64 * WORD).min(pages - first_page);
+        let arguments = kvm_clear_dirty_log {
+            slot,
+            num_pages: u32::try_from(count).unwrap_or(u32::MAX),
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: words.as_ptr().cast_mut().cast(),
+            },
+        };
+        // SAFETY: KVM reads one bit of the bitmap for each of `count` pages, rounded up to words,
+        // and `words` has them; it writes nothing.
+        let answer = unsafe { ioctl_with_ref(vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &arguments) };
+        if answer != 0 {
+            return Err(kvm_ioctls::Error::last()).ioctl("KVM_CLEAR_DIRTY_LOG");
+        }
+    }
+    Ok(())
+}
