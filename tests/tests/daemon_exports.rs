@@ -177,7 +177,7 @@ fn options_of_a_guest_are_refused_by_name() {
         (&["--smp", "2"], "--smp 2"),
         (&["--device", "virtio-rng-device"], "--device virtio-rng-device"),
         (&["--serial", "null"], "--serial null"),
-        (&["-S"], "-S "),
+        (&["-S"], "-S"),
         (&["--loadvm", "t"], "--loadvm t"),
     ] {
         let all: Vec<&str> = ["--machine", "none"].iter().chain(args).copied().collect();

@@ -250,12 +250,10 @@ impl<'a> Opener<'a> {
                 "Backing chain is longer than {MAX_CHAIN} images at '{path}'"
             )));
         }
-        if let Ok(meta) = std::fs::metadata(path)
-            && !self.chain.insert((meta.dev(), meta.ino()))
-        {
-            return Err(Error::Invalid(format!("Backing file '{path}' creates an infinite loop.")));
+        match std::fs::metadata(path) {
+            Ok(meta) if !self.chain.insert((meta.dev(), meta.ino())) => Err(loops(path)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Opens the file that an image names as its backing file.
@@ -278,6 +276,12 @@ impl<'a> Opener<'a> {
         };
         let driver = match format.as_str() {
             "qcow2" => {
+                // Before it is opened: locks would say that another process uses the image.
+                if std::fs::metadata(path)
+                    .is_ok_and(|meta| self.chain.contains(&(meta.dev(), meta.ino())))
+                {
+                    return Err(loops(path));
+                }
                 Driver::Qcow2 { file, backing: Backing::FromImage, image: Default::default() }
             }
             "raw" | "file" | "host_device" => Driver::Raw { file, window: Window::default() },
@@ -290,6 +294,10 @@ impl<'a> Opener<'a> {
         // A base may be loaded many times over a chain; only a loop may meet a file twice.
         self.open(&NodeOptions::of_driver(driver), above.of_backing(), Some(overlay))
     }
+}
+
+fn loops(path: &str) -> Error {
+    Error::Invalid(format!("Backing file '{path}' creates an infinite loop."))
 }
 
 pub(super) fn not_found(name: &str) -> Error {

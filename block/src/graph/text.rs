@@ -23,8 +23,7 @@ pub fn object(text: &str, implied: &str) -> Result<Map<String, Value>> {
 
 fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
     if text.trim_start().starts_with('{') {
-        let value = serde_json::from_str(text)
-            .map_err(|e| Error::Invalid(format!("JSON parse error, {e}")))?;
+        let value = serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))?;
         return Ok((value, Source::Json));
     }
     let mut all = Map::new();
@@ -39,6 +38,14 @@ fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
         insert(&mut all, key, key, value)?;
     }
     Ok((Value::Object(all), Source::Text))
+}
+
+fn json_error(error: &serde_json::Error) -> String {
+    if error.is_eof() {
+        return "JSON parse error, premature end: a quote, bracket or brace is not closed"
+            .to_owned();
+    }
+    format!("JSON parse error, {error}")
 }
 
 /// Splits at commas; a double comma is a comma of the value.
@@ -105,6 +112,16 @@ mod tests {
             json!({"driver": "qcow2", "node-name": "d", "file":
                 {"driver": "file", "filename": "a,b", "cache": {"direct": "on"}}})
         );
+    }
+
+    #[test]
+    fn json_that_is_not_closed_is_called_that() {
+        for text in ["{", r#"{"driver":"raw""#, r#"{"driver":"raw"#, r#"{"a":[1"#] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains("a quote, bracket or brace is not closed"), "{text}: {error}");
+        }
+        let error = parse(r#"{"driver":}"#).unwrap_err().to_string();
+        assert_eq!(error, "JSON parse error, expected value at line 1 column 11");
     }
 
     #[test]

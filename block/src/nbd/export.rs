@@ -79,16 +79,24 @@ pub(super) struct Export {
     on_gone: OnGone,
 }
 
+/// Enough of a text that is too long to tell which it is.
+fn start_of(text: &str) -> String {
+    text.chars().take(32).chain("...".chars()).collect()
+}
+
 impl Export {
     /// # Errors
     /// If name or description are longer than the protocol allows, or the node refuses writes.
     pub(super) fn new(options: ExportOptions, multi_conn: bool, on_gone: OnGone) -> Result<Self> {
         let node = options.attachment.node().clone();
         if options.name.len() > MAX_STRING {
-            return Err(Error::Invalid(format!("export name '{}' too long", options.name)));
+            return Err(Error::Invalid(format!(
+                "export name '{}' too long",
+                start_of(&options.name)
+            )));
         }
         if let Some(text) = options.description.as_ref().filter(|text| text.len() > MAX_STRING) {
-            return Err(Error::Invalid(format!("description '{text}' too long")));
+            return Err(Error::Invalid(format!("description '{}' too long", start_of(text))));
         }
         if options.writable && node.read_only() {
             return Err(Error::Invalid("Block node is read-only".to_owned()));

@@ -123,6 +123,9 @@ fn a_chain_that_loops_or_has_a_foreign_protocol_is_refused() {
     let graph = Graph::new();
     let options = json!({"driver": "qcow2", "node-name": "a", "read-only": true, "file": file(&a)});
     assert!(error_of(graph.add(&options)).contains("infinite loop"));
+    // A writable one would meet its own lock before its own name.
+    let writable = json!({"driver": "qcow2", "node-name": "a", "file": file(&a)});
+    assert!(error_of(graph.add(&writable)).contains("a.qcow2' creates an infinite loop."));
     common::qemu_img(&["rebase", "-u", "-b", "nbd://x/y", "-F", "raw", &path(&a)]);
     assert!(error_of(graph.add(&options)).contains("protocol 'nbd'"));
     assert!(graph.list().is_empty());

@@ -14,7 +14,11 @@ use values::{MachineType, QmpSpec};
 
 /// A value on the command line that cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{}{option} {value}: {reason}", if option.len() == 1 { "-" } else { "--" })]
+#[error(
+    "{}{option}{}{value}: {reason}",
+    if option.len() == 1 { "-" } else { "--" },
+    if value.is_empty() { "" } else { " " }
+)]
 pub struct Error {
     option: &'static str,
     value: String,
