@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use slab::Slab;
 
@@ -90,6 +90,29 @@ pub(super) struct Engine {
     done: Vec<Done>,
 }
 
+/// Says that there is no io_uring, once, and aloud only where somebody wants it.
+fn tell_no_ring(node: &Arc<Node>, error: &io::Error) {
+    static TOLD: Once = Once::new();
+    if wants_ring(node) {
+        TOLD.call_once(|| {
+            tracing::warn!("io_uring cannot be used, threads wait for the disk instead: {error}");
+        });
+    }
+}
+
+/// Whether the file below a node is to be used with io_uring.
+fn wants_ring(node: &Arc<Node>) -> bool {
+    let mut next = Some(node.clone());
+    while let Some(node) = next {
+        let details = node.details();
+        if let Some(host) = &details.host {
+            return host.options().aio == Aio::IoUring;
+        }
+        next = details.file.clone();
+    }
+    false
+}
+
 /// What a request thread does.
 #[derive(Debug)]
 enum Work {
@@ -99,9 +122,7 @@ enum Work {
 
 impl Engine {
     pub(super) fn new(node: Arc<Node>) -> io::Result<Self> {
-        let ring = Ring::new()
-            .inspect_err(|e| tracing::debug!("no io_uring, threads wait for the disk: {e}"))
-            .ok();
+        let ring = Ring::new().inspect_err(|e| tell_no_ring(&node, e)).ok();
         Ok(Self {
             node,
             ring,
