@@ -1,7 +1,9 @@
 //! What an image format must be able to do.
 
 use crate::queue::Located;
-use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::snapshot::{
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+};
 use crate::status::StatusExtent;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
@@ -124,6 +126,12 @@ pub trait Format: Send + Sync {
 
     /// Opens the VM-state area of the snapshot `id` (not a tag) without changing the active disk.
     fn open_vmstate(&self, _id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// Opens the disk of the snapshot `id` (not a tag) without changing the active disk. While it is
+    /// open the snapshot cannot be deleted.
+    fn open_snapshot(&self, _id: &str) -> Result<Box<dyn DiskRead + '_>> {
         Err(self.no_snapshots())
     }
 

@@ -34,5 +34,7 @@ pub use node::{Access, Node, WriteObserver};
 pub use perm::{Perm, Permissions};
 pub use preallocation::Preallocation;
 pub use progress::Progress;
-pub use snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+pub use snapshot::{
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+};
 pub use status::StatusExtent;

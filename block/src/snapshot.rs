@@ -15,7 +15,7 @@
 //! the image as it was. Dropping a change without `finish` rolls it back. A crash at any point
 //! leaves the old or the new state, and at most leaked clusters.
 
-use crate::{Error, ReadBuf, Result, WriteBuf};
+use crate::{Error, ReadBuf, Result, StatusExtent, WriteBuf};
 
 /// An internal snapshot, as the snapshot table tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +110,16 @@ pub struct VmStateExtent {
     pub len: u64,
     /// Whether nothing is stored and the part reads as zeroes.
     pub zero: bool,
+}
+
+/// A disk that is read only: that of a snapshot.
+pub trait DiskRead: Send + Sync {
+    /// Length in bytes.
+    fn size(&self) -> u64;
+    /// Reads `bufs` one after another from `offset`; callable from many threads at once.
+    fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()>;
+    /// As [`crate::Format::block_status`].
+    fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>>;
 }
 
 /// The VM-state area of one snapshot.

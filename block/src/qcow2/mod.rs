@@ -27,7 +27,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
 use crate::queue::Located;
-use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead};
+use crate::snapshot::{
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+};
 use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
@@ -509,5 +511,9 @@ impl Format for Qcow2 {
 
     fn open_vmstate(&self, id: &str) -> Result<Box<dyn VmStateRead + '_>> {
         Ok(Box::new(snapshot::VmState::open(self, id)?))
+    }
+
+    fn open_snapshot(&self, id: &str) -> Result<Box<dyn DiskRead + '_>> {
+        Ok(Box::new(snapshot::SnapshotDisk::open(self, id)?))
     }
 }

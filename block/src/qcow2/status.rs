@@ -15,6 +15,16 @@ impl Qcow2 {
     /// The status of a prefix of the range, of at least one byte unless the range is empty.
     pub(super) fn disk_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {
         self.check_range(offset, len)?;
+        self.status_by(offset, len, |at, n| self.map_active(at, n))
+    }
+
+    /// As [`Qcow2::disk_status`] of what `map` maps.
+    pub(super) fn status_by(
+        &self,
+        offset: u64,
+        len: u64,
+        map: impl Fn(u64, u64) -> Result<Vec<Extent>>,
+    ) -> Result<Vec<StatusExtent>> {
         let coverage = self.geometry.l2_coverage();
         let end = offset + len;
         let mut list = Vec::new();
@@ -24,7 +34,7 @@ impl Qcow2 {
                 break;
             }
             let stop = end.min((at / coverage + 1).saturating_mul(coverage));
-            for extent in self.map_active(at, stop - at)? {
+            for extent in map(at, stop - at)? {
                 if list.len() >= MAX_EXTENTS || !self.push_status(extent, &mut list)? {
                     return Ok(list);
                 }

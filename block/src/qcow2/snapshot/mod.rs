@@ -6,13 +6,16 @@
 mod area;
 mod create;
 mod delete;
+mod disk;
 mod revert;
 mod table;
+mod tables;
 mod tree;
 mod vmstate;
 
 pub(super) use create::Create;
 pub(super) use delete::Delete;
+pub(super) use disk::SnapshotDisk;
 pub(super) use revert::{Revert, write_disk_place};
 pub(super) use table::{Entry, read_table, write_table_place};
 pub(super) use tree::{runs_of, set_copied};
