@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser};
 
+use super::image::Output;
+
 const EXAMPLES: &str = "\
 Examples:
   Boot a kernel with a disk, the console on this terminal:
-    qemu-img create -f qcow2 disk.qcow2 1G
+    tardigrade image create -f qcow2 disk.qcow2 1G
     tardigrade --kernel bzImage --append 'console=ttyS0' -m 256M --smp 2 \\
       --blockdev driver=qcow2,node-name=disk0,file.driver=file,file.filename=disk.qcow2 \\
       --device virtio-blk-device,drive=disk0 --qmp unix:/tmp/vm.qmp,server=on,wait=off
@@ -76,11 +78,12 @@ pub struct MachineArgs {
     /// wanted ,max-connections=N; or JSON
     #[arg(long, value_name = "OPTIONS")]
     pub nbd_server: Option<String>,
-    /// Export of a node: type=nbd,id=I,node-name=N[,name=E][,writable=on][,bitmaps.0=B]; or JSON
+    /// Export of a node: type=nbd,id=I,node-name=N[,name=E][,writable=on][,bitmaps.0=B]; or JSON.
+    /// A writable one of a guest's disk needs share-rw=on at the --device
     #[arg(long, value_name = "OPTIONS")]
     pub export: Vec<String>,
     /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N][,share-rw=on],
-    /// virtio-rng-device, or JSON
+    /// virtio-rng-device, or JSON. share-rw=on lets exports of the disk write too
     #[arg(long, value_name = "OPTIONS")]
     pub device: Vec<String>,
     /// QMP server: unix:PATH,server=on,wait=off
@@ -157,7 +160,18 @@ pub enum SnapshotCommand {
     /// Delete a checkpoint; its space can be used again
     Delete(SnapshotArgs),
     /// List the checkpoints on all disks
-    List(QmpTarget),
+    List(ListArgs),
+}
+
+/// What to list, and how.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    /// The machine.
+    pub target: QmpTarget,
+    /// How to print
+    #[arg(long, value_name = "FMT", default_value = "human")]
+    pub output: Output,
 }
 
 /// Which checkpoint, and where.

@@ -4,6 +4,7 @@ mod console;
 mod demo;
 mod snapshots;
 
+use qmp::ErrorClass;
 use qmp::client::{Client, ClientError};
 use serde_json::{Value, json};
 
@@ -28,6 +29,12 @@ pub enum Error {
     /// The machine has nothing to keep a checkpoint on.
     #[error("the machine has no writable disk that could hold a checkpoint")]
     NoDisk,
+    /// It has no guest.
+    #[error(
+        "a storage daemon (--machine none) listens there: it has no guest that could be frozen; \
+         'tardigrade image snapshot' has the snapshots of images that nobody uses"
+    )]
+    NoGuest,
     /// A subcommand that works without a machine; it has its own entry.
     #[error("this subcommand does not talk to a machine")]
     NotAClient,
@@ -69,7 +76,7 @@ pub fn run(subcommand: &Subcommand) -> Result<(), Error> {
         Subcommand::Snapshot(SnapshotCommand::Save(args)) => snapshots::save(args),
         Subcommand::Snapshot(SnapshotCommand::Load(args)) => snapshots::load(args),
         Subcommand::Snapshot(SnapshotCommand::Delete(args)) => snapshots::delete(args),
-        Subcommand::Snapshot(SnapshotCommand::List(target)) => snapshots::list(target),
+        Subcommand::Snapshot(SnapshotCommand::List(args)) => snapshots::list(args),
         Subcommand::Image(_) => Err(Error::NotAClient),
         Subcommand::Status(target) => status(target),
         Subcommand::Console { socket } => console::attach(socket),
@@ -81,25 +88,73 @@ fn connect(target: &QmpTarget) -> Result<Client, Error> {
     Ok(Client::connect(&target.qmp)?)
 }
 
+/// A client of a machine with a guest, which a storage daemon is not.
+fn connect_to_guest(target: &QmpTarget) -> Result<Client, Error> {
+    let mut client = connect(target)?;
+    match run_state(&mut client)? {
+        Some(_) => Ok(client),
+        None => Err(Error::NoGuest),
+    }
+}
+
+/// The guest's run state; `None` where there is no guest, and so no command that asks for it.
+fn run_state(client: &mut Client) -> Result<Option<String>, Error> {
+    match client.execute("query-status", json!({})) {
+        Ok(status) => Ok(Some(text(&status["status"]).to_owned())),
+        Err(ClientError::Command(error)) if error.class == ErrorClass::CommandNotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn status(target: &QmpTarget) -> Result<(), Error> {
     let mut client = connect(target)?;
-    let mut ask = |command| client.execute(command, json!({}));
-    let (name, status) = (ask("query-name")?, ask("query-status")?);
-    let (cpus, disks) = (ask("query-cpus-fast")?, ask("query-block")?);
-    if let Some(name) = name["name"].as_str() {
-        println!("name:   {name}");
+    match run_state(&mut client)? {
+        Some(state) => guest_status(&mut client, &state)?,
+        None => daemon_status(&mut client)?,
     }
-    println!("state:  {}", text(&status["status"]));
-    println!("vCPUs:  {}", cpus.as_array().map_or(0, Vec::len));
-    for disk in disks.as_array().into_iter().flatten() {
-        let node = &disk["inserted"];
-        let access = if node["ro"] == json!(true) { "read-only" } else { "writable" };
-        println!("disk:   {} {access} {}", text(&node["node-name"]), text(&node["file"]));
+    for export in list(&mut client, "query-block-exports")? {
+        println!("export: {} of {}", text(&export["id"]), text(&export["node-name"]));
     }
-    for job in ask("query-jobs")?.as_array().into_iter().flatten() {
+    for job in list(&mut client, "query-jobs")? {
         println!("job:    {} {} {}", text(&job["id"]), text(&job["type"]), text(&job["status"]));
     }
     Ok(())
+}
+
+fn guest_status(client: &mut Client, state: &str) -> Result<(), Error> {
+    let name = client.execute("query-name", json!({}))?;
+    if let Some(name) = name["name"].as_str() {
+        println!("name:   {name}");
+    }
+    println!("state:  {state}");
+    println!("vCPUs:  {}", list(client, "query-cpus-fast")?.len());
+    for disk in list(client, "query-block")? {
+        print_node("disk", &disk["inserted"]);
+    }
+    Ok(())
+}
+
+fn daemon_status(client: &mut Client) -> Result<(), Error> {
+    println!("state:  storage daemon, no guest");
+    for node in list(client, "query-named-block-nodes")? {
+        // The rest was opened as a part of others.
+        if !text(&node["node-name"]).starts_with('#') {
+            print_node("node", &node);
+        }
+    }
+    Ok(())
+}
+
+fn print_node(what: &str, node: &Value) {
+    let access = if node["ro"] == json!(true) { "read-only" } else { "writable" };
+    println!("{what}:   {} {access} {}", text(&node["node-name"]), text(&node["file"]));
+}
+
+fn list(client: &mut Client, command: &'static str) -> Result<Vec<Value>, Error> {
+    match client.execute(command, json!({}))? {
+        Value::Array(items) => Ok(items),
+        _ => Err(Error::Answer { command, member: "the list" }),
+    }
 }
 
 fn text(value: &Value) -> &str {

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::{Error, connect, text};
-use crate::cli::args::{QmpTarget, SnapshotArgs};
+use super::{Error, connect_to_guest, text};
+use crate::cli::args::{ListArgs, SnapshotArgs};
+use crate::cli::image::Output;
 
 /// How often progress is asked for.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -29,38 +30,69 @@ pub(super) fn delete(args: &SnapshotArgs) -> Result<(), Error> {
         let snapshots = disk.snapshots.as_array();
         snapshots.into_iter().flatten().any(|snapshot| snapshot["name"] == json!(args.tag))
     };
-    if !disks(&mut connect(&args.target)?)?.iter().any(has_tag) {
+    if !disks(&mut connect_to_guest(&args.target)?)?.iter().any(has_tag) {
         return Err(Error::NoCheckpoint(args.tag.clone()));
     }
     run_job(args, "snapshot-delete", "deleted")
 }
 
-/// Lists each checkpoint once, with the disks it is on.
-pub(super) fn list(target: &QmpTarget) -> Result<(), Error> {
-    let mut client = connect(target)?;
-    let disks = disks(&mut client)?;
-    let mut tags: BTreeMap<(u64, String), Row> = BTreeMap::new();
-    for disk in &disks {
+/// Lists each checkpoint once, with the disks it is on, oldest first.
+pub(super) fn list(args: &ListArgs) -> Result<(), Error> {
+    let mut client = connect_to_guest(&args.target)?;
+    let rows = checkpoints(&disks(&mut client)?);
+    match args.output {
+        Output::Human => print_table(&rows),
+        Output::Json => print_json(&rows)?,
+    }
+    Ok(())
+}
+
+/// All checkpoints by date and tag.
+type Rows = BTreeMap<(u64, String), Row>;
+
+fn checkpoints(disks: &[Disk]) -> Rows {
+    let mut rows = Rows::new();
+    for disk in disks {
         for snapshot in disk.snapshots.as_array().into_iter().flatten() {
             let date = snapshot["date-sec"].as_u64().unwrap_or(0);
-            let row = tags.entry((date, text(&snapshot["name"]).to_owned())).or_default();
+            let row = rows.entry((date, text(&snapshot["name"]).to_owned())).or_default();
             row.vm_state = row.vm_state.max(snapshot["vm-state-size"].as_u64().unwrap_or(0));
             row.clock = snapshot["vm-clock-sec"].as_u64().unwrap_or(0);
             row.disks.push(disk.node.clone());
         }
     }
-    if tags.is_empty() {
+    rows
+}
+
+/// The names are those of QMP's SnapshotInfo, and of snapshot-save's arguments.
+fn print_json(rows: &Rows) -> Result<(), Error> {
+    let object = |((date, tag), row): (&(u64, String), &Row)| {
+        json!({
+            "name": tag,
+            "date-sec": date,
+            "vm-state-size": row.vm_state,
+            "vm-clock-sec": row.clock,
+            "devices": row.disks,
+        })
+    };
+    let list: Vec<Value> = rows.iter().map(object).collect();
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, &list).map_err(|e| Error::Output(e.into()))?;
+    writeln!(out).map_err(Error::Output)
+}
+
+fn print_table(rows: &Rows) {
+    if rows.is_empty() {
         println!("No checkpoints.");
-        return Ok(());
+        return;
     }
     println!("{:<24} {:<20} {:>10} {:>10}  DISKS", "TAG", "DATE (UTC)", "STATE", "CLOCK");
-    for ((date, tag), row) in tags {
+    for ((date, tag), row) in rows {
         let state = if row.vm_state == 0 { "disk only".into() } else { size(row.vm_state) };
         let clock =
             format!("{}:{:02}:{:02}", row.clock / 3600, row.clock / 60 % 60, row.clock % 60);
-        println!("{tag:<24} {:<20} {state:>10} {clock:>10}  {}", utc(date), row.disks.join(", "));
+        println!("{tag:<24} {:<20} {state:>10} {clock:>10}  {}", utc(*date), row.disks.join(", "));
     }
-    Ok(())
 }
 
 #[derive(Default)]
@@ -96,7 +128,7 @@ fn run_job(args: &SnapshotArgs, command: &'static str, done: &str) -> Result<(),
     if args.tag.is_empty() {
         return Err(Error::EmptyTag);
     }
-    let mut client = connect(&args.target)?;
+    let mut client = connect_to_guest(&args.target)?;
     let devices = match args.devices.as_slice() {
         [] => disks(&mut client)?.into_iter().map(|disk| disk.node).collect(),
         named => named.to_vec(),
