@@ -12,6 +12,8 @@ Examples:
   tardigrade image check --repair leaks disk.qcow2
   tardigrade image resize disk.qcow2 +10G
   tardigrade image snapshot create disk.qcow2 before-upgrade
+  tardigrade image convert -l before-upgrade -O raw disk.qcow2 disk.raw
+  tardigrade image bitmap add disk.qcow2 backup0
 
 Images that a machine uses are locked, as by QEMU: stop it, or ask it over QMP.";
 
@@ -41,6 +43,9 @@ pub enum ImageCommand {
     /// List, make, go back to or delete internal snapshots
     #[command(subcommand)]
     Snapshot(ImageSnapshotCommand),
+    /// Make, remove or change the dirty bitmaps that an image stores
+    #[command(subcommand)]
+    Bitmap(BitmapCommand),
     /// Copy a disk into an image of another format or with other options
     Convert(ConvertArgs),
 }
@@ -163,6 +168,9 @@ pub enum ImageSnapshotCommand {
         /// Also while somebody writes to the image
         #[arg(short = 'U', long)]
         force_share: bool,
+        /// How to print
+        #[arg(long, value_name = "FMT", default_value = "human")]
+        output: Output,
         /// The image
         file: PathBuf,
     },
@@ -183,6 +191,57 @@ pub struct ImageSnapshotArgs {
     pub snapshot: String,
 }
 
+/// `image bitmap`
+#[derive(Debug, clap::Subcommand)]
+pub enum BitmapCommand {
+    /// Make a bitmap, which notes writes from then on
+    Add {
+        /// Bytes that one bit stands for [default: the cluster size, between 4k and 64k]
+        #[arg(short, long, value_name = "SIZE")]
+        granularity: Option<String>,
+        /// Do not note writes until it is enabled
+        #[arg(long)]
+        disabled: bool,
+        #[command(flatten)]
+        /// Which.
+        target: BitmapArgs,
+    },
+    /// Remove a bitmap; also one that is inconsistent
+    Remove(BitmapArgs),
+    /// Forget what a bitmap has noted
+    Clear(BitmapArgs),
+    /// Note writes from now on
+    Enable(BitmapArgs),
+    /// Note no more writes
+    Disable(BitmapArgs),
+    /// Add what another bitmap has noted
+    Merge {
+        /// Image that has the other bitmap [default: the same]
+        #[arg(short = 'b', long, value_name = "FILE")]
+        source_file: Option<PathBuf>,
+        /// Format of that image [default: found out]
+        #[arg(short = 'F', long, value_name = "FMT", requires = "source_file")]
+        source_format: Option<String>,
+        #[command(flatten)]
+        /// Which it is added to.
+        target: BitmapArgs,
+        /// The other bitmap
+        source: String,
+    },
+}
+
+/// A bitmap of an image.
+#[derive(Debug, Args)]
+pub struct BitmapArgs {
+    /// Format of the image [default: found out]
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// The image
+    pub file: PathBuf,
+    /// The bitmap's name
+    pub bitmap: String,
+}
+
 /// `image convert`
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
@@ -198,6 +257,15 @@ pub struct ConvertArgs {
     /// Compress the copy
     #[arg(short, long)]
     pub compress: bool,
+    /// Copy the disk of this internal snapshot (its id or name)
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// Write into an image that is there and large enough, instead of making one
+    #[arg(short = 'n', long, conflicts_with_all = ["options", "compress"])]
+    pub no_create: bool,
+    /// Also while somebody writes to the source; the copy may be of no one moment
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
     /// Print nothing but errors
     #[arg(short, long)]
     pub quiet: bool,

@@ -5,7 +5,7 @@ use block::storage::{FileOptions, FileStorage};
 use serde_json::{Value, json};
 
 use super::watch::watched;
-use super::{CANNOT_CHECK, Error, Result, format_of, of, say};
+use super::{CANNOT_CHECK, Error, Result, format_of, of, say, say_json};
 use crate::cli::image::{CheckArgs, Output, RepairWhat};
 
 pub(super) fn run(args: &CheckArgs) -> Result<u8> {
@@ -32,8 +32,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     print_findings(&report);
     match args.output {
         Output::Json => {
-            let text = serde_json::to_string_pretty(&json_of(args, format, &report)?);
-            say(&format!("{}\n", text.map_err(|e| Error::Usage(e.to_string()))?))?;
+            say_json(&json_of(args, format, &report)?)?;
         }
         Output::Human if !args.quiet => say(&human(&report))?,
         Output::Human => {}

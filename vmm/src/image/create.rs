@@ -6,21 +6,24 @@ use block::qcow2::create::create;
 use block::storage::{FileStorage, Storage};
 use block::{create_file, create_raw};
 
-use super::options::{Given, HELP};
+use super::options::{Given, asks_for_help, help};
 use super::text::parse_size;
 use super::watch::watched;
 use super::{Access, Error, Result, of, open, say};
 use crate::cli::image::CreateArgs;
 
 pub(super) fn run(args: &CreateArgs) -> Result<u8> {
-    if args.options.iter().any(|text| text == "help" || text == "?") {
-        say(HELP)?;
+    if asks_for_help(&args.options) {
+        say(help(&args.format)?)?;
         return Ok(0);
     }
     let usage = |text: &str| Err(Error::Usage(text.to_owned()));
     let Some(file) = &args.file else {
         return usage("Expecting image file name");
     };
+    if !matches!(args.format.as_str(), "raw" | "qcow2") {
+        return named(file, &format!("Unknown file format '{}'", args.format));
+    }
     let mut given = Given::read(&args.options)?;
     if let Some(backing) = &args.backing {
         given =
@@ -84,7 +87,9 @@ fn backing_size(args: &CreateArgs, file: &Path, given: &Given) -> Result<Option<
         return Ok(None);
     }
     let path = beside(file, backing);
-    let opened = open(&path, given.backing_fmt.as_deref(), Access::default());
+    // Whoever writes to it meanwhile does not change its size.
+    let access = Access { force_share: true, ..Access::default() };
+    let opened = open(&path, given.backing_fmt.as_deref(), access);
     match opened {
         Ok((_graph, node)) => Ok(Some(node.size())),
         Err(e) => named(file, &format!("{e}\nCould not open backing image.")),

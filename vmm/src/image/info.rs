@@ -1,12 +1,14 @@
 //! `tardigrade image info`
 
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use super::snapshots::table;
 use super::text::size;
-use super::{Access, Error, Result, of, open, say};
+use super::{Access, Error, Result, of, open, say, say_json};
 use crate::cli::image::{InfoArgs, Output};
 
 /// Most images of a chain, as for opening one.
@@ -14,8 +16,15 @@ const MAX_CHAIN: usize = 200;
 
 pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     let mut chain = Vec::new();
+    let mut seen = HashSet::new();
     let mut next = Some((args.file.clone(), args.format.clone()));
     while let Some((file, format)) = next.take() {
+        if let Ok(meta) = std::fs::metadata(&file)
+            && !seen.insert((meta.dev(), meta.ino()))
+        {
+            let file = file.display();
+            return Err(Error::Usage(format!("Backing file '{file}' creates an infinite loop.")));
+        }
         if chain.len() == MAX_CHAIN {
             return Err(Error::Usage(format!(
                 "the backing chain is longer than {MAX_CHAIN} images"
@@ -37,8 +46,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
         Output::Json => {
             let mut all: Vec<_> = chain.into_iter().map(|one| one.json).collect();
             let value = if args.backing_chain { Value::Array(all) } else { all.remove(0) };
-            let text = serde_json::to_string_pretty(&value);
-            say(&format!("{}\n", text.map_err(|e| Error::Usage(e.to_string()))?))?;
+            say_json(&value)?;
         }
     }
     Ok(0)

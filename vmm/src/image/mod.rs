@@ -1,6 +1,7 @@
 //! `tardigrade image`: work on images that no machine uses, with qemu-img's options, texts and exit
 //! statuses. Images are opened through the block graph, so they are locked as QEMU locks them.
 
+mod bitmap;
 mod check;
 mod convert;
 mod create;
@@ -44,6 +45,14 @@ pub enum Error {
     Output(#[from] std::io::Error),
 }
 
+impl Error {
+    /// Of something that is named elsewhere.
+    #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+    fn from_block(error: block::Error) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
 type Result<T> = std::result::Result<T, Error>;
 
 /// Does what the command line asks; errors go to stderr.
@@ -54,6 +63,7 @@ pub fn run(command: &ImageCommand) -> ExitCode {
         ImageCommand::Check(args) => check::run(args),
         ImageCommand::Resize(args) => resize::run(args),
         ImageCommand::Snapshot(command) => snapshots::run(command),
+        ImageCommand::Bitmap(command) => bitmap::run(command),
         ImageCommand::Convert(args) => convert::run(args),
     };
     match done {
@@ -84,6 +94,12 @@ fn of(file: &Path) -> impl FnOnce(block::Error) -> Error {
     }
 }
 
+/// Prints a value as JSON for programs.
+fn say_json(value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::Usage(e.to_string()))?;
+    say(&format!("{text}\n"))
+}
+
 /// The format of an image: the one given, or what its first bytes tell.
 fn format_of(file: &Path, given: Option<&str>) -> Result<&'static str> {
     match given {
@@ -109,13 +125,24 @@ struct Access {
     alone: bool,
 }
 
-/// Opens an image as the node "image" of a graph of its own, which ends with the use that is given
-/// back: until then the image and those below it are locked, raw ones too.
+/// Opens an image as a node of a graph of its own, which ends with the use that is given back: until
+/// then the image and those below it are locked, raw ones too.
 fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Attachment, Arc<Node>)> {
+    open_in(&Graph::new(), "image", file, format, access)
+}
+
+/// As [`open`], as the node `name` of a graph.
+fn open_in(
+    graph: &Graph,
+    name: &str,
+    file: &Path,
+    format: Option<&str>,
+    access: Access,
+) -> Result<(Attachment, Arc<Node>)> {
     let driver = format_of(file, format)?;
     let mut options = json!({
         "driver": driver,
-        "node-name": "image",
+        "node-name": name,
         "read-only": !access.writable,
         "force-share": access.force_share,
         "discard": "unmap",
@@ -124,7 +151,6 @@ fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Attachment
     if access.alone && driver == "qcow2" {
         options["backing"] = Value::Null;
     }
-    let graph = Graph::new();
     let node = graph.add(&options).map_err(of(file))?;
     let mut used = Perm::CONSISTENT_READ;
     used.set(Perm::WRITE | Perm::RESIZE, access.writable);
@@ -133,6 +159,6 @@ fn open(file: &Path, format: Option<&str>, access: Access) -> Result<(Attachment
     } else {
         Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED
     };
-    let user = graph.attach("image", User::unnamed(used, shared)).map_err(of(file))?;
+    let user = graph.attach(name, User::unnamed(used, shared)).map_err(of(file))?;
     Ok((user, node))
 }

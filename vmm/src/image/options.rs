@@ -6,8 +6,7 @@ use block::{FileCreateOptions, Preallocation};
 use super::text::parse_size;
 use super::{Error, Result};
 
-/// What `-o help` prints.
-pub(super) const HELP: &str = "\
+const QCOW2_HELP: &str = "\
 Supported qcow2 options:
   backing_file=<str>     - File name of a base image
   backing_fmt=<str>      - Image format of the base image
@@ -22,12 +21,28 @@ Supported qcow2 options:
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
   refcount_bits=<num>    - Width of a reference count entry in bits
   size=<size>            - Virtual disk size
+";
 
+const RAW_HELP: &str = "\
 Supported raw options:
   nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)
   size=<size>            - Virtual disk size
 ";
+
+/// Whether `-o help` is among the options.
+pub(super) fn asks_for_help(options: &[String]) -> bool {
+    options.iter().flat_map(|text| split(text)).any(|option| option == "help" || option == "?")
+}
+
+/// What `-o help` prints for a format.
+pub(super) fn help(format: &str) -> Result<&'static str> {
+    match format {
+        "raw" => Ok(RAW_HELP),
+        "qcow2" => Ok(QCOW2_HELP),
+        other => Err(Error::Usage(format!("Unknown file format '{other}'"))),
+    }
+}
 
 /// The options of a new image, as given.
 #[derive(Debug, Clone, Default)]

@@ -22,6 +22,15 @@ pub(super) fn run(args: &ResizeArgs) -> Result<u8> {
     };
     let access = Access { writable: true, ..Access::default() };
     let (_user, node) = open(&args.file, args.format.as_deref(), access)?;
+    if args.format.is_none() && node.driver() == "raw" {
+        eprintln!(
+            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+             Automatically detecting the format is dangerous for raw images: whoever writes to \
+             the disk decides it.\n         \
+             Specify the 'raw' format explicitly with '-f raw'.",
+            args.file.display()
+        );
+    }
     let old = node.size();
     let new = match sign {
         0 => Some(number),

@@ -3,18 +3,23 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use block::graph::snapshot_json;
 use block::{Format, NewSnapshot, SnapshotChange, SnapshotInfo};
 
 use super::text::{clock, date, size};
-use super::{Access, Error, Result, of, open, say};
-use crate::cli::image::{ImageSnapshotArgs, ImageSnapshotCommand};
+use super::{Access, Error, Result, of, open, say, say_json};
+use crate::cli::image::{ImageSnapshotArgs, ImageSnapshotCommand, Output};
 
 pub(super) fn run(command: &ImageSnapshotCommand) -> Result<u8> {
     match command {
-        ImageSnapshotCommand::List { force_share, file } => {
+        ImageSnapshotCommand::List { force_share, output, file } => {
             let access = Access { force_share: *force_share, alone: true, ..Access::default() };
             let (_user, node) = open(file, None, access)?;
-            say(&table(&node.snapshots()))?;
+            let all = node.snapshots();
+            match output {
+                Output::Human => say(&table(&all))?,
+                Output::Json => say_json(&all.iter().map(snapshot_json).collect())?,
+            }
         }
         ImageSnapshotCommand::Create(args) => change(args, "create", |format| {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -27,10 +32,10 @@ pub(super) fn run(command: &ImageSnapshotCommand) -> Result<u8> {
             land(&mut *format.create_snapshot(&new)?)
         })?,
         ImageSnapshotCommand::Apply(args) => change(args, "apply", |format| {
-            land(&mut *format.revert_snapshot(&id_of(format, args)?)?)
+            land(&mut *format.revert_snapshot(&id_of(format, &args.snapshot, &args.file)?)?)
         })?,
         ImageSnapshotCommand::Delete(args) => change(args, "delete", |format| {
-            land(&mut *format.delete_snapshot(&id_of(format, args)?)?)
+            land(&mut *format.delete_snapshot(&id_of(format, &args.snapshot, &args.file)?)?)
         })?,
     }
     Ok(0)
@@ -56,14 +61,14 @@ fn land<C: SnapshotChange + ?Sized>(change: &mut C) -> block::Result<()> {
 }
 
 /// The id of a snapshot that is named by its id or, if there is none, its tag; as in QEMU.
-fn id_of(format: &dyn Format, args: &ImageSnapshotArgs) -> block::Result<String> {
+pub(super) fn id_of(format: &dyn Format, name: &str, file: &Path) -> block::Result<String> {
     let all = format.snapshots();
-    let by_id = all.iter().find(|s| s.id == args.snapshot);
-    match by_id.or_else(|| all.iter().find(|s| s.tag == args.snapshot)) {
+    let by_id = all.iter().find(|s| s.id == name);
+    match by_id.or_else(|| all.iter().find(|s| s.tag == name)) {
         Some(found) => Ok(found.id.clone()),
         None => Err(block::Error::NoSuchSnapshot {
-            tag: args.snapshot.clone(),
-            node: Path::new(&args.file).display().to_string(),
+            tag: name.to_owned(),
+            node: file.display().to_string(),
         }),
     }
 }

@@ -3,7 +3,10 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+
+mod bitmaps;
+mod copies;
 
 const TARDIGRADE: &str = env!("CARGO_BIN_EXE_tardigrade");
 
@@ -20,6 +23,44 @@ fn ours(dir: &Path, args: &[&str]) -> Output {
 fn ok(output: &Output) -> String {
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// What a command that must fail says.
+#[track_caller]
+fn refused(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A `qemu-io` that has an image open for writing; ends when dropped.
+struct Holder(Child);
+
+impl Holder {
+    fn of(dir: &Path, args: &[&str]) -> Self {
+        let mut child = Command::new("qemu-io")
+            .current_dir(dir)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Its answer tells that the image is open.
+        child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("MiB") {
+            line.clear();
+            assert!(output.read_line(&mut line).unwrap() > 0, "qemu-io does not open the image");
+        }
+        Self(child)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
 }
 
 fn have_qemu_img() -> bool {
@@ -206,21 +247,7 @@ fn a_raw_image_that_another_program_writes_is_neither_resized_nor_copied() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     std::fs::write(dir.join("src.raw"), PRECIOUS).unwrap();
-    let mut holder = Command::new("qemu-io")
-        .current_dir(dir)
-        .args(["-f", "raw", "src.raw"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // Its answer tells that the image is open.
-    holder.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-    let mut output = BufReader::new(holder.stdout.take().unwrap());
-    let mut line = String::new();
-    while !line.contains("1 MiB") {
-        line.clear();
-        assert!(output.read_line(&mut line).unwrap() > 0, "qemu-io does not open the image");
-    }
+    let holder = Holder::of(dir, &["-f", "raw", "src.raw"]);
     for args in [
         &["resize", "-f", "raw", "src.raw", "512K", "--shrink"][..],
         &["convert", "-f", "raw", "-O", "raw", "src.raw", "copy.raw"],
@@ -230,7 +257,72 @@ fn a_raw_image_that_another_program_writes_is_neither_resized_nor_copied() {
         assert!(!refused.status.success() && text.contains("lock"), "{args:?}: {text}");
         assert_eq!(std::fs::metadata(dir.join("src.raw")).unwrap().len(), 1 << 20);
     }
-    drop(holder.stdin.take());
-    holder.wait().unwrap();
+    drop(holder);
     ok(&ours(dir, &["resize", "-q", "-f", "raw", "src.raw", "2M"]));
+}
+
+#[test]
+fn an_overlay_is_made_of_a_base_that_another_program_writes() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "base.q", "4M"]));
+    let holder = Holder::of(dir, &["-f", "qcow2", "base.q"]);
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "-b", "base.q", "-F", "qcow2", "over.q"]));
+    drop(holder);
+    assert!(ok(&ours(dir, &["info", "over.q"])).contains("virtual size: 4 MiB"));
+    ok(&run(dir, "qemu-img", &["compare", "over.q", "base.q"]));
+}
+
+#[test]
+fn help_is_of_the_format_asked_for_and_an_unknown_one_is_refused_before_all_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let raw = ok(&ours(dir, &["create", "-o", "help"]));
+    assert!(raw.starts_with("Supported raw options:") && !raw.contains("cluster_size"), "{raw}");
+    let qcow2 = ok(&ours(dir, &["create", "-f", "qcow2", "-o", "help", "x"]));
+    assert!(qcow2.contains("refcount_bits") && !qcow2.contains("raw options"), "{qcow2}");
+    assert_eq!(ok(&ours(dir, &["convert", "-O", "qcow2", "-o", "help", "x", "y"])), qcow2);
+    for args in [&["create", "-f", "vmdk", "x", "1M"][..], &["create", "-f", "vmdk", "-o", "help"]]
+    {
+        let output = ours(dir, args);
+        assert!(refused(&output).contains("Unknown file format 'vmdk'"), "{output:?}");
+        assert!(output.stdout.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
+fn a_resize_warns_of_a_raw_image_that_was_only_guessed() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "r.raw", "1M"]));
+    let said = |args: &[&str]| {
+        let output = ours(dir, args);
+        ok(&output);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let warning = said(&["resize", "-q", "r.raw", "2M"]);
+    assert!(
+        warning.contains("Image format was not specified for 'r.raw' and probing guessed raw"),
+        "{warning}"
+    );
+    assert_eq!(said(&["resize", "-q", "-f", "raw", "r.raw", "3M"]), "");
+}
+
+#[test]
+fn a_backing_chain_that_loops_is_called_that() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "a.q", "1M"]));
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "-b", "a.q", "-F", "qcow2", "b.q"]));
+    ok(&run(dir, "qemu-img", &["rebase", "-u", "-b", "b.q", "-F", "qcow2", "a.q"]));
+    for args in [&["info", "--backing-chain", "a.q"][..], &["resize", "a.q", "2M"]] {
+        let error = refused(&ours(dir, args));
+        assert!(error.contains("a.q' creates an infinite loop."), "{args:?}: {error}");
+    }
 }
