@@ -34,3 +34,8 @@ pub(crate) fn be64_at(bytes: &[u8], at: usize) -> u64 {
 pub(crate) fn be16_at(bytes: &[u8], at: usize) -> u16 {
     bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_be_bytes)
 }
+
+/// Table entries as they are on disk, big-endian.
+pub(crate) fn be_bytes(entries: &[u64]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| entry.to_be_bytes()).collect()
+}

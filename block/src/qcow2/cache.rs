@@ -32,6 +32,8 @@ pub(super) struct Table {
     /// Bytes that differ from the disk; `all` has the offset then.
     dirty: Option<Range<usize>>,
     all: DirtySet,
+    /// Nothing on disk refers to it, and it was never written: its place may be written at any time.
+    fresh: bool,
     /// Used since the clock's hand was here.
     used: bool,
     /// Whether it waits in the clock's queue. Dirty ones need not.
@@ -133,6 +135,7 @@ impl TableCache {
                     bytes,
                     dirty: None,
                     all: self.dirty.clone(),
+                    fresh: false,
                     used: false,
                     queued: true,
                     words: self.words,
@@ -143,7 +146,7 @@ impl TableCache {
         Ok(table)
     }
 
-    /// Puts a new table at `offset`, wholly dirty.
+    /// Puts a new table at `offset`, where nothing on disk refers to, wholly dirty.
     pub(crate) fn insert(&mut self, offset: HostOffset, bytes: Vec<u8>) -> &mut Table {
         self.dirty.get().insert(offset);
         let table = Table {
@@ -151,6 +154,7 @@ impl TableCache {
             dirty: Some(0..bytes.len()),
             bytes,
             all: self.dirty.clone(),
+            fresh: true,
             used: true,
             queued: false,
             words: self.words,
@@ -197,9 +201,35 @@ impl TableCache {
         !self.dirty.get().is_empty()
     }
 
+    /// Moves a table that is in memory to a place that nothing on disk refers to; it is wholly dirty.
+    pub(crate) fn rename(&mut self, from: HostOffset, to: HostOffset) {
+        if let Some(table) = self.tables.get_mut(&from) {
+            let bytes = std::mem::take(&mut table.bytes);
+            self.forget(from);
+            self.insert(to, bytes);
+        }
+    }
+
+    /// The tables with changes to what is on disk in their places.
+    pub(crate) fn dirty_in_place(&self) -> Vec<HostOffset> {
+        let fresh = |at: &HostOffset| self.tables.get(at).is_some_and(|table| table.fresh);
+        self.dirty.get().iter().copied().filter(|at| !fresh(at)).collect()
+    }
+
     /// Writes all changes, in the order of the disk. What failed stays dirty.
     pub(crate) fn write_back(&mut self, storage: &dyn Storage) -> Result<()> {
         let dirty: Vec<HostOffset> = self.dirty.get().iter().copied().collect();
+        self.write_some(storage, dirty)
+    }
+
+    /// As [`TableCache::write_back`], for tables to which nothing on disk refers.
+    pub(crate) fn write_fresh(&mut self, storage: &dyn Storage) -> Result<()> {
+        let fresh = |at: &HostOffset| self.tables.get(at).is_some_and(|table| table.fresh);
+        let dirty: Vec<HostOffset> = self.dirty.get().iter().copied().filter(fresh).collect();
+        self.write_some(storage, dirty)
+    }
+
+    fn write_some(&mut self, storage: &dyn Storage, dirty: Vec<HostOffset>) -> Result<()> {
         for offset in dirty {
             if let Some(table) = self.tables.get_mut(&offset)
                 && let Some(range) = table.dirty.clone()
@@ -207,6 +237,7 @@ impl TableCache {
                 let at = offset + to_u64(range.start);
                 storage.write_at(at.0, &[WriteBuf::new(&table.bytes[range])])?;
                 table.dirty = None;
+                table.fresh = false;
                 if !std::mem::replace(&mut table.queued, true) {
                     self.queue.push_back(offset);
                 }

@@ -1,10 +1,11 @@
 //! Who owns which host cluster: refcounts and allocation. `runs` changes many at once, `grow` makes blocks
 //! and larger tables.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::num::{to_u64, to_usize};
+use crate::num::{be_bytes, to_u64, to_usize};
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
@@ -15,6 +16,7 @@ use super::layout::{Geometry, HostCluster, HostOffset, MAX_HOST, OFFSET_MASK, Ru
 use super::overlap::{ClusterSet, OverlapCheck};
 
 mod grow;
+mod moved;
 mod runs;
 
 /// Refcount blocks without a count that are looked through for the end of the image.
@@ -32,8 +34,10 @@ pub(super) struct Refcounts {
     table: Vec<u64>,
     table_run: Run,
     table_dirty: Option<Range<usize>>,
-    /// The header on disk may give the place of a former table.
-    moved: bool,
+    /// Where the table goes, as a whole, at the next switch ([`Refcounts::adopt`]).
+    next: Option<Run>,
+    /// Blocks that are elsewhere than the table on disk says, until the next switch.
+    moved: BTreeSet<usize>,
     blocks: TableCache,
     /// Where the blocks are.
     block_set: ClusterSet,
@@ -74,7 +78,8 @@ impl Refcounts {
                 count: header.refcount_table_clusters.into(),
             },
             table_dirty: None,
-            moved: false,
+            next: None,
+            moved: BTreeSet::new(),
             blocks: TableCache::new(geometry.cluster_size(), cache_bytes),
             block_set,
             hint: HostCluster(1),
@@ -247,18 +252,16 @@ impl Refcounts {
 
     /// Whether anything differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.moved || self.table_dirty.is_some() || self.blocks.is_dirty()
+        self.next.is_some() || self.table_dirty.is_some() || self.blocks.is_dirty()
     }
 
     /// Writes blocks, then table entries; a flush comes in between where entries are new, so that
-    /// the table never refers to a block that is not there.
+    /// the table never refers to a block that is not there. Not while the table moves.
     pub(crate) fn write_back(&mut self) -> Result<()> {
-        self.settle()?;
         self.blocks.write_back(&*self.storage)?;
         if let Some(range) = self.table_dirty.clone() {
             self.storage.flush()?;
-            let bytes: Vec<u8> =
-                self.table[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let bytes = be_bytes(&self.table[range.clone()]);
             let at = self.geometry.offset_of(self.table_run.first) + to_u64(range.start) * 8;
             self.storage.write_at(at.0, &[WriteBuf::new(&bytes)])?;
             self.table_dirty = None;
@@ -270,10 +273,12 @@ impl Refcounts {
     }
 
     /// Keeps the cache within its limit. Blocks may be written at any time: they hold references
-    /// that are needed already, and lack only such as nothing on disk uses.
+    /// that are needed already, and lack only such as nothing on disk uses. New ones, and those that
+    /// moved, are in places that nothing on disk refers to.
     pub(crate) fn trim(&mut self) -> Result<()> {
         if self.blocks.is_over() {
-            self.write_back()?;
+            self.blocks.write_back(&*self.storage)?;
+            self.blocks.shrink();
         }
         Ok(())
     }

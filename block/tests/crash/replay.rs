@@ -85,7 +85,7 @@ fn replay(base: &Base, dir: &Path, seed: u64, choice: Choice, figures: &Figures)
             use_it,
             qemu,
             closed: point.variant == 0 && point.cut == recorded.log.len(),
-            flags_may_lag: recorded.flags_may_lag(point.cut),
+            repairing: recorded.repairing(point.cut),
         };
         if let Err(e) = verify(base, dir, point.files, expected, depth) {
             fail(base, seed, &point, &e, figures);

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block::qcow2::Qcow2;
-use block::qcow2::check::{self, Repair, Severity};
+use block::qcow2::check::{self, Finding, Repair, Severity};
 use block::{Format, Node, ReadBuf, WriteBuf};
 
 use crate::common::{self, id_of, land, new_snapshot};
@@ -24,8 +24,8 @@ pub(crate) struct Depth {
     pub(crate) qemu: bool,
     /// The image was closed after its last change: its bitmaps are up to date.
     pub(crate) closed: bool,
-    /// COPIED flags may lag behind the counts (`docs/block.md`).
-    pub(crate) flags_may_lag: bool,
+    /// A repair was cut off: flags may lag behind counts.
+    pub(crate) repairing: bool,
 }
 
 type Check = Result<(), String>;
@@ -39,10 +39,10 @@ pub(crate) fn verify(
     depth: Depth,
 ) -> Check {
     if depth.qemu && !dirty(files) {
-        qemu_check(base, dir, files, depth.flags_may_lag)?;
+        qemu_check(base, dir, files, depth.repairing)?;
     }
     let host = Host::new(files.to_vec());
-    let image = open_sound(base, &host, depth.flags_may_lag)?;
+    let image = open_sound(base, &host, depth.repairing)?;
     let node = Node::of_qcow2("d", Arc::new(image));
     let format = node.format();
     let disk = read(&*format)?;
@@ -59,11 +59,11 @@ pub(crate) fn verify(
         use_it(base, &*format, &snaps)?;
         drop((format, node));
         // Leaks of the crash are still there, nothing else.
-        sound(&host, depth.flags_may_lag).map_err(|e| format!("after work on it: {e}"))?;
-        second_crash(base, &before.0, &host.log()[before.1..])?;
+        sound(&host, depth.repairing).map_err(|e| format!("after work on it: {e}"))?;
+        second_crash(base, &before.0, &host.log()[before.1..], depth.repairing)?;
         repair(base, &host)?;
         if depth.qemu {
-            qemu_check(base, dir, &host.files(), depth.flags_may_lag)
+            qemu_check(base, dir, &host.files(), false)
                 .map_err(|e| format!("after work on it: {e}"))?;
         }
     }
@@ -94,10 +94,10 @@ fn check_bitmap(base: &Base, node: &Node, disk: &[u8], closed: bool) -> Check {
 
 /// Opens an image, which the check finds sound before, or, with the dirty bit, once it is open: its
 /// counts were behind and are repaired then.
-fn open_sound(base: &Base, host: &Host, flags_may_lag: bool) -> Result<Qcow2, String> {
+fn open_sound(base: &Base, host: &Host, repairing: bool) -> Result<Qcow2, String> {
     let dirty = dirty(&host.files());
     if !dirty {
-        sound(host, flags_may_lag)?;
+        sound(host, repairing)?;
     }
     let image = base.open(host, false).map_err(|e| format!("does not open: {e}"))?;
     if dirty {
@@ -112,18 +112,15 @@ fn dirty(files: &[Pages]) -> bool {
     header[7] == 3 && header[79] & 1 != 0
 }
 
-/// Our check finds leaks at most.
-fn sound(host: &Host, flags_may_lag: bool) -> Check {
+/// Our check finds leaks at most; of a repair that was cut off, COPIED flags too.
+fn sound(host: &Host, repairing: bool) -> Check {
     let report = check::check(&*host.file(0), &check::Options::default())
         .map_err(|e| format!("check: {e}"))?;
-    let flag = |text: &str| flags_may_lag && text.contains("OFLAG_COPIED");
-    let wrong = report.findings.iter().find(|found| match found.severity {
-        Severity::Leak => false,
-        _ => !flag(&found.text),
-    });
-    match wrong {
+    let flag = |text: &str| repairing && text.contains("OFLAG_COPIED");
+    let leak = |found: &&Finding| found.severity == Severity::Leak || flag(&found.text);
+    match report.findings.iter().find(|found| !leak(found)) {
         Some(found) => Err(format!("check: {}", found.text)),
-        None if report.corruptions > 0 && !flags_may_lag => Err(format!("check: {report:?}")),
+        None if report.corruptions > 0 && !repairing => Err(format!("check: {report:?}")),
         None => Ok(()),
     }
 }
@@ -149,15 +146,14 @@ fn check_vm(format: &dyn Format, snap: &Snap) -> Check {
 }
 
 /// Another crash, during the work after the first: the image is sound again.
-fn second_crash(base: &Base, files: &[Pages], log: &[Entry]) -> Check {
+fn second_crash(base: &Base, files: &[Pages], log: &[Entry], repairing: bool) -> Check {
     let mut result = Ok(());
     each_point(files, log, 1, |point| {
         if (point.cut * 3 + point.variant) % 41 != 0 {
             return true;
         }
         let host = Host::new(point.files.to_vec());
-        // Its snapshots come and go, so the flags may lag anywhere.
-        result = open_sound(base, &host, true)
+        result = open_sound(base, &host, repairing)
             .map(drop)
             .map_err(|e| format!("second crash, cut {}.{}: {e}", point.cut, point.variant));
         result.is_ok()
@@ -179,7 +175,7 @@ fn repair(base: &Base, host: &Host) -> Check {
     if disk(&Host::new(before.0.clone()))? != disk(host)? {
         return Err("the repair changed the disk".to_owned());
     }
-    second_crash(base, &before.0, &host.log()[before.1..]).map_err(|e| format!("repair: {e}"))
+    second_crash(base, &before.0, &host.log()[before.1..], true).map_err(|e| format!("repair: {e}"))
 }
 
 /// Goes back to each snapshot, writes, saves and deletes.
@@ -235,16 +231,16 @@ pub(crate) fn few_bits(error: &block::Error) -> bool {
     text.contains("the refcount of cluster") && text.contains("would exceed")
 }
 
-/// qemu-img finds leaks at most.
-fn qemu_check(base: &Base, dir: &Path, files: &[Pages], flags_may_lag: bool) -> Check {
+/// qemu-img finds leaks at most; of a repair that was cut off, COPIED flags too.
+fn qemu_check(base: &Base, dir: &Path, files: &[Pages], repairing: bool) -> Check {
     let image = base.put(dir, "crash.qcow2", files);
     let args = ["check", "-f", "qcow2", &common::path(&image)];
     let output = Command::new("qemu-img").args(args).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
-    let flag = |line: &str| flags_may_lag && line.contains("OFLAG_COPIED");
+    let flag = |line: &str| repairing && line.contains("OFLAG_COPIED");
     match (output.status.code(), text.lines().find(|l| l.starts_with("ERROR") && !flag(l))) {
         (Some(0 | 3), None) => Ok(()),
-        (Some(2), None) if flags_may_lag => Ok(()),
+        (Some(2), None) if repairing => Ok(()),
         (code, _) => Err(format!("qemu-img check ({code:?}): {text}")),
     }
 }

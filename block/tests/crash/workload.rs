@@ -21,14 +21,14 @@ pub(crate) struct Recorded {
     pub(crate) files: Vec<Pages>,
     pub(crate) log: Vec<Entry>,
     pub(crate) timeline: Timeline,
-    /// Parts of the log in which counts and COPIED flags change.
-    flags: Vec<Range<usize>>,
+    /// Parts of the log that repairs made.
+    repairs: Vec<Range<usize>>,
 }
 
 impl Recorded {
-    /// Whether counts and COPIED flags may differ at a cut.
-    pub(crate) fn flags_may_lag(&self, cut: usize) -> bool {
-        self.flags.iter().any(|part| part.start < cut && cut < part.end)
+    /// Whether a repair was under way at a cut.
+    pub(crate) fn repairing(&self, cut: usize) -> bool {
+        self.repairs.iter().any(|part| part.start < cut && cut < part.end)
     }
 }
 
@@ -40,7 +40,6 @@ struct Work<'a> {
     disk: Vec<u8>,
     snaps: Vec<Arc<Snap>>,
     events: Vec<Event>,
-    flags: Vec<Range<usize>>,
     /// Makes what is written, and the tags, different from all before.
     count: u64,
 }
@@ -61,15 +60,16 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Re
         disk: base.disk.clone(),
         snaps: Vec::new(),
         events: Vec::new(),
-        flags: Vec::new(),
         count: 0,
     };
-    let mut done = 0;
+    let (mut done, mut repairs) = (0, Vec::new());
     while done < steps {
         if work.random.below(4) == 0 {
             let repair = check::Options { repair: Repair::Leaks, progress: None };
+            let start = work.host.now();
             let report = check::check(&*work.host.file(0), &repair).unwrap();
             assert!(report.is_clean(), "seed {seed}: {report:?}");
+            repairs.push(start..work.host.now());
         }
         let node = Node::of_qcow2("d", Arc::new(base.open(&work.host, false).unwrap()));
         // Opened and closed a few times: closing writes tables too.
@@ -87,7 +87,7 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Re
     }
     let timeline =
         Timeline { events: work.events, first: Arc::new(base.disk.clone()), snaps: Vec::new() };
-    Recorded { files: base.files.clone(), log: work.host.log(), timeline, flags: work.flags }
+    Recorded { files: base.files.clone(), log: work.host.log(), timeline, repairs }
 }
 
 impl Work<'_> {
@@ -126,14 +126,6 @@ impl Work<'_> {
         let done = act()?;
         self.events.push(Event { start, end: self.host.now(), what });
         Ok(done)
-    }
-
-    /// Does what changes counts and COPIED flags.
-    fn flagging<T>(&mut self, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        let start = self.host.now();
-        let result = act();
-        self.flags.push(start..self.host.now());
-        result
     }
 
     fn step(&mut self, node: &Node) {
@@ -295,25 +287,24 @@ impl Work<'_> {
             return change.rollback().unwrap();
         }
         let snap = Arc::new(Snap { tag: new.tag, disk: Arc::new(self.disk.clone()), vm });
-        match self.flagging(|| change.prepare()) {
+        match change.prepare() {
             Ok(()) => {}
             // One or two bits do not count many references.
             Err(e) if e.to_string().contains("the refcount of cluster") => {
                 assert!(self.base.kind.options.contains("refcount_bits"), "{e}");
-                return self.flagging(|| change.rollback()).unwrap();
+                return change.rollback().unwrap();
             }
             Err(e) => panic!("{e}"),
         }
         self.between(node);
         if self.random.below(8) == 0 {
-            return self.flagging(|| change.rollback()).unwrap();
+            return change.rollback().unwrap();
         }
         self.note(|| change.publish(), What::Added { snap: snap.clone() }).unwrap();
         self.between(node);
         if self.random.below(8) == 0 {
-            let (start, what) = (self.host.now(), What::Removed { tag: snap.tag.clone() });
-            self.note(|| change.rollback(), what).unwrap();
-            return self.flags.push(start..self.host.now());
+            let what = What::Removed { tag: snap.tag.clone() };
+            return self.note(|| change.rollback(), what).unwrap();
         }
         change.finish().unwrap();
         self.snaps.push(snap);
@@ -351,7 +342,7 @@ impl Work<'_> {
             return self.note(|| change.rollback(), What::Added { snap }).unwrap();
         }
         self.snaps.retain(|s| s.tag != snap.tag);
-        self.flagging(|| change.finish()).unwrap();
+        change.finish().unwrap();
     }
 
     fn revert(&mut self, node: &Node) {

@@ -22,7 +22,7 @@ fn open(storage: &Arc<MemoryStorage>, options: Options) -> Qcow2 {
     Qcow2::open_with(Probe::new(storage).unwrap(), None, options).unwrap()
 }
 
-/// An image with data at 0, two snapshots and an L2 table of its own.
+/// An image with data at 0, two snapshots and an L2 table of its own; no cluster before its end is free.
 fn good(dir: &Path) -> Vec<u8> {
     let image = create(dir, "a.qcow2", "1G", "");
     let storage = Arc::new(MemoryStorage::new(std::fs::read(image).unwrap()));
@@ -32,6 +32,7 @@ fn good(dir: &Path) -> Vec<u8> {
     common::write(&format, 600 << 20, &[1; CLUSTER]);
     save(&format, "two");
     common::write(&format, 0, &[2; CLUSTER]);
+    common::write(&format, 100 << 20, &[3; 24 * CLUSTER]);
     drop(format);
     storage.bytes()
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::bitmap::Bits;
-use crate::num::{be64, to_u64, to_usize};
+use crate::num::{be_bytes, be64, to_u64, to_usize};
 use crate::qcow2::layout::{Geometry, HostOffset, Run};
 use crate::qcow2::meta::Meta;
 use crate::storage::Storage;
@@ -98,8 +98,7 @@ pub(super) fn write(
         meta.storage.write_at(geometry.offset_of(run.first).0, &[WriteBuf::new(&bytes)])?;
         left = later;
     }
-    let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-    let run = super::write_fresh(meta, bytes)?;
+    let run = super::write_fresh(meta, be_bytes(&table))?;
     taken.push(run);
     Ok(geometry.offset_of(run.first))
 }

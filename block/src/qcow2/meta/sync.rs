@@ -3,9 +3,8 @@
 
 use std::time::Instant;
 
-use crate::num::to_u64;
+use crate::num::{be_bytes, to_u64};
 use crate::qcow2::header::{field, incompatible};
-use crate::qcow2::layout::{Run, push_run};
 use crate::qcow2::snapshot;
 use crate::{Result, WriteBuf};
 
@@ -14,22 +13,17 @@ use super::Meta;
 /// Clusters waiting to be given back before a sync is due.
 const MAX_PENDING_RUNS: usize = 4096;
 
-/// Runs of freed clusters that are kept before their space is given back.
-const MAX_FREED_RUNS: usize = 16384;
-
-/// Host space that is given back at once.
-const PUNCH_BYTES: u64 = 32 << 20;
-
 impl Meta {
     /// Whether [`Meta::trim`] has something to do.
     pub(crate) fn needs_trim(&self) -> bool {
-        self.refcounts.needs_trim() || self.l2.is_over() || self.pending.len() > MAX_PENDING_RUNS
+        self.refcounts.needs_trim() || self.l2.is_over() || self.pending_runs() > MAX_PENDING_RUNS
     }
 
     /// Whether anything in memory differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
         self.unsettled
             || self.flags_lag
+            || self.is_switching()
             || self.refcounts.is_dirty()
             || self.l2.is_dirty()
             || self.l1_dirty.is_some()
@@ -55,10 +49,14 @@ impl Meta {
         {
             tracing::warn!(image = self.storage.name(), "clusters are not marked as ours: {e}");
         }
+        let switching = self.is_switching();
         self.write_counts()?;
-        self.storage.flush()?;
-        self.write_tables()?;
-        self.storage.flush()?;
+        // A switch has made all durable that it wrote.
+        if !switching || self.l2.is_dirty() || self.l1_dirty.is_some() {
+            self.storage.flush()?;
+            self.write_tables()?;
+            self.storage.flush()?;
+        }
         if self.broken.is_some() {
             self.pending = Default::default();
             return Ok(());
@@ -69,9 +67,13 @@ impl Meta {
                 self.free_passing(run, pass)?;
             }
         }
+        self.punch_if_many()?;
+        if self.changing {
+            // A guest may be paused for a change of the snapshots, which does the rest at its end.
+            return Ok(());
+        }
         // No order is needed: on disk these clusters just look used until then.
         self.write_counts()?;
-        self.punch_if_many()?;
         self.punch_some().map(|_| ())
     }
 
@@ -79,6 +81,7 @@ impl Meta {
     fn has_changes(&self) -> bool {
         let counts = self.refcounts.is_dirty() && !(self.lazy && self.is_marked_dirty());
         counts
+            || self.is_switching()
             || self.unsettled
             || self.flags_lag
             || self.l2.is_dirty()
@@ -94,8 +97,8 @@ impl Meta {
     /// durably before any table refers to a cluster that is not counted on disk. Whoever opens the
     /// image for writing after a crash counts anew.
     fn write_counts(&mut self) -> Result<()> {
-        if !self.lazy {
-            return self.refcounts.write_back();
+        if !self.lazy || self.is_switching() {
+            return self.put_counts();
         }
         if self.refcounts.is_dirty() && !self.is_marked_dirty() {
             let bits = self.header.incompatible | incompatible::DIRTY;
@@ -104,6 +107,12 @@ impl Meta {
             self.header.incompatible = bits;
         }
         Ok(())
+    }
+
+    /// Writes counts, durably if tables are switched with them.
+    pub(crate) fn put_counts(&mut self) -> Result<()> {
+        self.settle()?;
+        if self.is_switching() { self.switch() } else { self.refcounts.write_back() }
     }
 
     /// Writes all that is left and takes the dirty bit back. Order: counts durable, then the bit. An
@@ -134,70 +143,12 @@ impl Meta {
         Ok(())
     }
 
-    /// Makes the header tell of the tables in force, where it may tell of others. Both are whole on
-    /// disk, so this may come before all other writes; it must, because these go to the tables in
-    /// force.
-    fn settle(&mut self) -> Result<()> {
-        if !self.unsettled {
-            return Ok(());
-        }
-        let (snapshots, table) = (to_u64(self.snapshots.len()), self.snapshot_table);
-        snapshot::write_table_place(self, snapshots, table)?;
-        let (size, l1) = (self.header.size, self.header.l1_offset);
-        snapshot::write_disk_place(self, size, l1, self.header.l1_size)?;
-        self.storage.flush()?;
-        self.unsettled = false;
-        Ok(())
-    }
-
-    /// Gives some of the host's space of free clusters back, unless they are in use again; says
-    /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
-    pub(crate) fn punch_some(&mut self) -> Result<bool> {
-        self.check_writable()?;
-        let geometry = self.geometry();
-        let mut left = geometry.clusters(PUNCH_BYTES).max(1);
-        // Snapshots free in the order of the guest; few large calls are faster than many.
-        let mut runs = std::mem::take(&mut self.freed);
-        runs.sort_unstable_by_key(|run| run.first);
-        runs.into_iter().for_each(|run| push_run(&mut self.freed, run));
-        while left > 0
-            && let Some(mut run) = self.freed.pop()
-        {
-            if run.count > left {
-                self.freed.push(Run { first: run.first, count: run.count - left });
-                run = Run { first: run.first + (run.count - left), count: left };
-            }
-            left -= run.count;
-            for part in self.refcounts.free_parts(run)? {
-                let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
-                if let Err(e) = self.storage.discard(at, len) {
-                    tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
-                }
-            }
-        }
-        Ok(!self.freed.is_empty())
-    }
-
-    /// Whether there is space that [`Meta::punch_some`] would give back.
-    pub(crate) fn has_freed(&self) -> bool {
-        !self.freed.is_empty()
-    }
-
-    /// Keeps the list of freed clusters short: a large image may have them all over the file.
-    pub(crate) fn punch_if_many(&mut self) -> Result<()> {
-        if self.freed.len() > MAX_FREED_RUNS {
-            while self.freed.len() > MAX_FREED_RUNS / 2 && self.punch_some()? {}
-        }
-        Ok(())
-    }
-
     /// Step 3 of the order.
     fn write_tables(&mut self) -> Result<()> {
         self.l2.write_back(&*self.storage)?;
         if let Some(range) = self.l1_dirty.clone() {
             self.storage.flush()?;
-            let bytes: Vec<u8> =
-                self.l1[range.clone()].iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let bytes = be_bytes(&self.l1[range.clone()]);
             let at = self.header.l1_offset + to_u64(range.start) * 8;
             self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;
             self.l1_dirty = None;
@@ -235,25 +186,6 @@ impl Meta {
         if (self.l2.is_over() || self.pending_runs() > MAX_PENDING_RUNS) && self.writable {
             self.sync()?;
             self.l2.shrink();
-        }
-        Ok(())
-    }
-
-    /// Cuts free clusters off the end of the file. An error is of no consequence.
-    pub(crate) fn truncate_tail(&mut self) {
-        if let Err(e) = self.cut_tail() {
-            tracing::debug!(image = self.storage.name(), "file was not shortened: {e}");
-        }
-    }
-
-    fn cut_tail(&mut self) -> Result<()> {
-        self.check_writable()?;
-        let Some(end) = self.refcounts.used_end()? else {
-            return Ok(());
-        };
-        let end = self.geometry().offset_of(end).0;
-        if end > 0 && end < self.storage.len()? {
-            self.storage.set_len(end)?;
         }
         Ok(())
     }

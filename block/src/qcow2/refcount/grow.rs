@@ -1,9 +1,9 @@
 //! New refcount blocks, and a larger table for them.
 
 use crate::num::{to_u64, to_usize};
-use crate::qcow2::header::{MAX_REFTABLE_BYTES, field};
+use crate::qcow2::header::MAX_REFTABLE_BYTES;
 use crate::qcow2::layout::{HostCluster, MAX_HOST, Run};
-use crate::{Error, Result, WriteBuf};
+use crate::{Error, Result};
 
 use super::{Holds, Refcounts, set};
 
@@ -46,11 +46,11 @@ impl Refcounts {
         });
     }
 
-    /// Moves the table to a larger place so that it has an entry `index`.
+    /// Gives the table a larger place so that it has an entry `index`.
     ///
     /// The new table and blocks that describe it lie in ranges no block described before, hence
-    /// free. Order: new blocks and table durable, then the header, then the old table is freed. A
-    /// crash in between leaves the old table in force and nothing else on disk refers to the new.
+    /// free. The next switch writes them and makes them valid ([`super::moved`]); until then the old
+    /// table is in force and nothing on disk refers to the new one.
     fn grow(&mut self, index: u64, holds: Holds<'_>) -> Result<()> {
         let geometry = self.geometry;
         let entries = geometry.block_entries();
@@ -81,62 +81,17 @@ impl Refcounts {
             )));
         }
         self.check_free(Run { first: start, count: blocks + clusters }, holds)?;
-        let old_table = self.table.clone();
-        let old_dirty = self.table_dirty.clone();
         self.table.resize(to_usize(clusters * geometry.cluster_size() / 8), 0);
-        let result = self.install(first_block, blocks, start, table_run);
-        if result.is_err() {
-            for n in 0..blocks {
-                self.blocks.forget(geometry.offset_of(start + n));
-                self.block_set.remove(start + n);
-            }
-            self.table = old_table;
-            self.table_dirty = old_dirty;
-            return result;
-        }
-        let old_run = std::mem::replace(&mut self.table_run, table_run);
-        self.table_dirty = None;
-        self.moved = true;
-        // After a failure the header may have either, and both are whole: the new one is in force,
-        // the header is written before anything that needs it, and the old one is leaked.
-        self.settle()?;
-        self.sub(old_run, |_| {})
-    }
-
-    /// Makes the header give the table's place, if it may not.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        if !self.moved {
-            return Ok(());
-        }
-        let mut fields = [0; 12];
-        let offset = self.geometry.offset_of(self.table_run.first).0;
-        fields[..8].copy_from_slice(&offset.to_be_bytes());
-        let clusters = u32::try_from(self.table_run.count).unwrap_or(u32::MAX);
-        fields[8..].copy_from_slice(&clusters.to_be_bytes());
-        self.storage.write_at(field::REFCOUNT_TABLE, &[WriteBuf::new(&fields)])?;
-        self.storage.flush()?;
-        self.moved = false;
-        Ok(())
-    }
-
-    /// Makes the new table and its blocks of [`Refcounts::grow`] durable.
-    fn install(
-        &mut self,
-        first_block: u64,
-        blocks: u64,
-        start: HostCluster,
-        table: Run,
-    ) -> Result<()> {
         for n in 0..blocks {
             self.make_block(first_block + n, start + n);
         }
-        for cluster in (Run { first: start, count: blocks + table.count }).clusters() {
+        for cluster in (Run { first: start, count: blocks + clusters }).clusters() {
             self.set(cluster, 1)?;
         }
-        self.blocks.write_back(&*self.storage)?;
-        let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
-        let offset = self.geometry.offset_of(table.first).0;
-        self.storage.write_at(offset, &[WriteBuf::new(&bytes)])?;
-        self.storage.flush()
+        // A place that it was to move to has nothing yet.
+        match self.next.replace(table_run) {
+            Some(unused) => self.sub(unused, |_| {}),
+            None => Ok(()),
+        }
     }
 }

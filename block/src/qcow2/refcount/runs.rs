@@ -68,7 +68,7 @@ impl Refcounts {
     }
 
     /// The parts of a run that one block has.
-    fn by_block(&self, run: Run) -> impl Iterator<Item = Run> + use<> {
+    pub(super) fn by_block(&self, run: Run) -> impl Iterator<Item = Run> + use<> {
         let entries = self.geometry.block_entries();
         let mut at = run.first;
         std::iter::from_fn(move || {

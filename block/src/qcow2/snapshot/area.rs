@@ -19,7 +19,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::num::{to_u64, to_usize};
+use crate::num::{be_bytes, to_u64, to_usize};
 use crate::qcow2::Qcow2;
 use crate::qcow2::header::MAX_L1_BYTES;
 use crate::qcow2::layout::{Run, push_run, table_of};
@@ -221,8 +221,7 @@ impl<'a> Area<'a> {
                 meta.add_refs(run)?;
                 push_run(&mut self.taken.inherited, run);
             }
-            let bytes = table.words.iter().flat_map(|word| word.to_be_bytes()).collect();
-            let run = write_fresh(meta, bytes)?;
+            let run = write_fresh(meta, be_bytes(&table.words))?;
             self.taken.tables.push(run);
             l1.push(geometry.offset_of(run.first).0);
         }

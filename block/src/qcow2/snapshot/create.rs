@@ -27,8 +27,8 @@ pub(in crate::qcow2) struct Create<'a> {
     new: NewSnapshot,
     area: Area<'a>,
     vm_state_size: u64,
-    /// The disk part of the L1 copy, once references are taken below it.
-    taken: Option<Vec<u64>>,
+    /// The disk part of the L1 copy, as far as references are taken below it.
+    taken: Vec<u64>,
     /// The clusters of the snapshot's L1 table.
     l1_run: Option<Run>,
     switch: Option<TableSwitch>,
@@ -55,7 +55,7 @@ impl<'a> Create<'a> {
             new: new.clone(),
             area: Area::new(image),
             vm_state_size: 0,
-            taken: None,
+            taken: Vec::new(),
             l1_run: None,
             switch: None,
             tried: false,
@@ -94,9 +94,7 @@ impl<'a> Create<'a> {
     /// Frees all that was taken.
     fn give_back(&mut self, meta: &mut Meta) -> Result<()> {
         let mut result = Ok(());
-        if let Some(l1) = self.taken.take() {
-            result = result.and(tree::sub_refs(meta, &l1));
-        }
+        result = result.and(tree::unshare(meta, &std::mem::take(&mut self.taken)));
         result = result.and(self.area.give_back(meta));
         if let Some(run) = self.l1_run.take() {
             result = result.and(meta.free(run));
@@ -159,15 +157,10 @@ impl SnapshotChange for Create<'_> {
         self.tried = true;
         let vm = self.area.take(&mut meta, self.vm_state_size)?;
         let count = meta.geometry().l1_entries(meta.header.size);
-        let disk = tree::plain_entries(&meta.l1, count);
-        let added = tree::add_refs(&mut meta, &disk);
-        meta.noted(added)?;
-        self.taken = Some(disk.clone());
-        for (index, entry) in disk.iter().enumerate() {
-            if meta.l1[index] != *entry {
-                meta.set_l1(index, *entry);
-            }
-        }
+        let mut disk = Vec::new();
+        let shared = tree::share(&mut meta, count, &mut disk);
+        self.taken.clone_from(&disk);
+        meta.noted(shared)?;
         let mut l1 = [disk, vm].concat();
         // A table without entries would have no place.
         l1.resize(l1.len().max(1), 0);
@@ -176,8 +169,8 @@ impl SnapshotChange for Create<'_> {
         let mut entries = meta.snapshots.clone();
         entries.push(self.entry(&meta, l1_run, l1.len()));
         self.switch = Some(TableSwitch::write(&mut meta, entries)?);
-        // Counts, tables and data are durable before the active tables lose their flags, and those
-        // before anything refers to the snapshot.
+        // The active tables lose their flags as the counts go up, in one write. All is durable before
+        // anything refers to the snapshot.
         meta.sync()?;
         self.stage = Stage::Prepared;
         Ok(())
@@ -202,8 +195,9 @@ impl SnapshotChange for Create<'_> {
             Some(switch) => switch.finish(&mut meta),
             None => Ok(()),
         };
-        let written = meta.refcounts.write_back();
-        meta.truncate_tail();
+        let written = meta.put_counts();
+        drop(meta);
+        self.image.give_space_back();
         freed.and(written)
     }
 

@@ -87,7 +87,7 @@ impl SnapshotChange for Delete<'_> {
         let mut meta = self.image.meta();
         meta.changing = false;
         let run = l1_run(&meta, &self.entry);
-        let freed = tree::sub_refs(&mut meta, &self.l1).and_then(|()| meta.free(run));
+        let freed = tree::unshare(&mut meta, &self.l1).and_then(|()| meta.free(run));
         let table = match &mut self.switch {
             Some(switch) => switch.finish(&mut meta),
             None => Ok(()),

@@ -17,7 +17,7 @@ pub(super) use create::Create;
 pub(super) use delete::Delete;
 pub(super) use disk::SnapshotDisk;
 pub(super) use revert::{Revert, write_disk_place};
-pub(super) use table::{Entry, read_table, write_table_place};
+pub(super) use table::{Entry, read_table};
 pub(super) use tree::{runs_of, set_copied};
 pub(super) use vmstate::VmState;
 
@@ -143,7 +143,7 @@ fn l1_run(meta: &Meta, entry: &Entry) -> Run {
 
 /// Writes an L1 table, which has an entry at least, to fresh clusters.
 pub(super) fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
-    write_fresh(meta, l1.iter().flat_map(|entry| entry.to_be_bytes()).collect())
+    write_fresh(meta, crate::num::be_bytes(l1))
 }
 
 /// Writes bytes, padded to whole clusters, to fresh clusters in a row.

@@ -130,7 +130,7 @@ fn encode(entries: &[Entry]) -> Result<Vec<u8>> {
 }
 
 /// Writes count and place of the table to the header.
-pub(in crate::qcow2) fn write_table_place(meta: &Meta, count: u64, run: Option<Run>) -> Result<()> {
+fn write_table_place(meta: &Meta, count: u64, run: Option<Run>) -> Result<()> {
     let count = u32::try_from(count).unwrap_or(u32::MAX);
     let offset = run.map_or(0, |run| meta.geometry().offset_of(run.first).0);
     let mut fields = [0; 12];

@@ -3,16 +3,14 @@
 //! A walk reads each L2 table once, past the cache, and changes the refcounts of runs of clusters in
 //! memory; it needs a table's worth of memory, however large the image is.
 //!
-//! **Order.** Counts first: they are durable before a walk writes COPIED flags to disk, so that a flag
-//! never promises more than a durable count (`docs/block.md` says what a crash in between leaves).
+//! **Order.** Counts and COPIED flags of the active disk change together, by a switch to other tables
+//! (`meta/switch.rs`), which the next sync makes.
 
 use std::ops::Range;
 
 use crate::Result;
 use crate::num::{be64, to_usize};
-use crate::qcow2::layout::{
-    COPIED, Geometry, HostCluster, Mapping, OFFSET_MASK, Run, push_run, table_of,
-};
+use crate::qcow2::layout::{COPIED, Geometry, HostCluster, Mapping, OFFSET_MASK, Run, push_run};
 use crate::qcow2::meta::Meta;
 
 /// The clusters that an L2 table refers to, in runs; a cluster comes as often as it is referred to.
@@ -42,9 +40,53 @@ pub(in crate::qcow2) fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Ru
     }
 }
 
-/// Takes one more reference to all L2 tables and clusters below `l1`; all or none. No cluster is
-/// anyone's alone afterwards, so the L2 tables lose their COPIED flags: those that are not in the
-/// cache on disk, once the counts are durable.
+/// Takes one more reference to all L2 tables and clusters below the first `count` entries of the active
+/// L1 table. No cluster is the disk's alone afterwards, so tables with COPIED flags move and lose these
+/// (`meta/switch.rs`), in memory until the next sync. `taken` gets the entries that are done: after an
+/// error they are to be given back.
+pub(super) fn share(meta: &mut Meta, count: u64, taken: &mut Vec<u64>) -> Result<()> {
+    let mut table = Vec::new();
+    for index in 0..to_usize(count) {
+        let entry = meta.l1.get(index).copied().unwrap_or(0);
+        if entry != 0 {
+            share_table(meta, index, entry, &mut table)?;
+        }
+        taken.push(meta.l1.get(index).map_or(0, |entry| entry & OFFSET_MASK));
+    }
+    Ok(())
+}
+
+fn share_table(meta: &mut Meta, index: usize, entry: u64, table: &mut Vec<u8>) -> Result<()> {
+    let geometry = meta.geometry();
+    let Some(offset) = meta.copy_l2(entry, table)? else {
+        return Ok(());
+    };
+    let runs = runs_in(table, geometry).map_err(|reason| meta.damaged(reason))?;
+    let mut flagged = entry & COPIED != 0;
+    for words in table.chunks_exact_mut(8 * geometry.entry_words()) {
+        flagged |= words[0] & 0x80 != 0;
+        words[0] &= 0x7f;
+    }
+    for (done, run) in runs.iter().enumerate() {
+        if let Err(e) = meta.share(*run) {
+            // The blocks have moved already.
+            meta.free_after_error(&runs[..done]);
+            return Err(e);
+        }
+    }
+    let last = if flagged {
+        meta.move_l2(index, table, 0).and_then(|run| meta.add_refs(run))
+    } else {
+        meta.share(meta.cluster_run(offset))
+    };
+    if last.is_err() {
+        meta.free_after_error(&runs);
+    }
+    last
+}
+
+/// Takes one more reference to all L2 tables and clusters below `l1`, which is a snapshot's; all or
+/// none. COPIED flags, which only a foreign image has there, go too.
 pub(super) fn add_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
     let mut table = Vec::new();
     let mut flagged = Vec::new();
@@ -61,8 +103,6 @@ pub(super) fn add_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
     let cleared = clear_flags(meta, &flagged, &mut table);
     if cleared.is_err() {
         undo_add(meta, l1);
-        // Some flags are gone: the next sync sets them again.
-        meta.flags_lag = true;
     }
     cleared
 }
@@ -91,12 +131,12 @@ fn add_table(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<bool
     Ok(flags.any(|first| first & 0x80 != 0))
 }
 
-/// Takes the COPIED flags out of L2 tables. Order: counts durable, then the flags.
+/// Takes the COPIED flags out of a snapshot's L2 tables. Order: counts durable, then the flags.
 fn clear_flags(meta: &mut Meta, l1: &[u64], table: &mut Vec<u8>) -> Result<()> {
     if l1.is_empty() {
         return Ok(());
     }
-    meta.refcounts.write_back()?;
+    meta.put_counts()?;
     meta.storage.flush()?;
     let step = 8 * meta.geometry().entry_words();
     for entry in l1 {
@@ -129,13 +169,27 @@ impl Changed {
     }
 }
 
-/// Gives one reference to all L2 tables and clusters below `l1` back. Nothing on disk may refer to
-/// `l1` any more. After an error the rest is tried all the same; what fails is leaked.
+/// Gives one reference to all L2 tables and clusters below `l1` back, none of which the active disk
+/// has alone afterwards. Nothing on disk may refer to `l1` any more. After an error the rest is
+/// tried all the same; what fails is leaked.
 pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
+    give_back(meta, l1, |meta, run| meta.free_passing(run, meta.pass_discard.snapshot))
+}
+
+/// As [`sub_refs`]; clusters may be the active disk's alone afterwards, which [`set_copied`] notes.
+pub(super) fn unshare(meta: &mut Meta, l1: &[u64]) -> Result<()> {
+    give_back(meta, l1, Meta::unshare)
+}
+
+fn give_back(
+    meta: &mut Meta,
+    l1: &[u64],
+    one: impl Fn(&mut Meta, Run) -> Result<()>,
+) -> Result<()> {
     let mut table = Vec::new();
     let mut result = Ok(());
     for entry in l1 {
-        let done = sub_table(meta, *entry, &mut table);
+        let done = give_table_back(meta, *entry, &mut table, &one);
         // What keeps an image that is damaged from giving space back is told by the walk.
         let punched = meta.punch_if_many();
         result = result.and(done).and(punched);
@@ -143,18 +197,24 @@ pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
     result
 }
 
-fn sub_table(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
+fn give_table_back(
+    meta: &mut Meta,
+    l1_entry: u64,
+    table: &mut Vec<u8>,
+    one: &impl Fn(&mut Meta, Run) -> Result<()>,
+) -> Result<()> {
     let Some(offset) = meta.copy_l2(l1_entry, table)? else {
         return Ok(());
     };
     for run in runs_in(table, meta.geometry()).map_err(|reason| meta.damaged(reason))? {
-        meta.free_passing(run, meta.pass_discard.snapshot)?;
+        one(meta, run)?;
     }
-    meta.free_passing(meta.cluster_run(offset), meta.pass_discard.snapshot)
+    one(meta, meta.cluster_run(offset))
 }
 
 /// Sets the COPIED flags of the active disk after references went away: an entry has the flag if
-/// its cluster has exactly one reference. After an error the next sync tries again.
+/// its cluster has exactly one reference. Tables whose flags change move (`meta/switch.rs`). After an
+/// error the next sync tries again.
 pub(in crate::qcow2) fn set_copied(meta: &mut Meta) -> Result<()> {
     let result = set_all_copied(meta);
     meta.flags_lag = result.is_err();
@@ -162,32 +222,21 @@ pub(in crate::qcow2) fn set_copied(meta: &mut Meta) -> Result<()> {
 }
 
 fn set_all_copied(meta: &mut Meta) -> Result<()> {
-    // A flag must not promise more than a count that is durable.
-    meta.refcounts.write_back()?;
-    meta.storage.flush()?;
+    // A data file of its own has no counts; what is there is always the disk's alone.
+    if meta.geometry().external {
+        return Ok(());
+    }
     let mut table = Vec::new();
-    for l1_index in 0..meta.l1.len() {
-        let entry = meta.l1[l1_index];
-        let Some(offset) = table_of(entry) else {
-            continue;
-        };
-        let own = meta.refcounts.get(meta.geometry().cluster_of(offset))? == 1;
-        let wanted = if own { entry | COPIED } else { entry & !COPIED };
-        if wanted != entry {
-            meta.set_l1(l1_index, wanted);
-        }
-        set_table_copied(meta, entry, &mut table)?;
+    for index in 0..meta.l1.len() {
+        set_table_copied(meta, index, &mut table)?;
     }
     Ok(())
 }
 
-fn set_table_copied(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
+fn set_table_copied(meta: &mut Meta, index: usize, table: &mut Vec<u8>) -> Result<()> {
     let geometry = meta.geometry();
-    // A data file of its own has no counts; what is there is always the disk's alone.
-    if geometry.external {
-        return Ok(());
-    }
-    let Some(offset) = meta.copy_l2(l1_entry, table)? else {
+    let entry = meta.l1[index];
+    let Some(offset) = meta.copy_l2(entry, table)? else {
         return Ok(());
     };
     // The entries that have flags, and their clusters.
@@ -203,18 +252,18 @@ fn set_table_copied(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Resu
         }
     }
     let single = meta.refcounts.single(&clusters)?;
-    let mut changed = Changed::default();
+    let mut changed = false;
     for (at, single) in places.into_iter().zip(single) {
         let flag = if single { 0x80 } else { 0 };
-        if table[at] & 0x80 != flag {
-            table[at] ^= 0x80;
-            changed.note(at);
-        }
+        changed |= table[at] & 0x80 != flag;
+        table[at] = table[at] & 0x7f | flag;
     }
-    match changed.0 {
-        Some(range) => meta.put_l2(offset, table, range),
-        None => Ok(()),
+    let own = meta.refcounts.get(geometry.cluster_of(offset))? == 1;
+    if changed || own != (entry & COPIED != 0) {
+        // The copy is the disk's alone, whoever has the old one.
+        meta.move_l2(index, table, COPIED)?;
     }
+    Ok(())
 }
 
 /// The first `count` entries of an L1 table without flags, padded with empty ones.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::num::{be64, to_u64, to_usize};
+use crate::num::{be_bytes, be64, to_u64, to_usize};
 use crate::qcow2::header::{MAX_L1_BYTES, field};
 use crate::{Progress, ReadBuf, Result, WriteBuf};
 
@@ -117,7 +117,7 @@ pub(super) fn active_l1(
     let outside = image.is_outside(image.l1_offset, bytes);
     if bytes > 0 && (outside || found.shared(image, image.l1_offset, bytes, 1)) {
         l1.resize(to_usize(image.l1_size.into()), 0);
-        let place = append.put(&l1.iter().flat_map(|e| e.to_be_bytes()).collect::<Vec<_>>())?;
+        let place = append.put(&be_bytes(&l1))?;
         image.storage.flush()?;
         image.storage.write_at(L1_OFFSET, &[WriteBuf::new(&place.to_be_bytes())])?;
         image.storage.flush()?;

@@ -1,6 +1,6 @@
 //! Puts COPIED flags right.
 
-use crate::num::{be64, to_u64, to_usize};
+use crate::num::{be_bytes, be64, to_u64, to_usize};
 use crate::{Progress, ReadBuf, Result, WriteBuf};
 
 use super::super::counts::Counts;
@@ -37,11 +37,7 @@ pub(super) fn correct(
     progress: &Progress,
 ) -> Result<()> {
     let references = |at: u64| counts.get(at >> image.cluster_bits);
-    let mut l1: Vec<u8> = image
-        .read_table(image.l1_offset, image.l1_size.into())?
-        .iter()
-        .flat_map(|entry| entry.to_be_bytes())
-        .collect();
+    let mut l1 = be_bytes(&image.read_table(image.l1_offset, image.l1_size.into())?);
     rewrite(image, image.l1_offset, &mut l1, 8, |entry| {
         let at = entry & entry::OFFSET;
         if at == 0 { entry } else { change.apply(entry, references(at)) }

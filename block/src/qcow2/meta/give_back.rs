@@ -1,0 +1,74 @@
+//! The host's space of clusters that nobody uses any more.
+
+use crate::Result;
+use crate::qcow2::layout::{Run, push_run};
+
+use super::Meta;
+
+/// Runs of freed clusters that are kept before their space is given back.
+const MAX_FREED_RUNS: usize = 16384;
+
+/// Host space that is given back at once.
+const PUNCH_BYTES: u64 = 32 << 20;
+
+impl Meta {
+    /// Gives some of the host's space of free clusters back, unless they are in use again; says
+    /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
+    pub(crate) fn punch_some(&mut self) -> Result<bool> {
+        self.check_writable()?;
+        let geometry = self.geometry();
+        let mut left = geometry.clusters(PUNCH_BYTES).max(1);
+        // Snapshots free in the order of the guest; few large calls are faster than many.
+        let mut runs = std::mem::take(&mut self.freed);
+        runs.sort_unstable_by_key(|run| run.first);
+        runs.into_iter().for_each(|run| push_run(&mut self.freed, run));
+        while left > 0
+            && let Some(mut run) = self.freed.pop()
+        {
+            if run.count > left {
+                self.freed.push(Run { first: run.first, count: run.count - left });
+                run = Run { first: run.first + (run.count - left), count: left };
+            }
+            left -= run.count;
+            for part in self.refcounts.free_parts(run)? {
+                let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
+                if let Err(e) = self.storage.discard(at, len) {
+                    tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
+                }
+            }
+        }
+        Ok(!self.freed.is_empty())
+    }
+
+    /// Whether there is space that [`Meta::punch_some`] would give back.
+    pub(crate) fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
+    /// Keeps the list of freed clusters short: a large image may have them all over the file.
+    pub(crate) fn punch_if_many(&mut self) -> Result<()> {
+        if self.freed.len() > MAX_FREED_RUNS {
+            while self.freed.len() > MAX_FREED_RUNS / 2 && self.punch_some()? {}
+        }
+        Ok(())
+    }
+
+    /// Cuts free clusters off the end of the file. An error is of no consequence.
+    pub(crate) fn truncate_tail(&mut self) {
+        if let Err(e) = self.cut_tail() {
+            tracing::debug!(image = self.storage.name(), "file was not shortened: {e}");
+        }
+    }
+
+    fn cut_tail(&mut self) -> Result<()> {
+        self.check_writable()?;
+        let Some(end) = self.refcounts.used_end()? else {
+            return Ok(());
+        };
+        let end = self.geometry().offset_of(end).0;
+        if end > 0 && end < self.storage.len()? {
+            self.storage.set_len(end)?;
+        }
+        Ok(())
+    }
+}
