@@ -127,7 +127,7 @@ impl Located {
         for extent in &self.extents {
             let (part, next) = rest.split_at_mut_checked(to_usize(extent.len))?;
             if let Place::Storage { storage, offset, .. } = &extent.place
-                && !storage.file()?.read_cached(*offset, part)
+                && !storage.read_cached(*offset, part)
             {
                 return None;
             }

@@ -221,27 +221,6 @@ impl FileStorage {
         Ok(())
     }
 
-    /// Reads what is in the page cache, zeroes past the end; says whether that was all. Not for a
-    /// file that is to bypass the cache.
-    pub(crate) fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> bool {
-        if self.options.direct {
-            return false;
-        }
-        let mut done = 0;
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = offset + to_u64(done);
-            match sys::retry(|| sys::preadv_cached(self.file.as_fd(), &[ReadBuf::new(rest)], at)) {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(n) => done += crate::num::to_usize(n),
-                Err(_) => return false,
-            }
-        }
-        true
-    }
-
     fn write_to(&self, file: &File, offset: u64, bufs: &[WriteBuf<'_>]) -> io::Result<()> {
         let total = iobuf::total_len(bufs);
         let mut done = 0;
@@ -455,6 +434,26 @@ impl Storage for FileStorage {
 
     fn file(&self) -> Option<&FileStorage> {
         Some(self)
+    }
+
+    fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        // A file that is to bypass the page cache is not looked for there.
+        if self.options.direct {
+            return false;
+        }
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset + to_u64(done);
+            match sys::retry(|| sys::preadv_cached(self.file.as_fd(), &[ReadBuf::new(rest)], at)) {
+                Ok(0) => {
+                    rest.fill(0);
+                    break;
+                }
+                Ok(n) => done += crate::num::to_usize(n),
+                Err(_) => return false,
+            }
+        }
+        true
     }
 
     fn zero_past_end(&self) -> bool {

@@ -58,6 +58,12 @@ pub trait Storage: Send + Sync + Debug {
         self.write_at(offset, bufs)
     }
 
+    /// Reads what memory has, zeroes past the end, without waiting for a disk; says whether that was
+    /// all. After `false` the buffer may have a part.
+    fn read_cached(&self, _offset: u64, _bytes: &mut [u8]) -> bool {
+        false
+    }
+
     /// Takes host space for a range that is about to be written by [`Storage::write_bulk`], so that
     /// parallel writes need not extend the file one after another. The storage may grow to the end
     /// of the range; without support by the host nothing happens.

@@ -95,6 +95,16 @@ struct State {
     requests: u64,
     fault: Option<Fault>,
     hits: Vec<Kind>,
+    reached: Reached,
+}
+
+/// What of the data path was used.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Reached {
+    /// Writes that begin past the end of a file: the hole before them reads as zeroes.
+    pub(crate) past_end: u64,
+    /// Reads of what is around a write, without waiting.
+    pub(crate) cached: u64,
 }
 
 /// The disks of a host: the files of an image, with one log for all.
@@ -126,6 +136,10 @@ impl Host {
 
     pub(crate) fn log(&self) -> Vec<Entry> {
         self.state().log.clone()
+    }
+
+    pub(crate) fn reached(&self) -> Reached {
+        self.state().reached
     }
 
     /// Starts counting requests anew; one of them fails.
@@ -205,9 +219,10 @@ impl Storage for Recorder {
     }
 
     fn write_at(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        let state = self.request(Kind::Write, "write", offset)?;
+        let mut state = self.request(Kind::Write, "write", offset)?;
         let mut bytes = vec![0; total(bufs.iter().map(WriteBuf::len))];
         copy_out(bufs, &mut bytes);
+        state.reached.past_end += u64::from(offset as usize > state.files[self.file].len());
         self.change(state, Change::Write(offset as usize, bytes.into()));
         Ok(())
     }
@@ -252,5 +267,16 @@ impl Storage for Recorder {
 
     fn read_only(&self) -> bool {
         false
+    }
+
+    fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let mut state = self.host.state();
+        bytes.copy_from_slice(&state.files[self.file].read(offset as usize, bytes.len()));
+        state.reached.cached += 1;
+        true
+    }
+
+    fn zero_past_end(&self) -> bool {
+        true
     }
 }

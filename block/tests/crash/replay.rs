@@ -58,6 +58,8 @@ struct Figures {
     workloads: AtomicU64,
     qemu: AtomicU64,
     used: AtomicU64,
+    past_end: AtomicU64,
+    cached: AtomicU64,
     by_kind: Mutex<BTreeMap<&'static str, u64>>,
     failed: AtomicBool,
 }
@@ -93,6 +95,8 @@ fn replay(base: &Base, dir: &Path, seed: u64, choice: Choice, figures: &Figures)
         !figures.failed.load(Ordering::Relaxed)
     });
     figures.workloads.fetch_add(1, Ordering::Relaxed);
+    figures.past_end.fetch_add(recorded.reached.past_end, Ordering::Relaxed);
+    figures.cached.fetch_add(recorded.reached.cached, Ordering::Relaxed);
     *figures.by_kind.lock().unwrap().entry(base.kind.options).or_default() += tried;
 }
 
@@ -169,6 +173,12 @@ fn try_points(wanted: u64, only_seed: Option<u64>, choice: Choice, figures: &Fig
         figures_of(&figures.used),
         figures_of(&figures.qemu),
     );
+    let (past_end, cached) = (figures_of(&figures.past_end), figures_of(&figures.cached));
+    println!(
+        "  {past_end} writes began past the end of the file, {cached} copied what is around them"
+    );
+    // Neither depends on luck with this many workloads.
+    assert!(only_seed.is_some() || (past_end > 0 && cached > 0));
     for (kind, points) in figures.by_kind.lock().unwrap().iter() {
         println!("  {points:>7} {kind}");
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use block::bitmap::NewBitmap;
 use block::qcow2::check::{self, Repair};
+use block::queue::{OwnedBufs, Queue, Request};
 use block::{
     NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, SnapshotCreate, WriteBuf,
 };
@@ -13,7 +14,7 @@ use crate::common::Random;
 use crate::kinds::{BITMAP, Base, Start};
 use crate::pages::Pages;
 use crate::parallel;
-use crate::record::{Entry, Host};
+use crate::record::{Entry, Host, Reached};
 use crate::timeline::{Event, Snap, Timeline, What};
 
 /// What a workload left: the files before it, the log, the promises.
@@ -23,6 +24,7 @@ pub(crate) struct Recorded {
     pub(crate) timeline: Timeline,
     /// Parts of the log that repairs made.
     repairs: Vec<Range<usize>>,
+    pub(crate) reached: Reached,
 }
 
 impl Recorded {
@@ -37,6 +39,8 @@ struct Work<'a> {
     base: &'a Base,
     host: Host,
     random: Random,
+    /// Of the node that is open.
+    queue: Option<Queue>,
     disk: Vec<u8>,
     snaps: Vec<Arc<Snap>>,
     events: Vec<Event>,
@@ -57,6 +61,7 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Re
         base,
         host: Host::new(base.files.clone()),
         random: random_of(seed),
+        queue: None,
         disk: base.disk.clone(),
         snaps: Vec::new(),
         events: Vec::new(),
@@ -71,7 +76,9 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Re
             assert!(report.is_clean(), "seed {seed}: {report:?}");
             repairs.push(start..work.host.now());
         }
-        let node = Node::of_qcow2("d", Arc::new(base.open(&work.host, false).unwrap()));
+        let image = Arc::new(base.open(&work.host, false).unwrap());
+        let node = Arc::new(Node::of_qcow2("d", image));
+        work.queue = Some(Queue::new(node.clone()).unwrap());
         // Opened and closed a few times: closing writes tables too.
         let until = steps.min(done + 10 + work.random.below(30) as usize);
         for _ in done..until {
@@ -84,10 +91,17 @@ pub(crate) fn record(base: &Base, seed: u64, steps: usize, parallel: bool) -> Re
         let mut now = vec![0; node.size() as usize];
         node.read(0, &[ReadBuf::new(&mut now)]).unwrap();
         assert!(now == work.disk, "seed {seed}: the disk is wrong before any crash");
+        work.queue = None;
     }
     let timeline =
         Timeline { events: work.events, first: Arc::new(base.disk.clone()), snaps: Vec::new() };
-    Recorded { files: base.files.clone(), log: work.host.log(), timeline, repairs }
+    Recorded {
+        files: base.files.clone(),
+        log: work.host.log(),
+        timeline,
+        repairs,
+        reached: work.host.reached(),
+    }
 }
 
 impl Work<'_> {
@@ -186,7 +200,12 @@ impl Work<'_> {
             Some(name) if self.random.below(2) == 0 => node.remove_bitmap(name).unwrap(),
             _ => {
                 self.count += 1;
-                let name = format!("bitmap {}", self.count);
+                // Long ones make a directory of many sectors.
+                let name = format!(
+                    "bitmap {} {}",
+                    self.count,
+                    "x".repeat(self.random.below(900) as usize)
+                );
                 let granularity = Some(512 << self.random.below(4));
                 let new = NewBitmap { name: &name, granularity, persistent: true, disabled: false };
                 node.add_bitmap(&new).unwrap();
@@ -204,7 +223,24 @@ impl Work<'_> {
         let bytes = self.bytes(span.len());
         self.disk[span.clone()].copy_from_slice(&bytes);
         let what = What::Changed { at: span.start, bytes: bytes.clone() };
-        self.note(|| node.write(span.start as u64, &[WriteBuf::new(&bytes)]), what).unwrap();
+        let at = span.start as u64;
+        match self.queue.take() {
+            // As a device does it. One request at a time, so that the log follows from the seed.
+            Some(mut queue) if self.random.below(2) == 0 => {
+                let write = || {
+                    queue.submit(Request::write(0, at, false, OwnedBufs::from_vec(bytes)));
+                    let mut done = Vec::new();
+                    queue.drain(&mut done);
+                    done.pop().map_or(Ok(()), |completion| completion.result)
+                };
+                self.note(write, what).unwrap();
+                self.queue = Some(queue);
+            }
+            queue => {
+                self.queue = queue;
+                self.note(|| node.write(at, &[WriteBuf::new(&bytes)]), what).unwrap();
+            }
+        }
     }
 
     fn zero(&mut self, node: &Node) {
