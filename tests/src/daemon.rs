@@ -10,6 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Awaited, Watch, wait_for_end};
+use crate::seccomp;
 use crate::vm::binary;
 
 /// How long a daemon may take to start or to end.
@@ -34,31 +35,40 @@ pub fn have_qemu(test: &str) -> bool {
 impl Daemon {
     /// Ours.
     pub fn start(args: &[&str]) -> Self {
-        Self::run(binary().as_path(), args, |socket| {
-            let qmp = format!("unix:{},server=on,wait=off", socket.display());
-            ["--machine", "none", "--qmp", &qmp].map(str::to_owned).to_vec()
+        Self::prepared(binary().as_path(), args, own_monitor, |_, _| {})
+    }
+
+    /// Ours in a process that the kernel refuses io_uring; what it says on stderr goes to the file
+    /// "stderr" of [`Daemon::path`].
+    pub fn start_without_io_uring(args: &[&str]) -> Self {
+        Self::prepared(binary().as_path(), args, own_monitor, |command, dir| {
+            command.stderr(std::fs::File::create(dir.join("stderr")).unwrap());
+            seccomp::refuse_io_uring(command);
         })
     }
 
     /// QEMU's.
     pub fn start_qemu(args: &[&str]) -> Self {
-        Self::run(Path::new("qemu-storage-daemon"), args, |socket| {
+        let monitor = |socket: &Path| {
             let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
             ["--chardev", &chardev, "--monitor", "chardev=m"].map(str::to_owned).to_vec()
-        })
+        };
+        Self::prepared(Path::new("qemu-storage-daemon"), args, monitor, |_, _| {})
     }
 
-    fn run(program: &Path, args: &[&str], monitor: impl Fn(&Path) -> Vec<String>) -> Self {
+    fn prepared(
+        program: &Path,
+        args: &[&str],
+        monitor: impl Fn(&Path) -> Vec<String>,
+        prepare: impl FnOnce(&mut Command, &Path),
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp");
         let mut watch = Watch::new(dir.path());
-        let child = Command::new(program)
-            .args(args)
-            .args(monitor(&socket))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(program);
+        command.args(args).args(monitor(&socket)).stdin(Stdio::null()).stdout(Stdio::null());
+        prepare(&mut command, dir.path());
+        let child = command.spawn().unwrap();
         assert_eq!(watch.wait(&socket, &child, PATIENCE), Awaited::File, "{args:?}");
         let client = connect(&socket);
         Self { child, client, dir }
@@ -112,6 +122,11 @@ impl Daemon {
         assert!(wait_for_end(&self.child, PATIENCE), "it does not end");
         self.child.wait().unwrap()
     }
+}
+
+fn own_monitor(socket: &Path) -> Vec<String> {
+    let qmp = format!("unix:{},server=on,wait=off", socket.display());
+    ["--machine", "none", "--qmp", &qmp].map(str::to_owned).to_vec()
 }
 
 /// A socket is there a moment before it is listened on.

@@ -32,6 +32,7 @@ pub mod process;
 pub mod pty;
 pub mod refusal;
 pub mod require;
+pub mod seccomp;
 pub mod vm;
 pub mod vmstate;
 

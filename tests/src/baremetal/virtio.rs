@@ -112,6 +112,11 @@ impl<'a> Driver<'a> {
         self.monitor.poke32(QUEUE_READY, 1);
     }
 
+    /// The guest.
+    pub fn monitor(&mut self) -> &mut Monitor {
+        self.monitor
+    }
+
     /// The device's status.
     pub fn status(&mut self) -> u32 {
         self.monitor.peek32(STATUS)
