@@ -9,9 +9,11 @@
 
 pub mod interrupt;
 pub mod legacy;
+pub mod presence;
 pub mod virtio;
 
 pub use interrupt::{EventFdLine, InterruptLine};
+pub use presence::Presence;
 
 /// The guest's RAM. A clone is a reference to the same mapping and keeps it alive.
 ///

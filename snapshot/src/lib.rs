@@ -10,6 +10,7 @@
 mod capture;
 pub mod config;
 pub mod delete;
+pub mod fault;
 pub mod format;
 pub mod load;
 mod memory;
@@ -30,6 +31,7 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitma
 pub use block::Progress;
 pub use config::MachineConfig;
 pub use delete::{DeleteError, DeleteReport, delete};
+pub use fault::{LazyHost, LazyRam, Notice, Notify};
 pub use format::FormatError;
 pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};

@@ -1,12 +1,13 @@
 //! Loading: everything is checked when a checkpoint is opened; only then is anything touched.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use block::snapshot::VmStateRead;
 use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
 
 use crate::GuestMemory;
 use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, Difference, MachineConfig};
+use crate::fault::{LazyHost, LazyRam, Notify, Source};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
 use crate::format::ram::RamLayout;
@@ -99,14 +100,16 @@ pub enum LoadError {
     Cancelled,
 }
 
-/// A checkpoint found whole: its header, sections and mapping are checked, nothing is touched.
+/// A checkpoint found whole: its header and sections are checked, and with
+/// [`Checkpoint::check_machine`] the mapping of RAM; nothing is touched.
 pub struct Checkpoint {
     nodes: Vec<Found>,
     vmstate: usize,
     tag: String,
     area: StateArea,
     config: CheckpointConfig,
-    stored: Vec<Stored>,
+    /// Known when RAM was compared with the machine's: an image can claim any.
+    stored: OnceLock<Vec<Stored>>,
 }
 
 /// Disks that are ready to go back to their checkpoint.
@@ -134,7 +137,7 @@ struct Found {
 
 impl Checkpoint {
     /// Finds the checkpoint `tag` on all of `nodes`, with its VM state on the one named `vmstate`,
-    /// and verifies header, sections and the mapping of RAM.
+    /// and verifies header and sections.
     pub fn open(nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> Result<Self, LoadError> {
         check_capable(nodes)?;
         let tag = kept_tag(tag).to_owned();
@@ -146,9 +149,10 @@ impl Checkpoint {
         }
         let unusable =
             |source| LoadError::State { tag: tag.clone(), node: node.name().to_owned(), source };
-        let (area, stored) = read_area(node, snapshot).map_err(unusable)?;
+        let area = read_area(node, snapshot).map_err(unusable)?;
         let config = decode_config(&area.sections).map_err(unusable)?;
         let nodes = same_save(found, vmstate, &tag)?;
+        let stored = OnceLock::new();
         let checkpoint = Self { nodes, vmstate, tag, area, config, stored };
         checkpoint.check_disks()?;
         Ok(checkpoint)
@@ -174,6 +178,11 @@ impl Checkpoint {
         }
     }
 
+    /// Name of the node that holds the VM state.
+    pub fn vmstate_node(&self) -> &str {
+        self.carrier().node.name()
+    }
+
     /// Where RAM lies.
     pub fn layout(&self) -> &RamLayout {
         &self.area.layout
@@ -192,8 +201,8 @@ impl Checkpoint {
         reader
     }
 
-    /// Refuses a machine on which the saved guest would notice a difference, naming each. Returns
-    /// the differences that it would not notice.
+    /// Refuses a machine on which the saved guest would notice a difference, naming each, and a
+    /// checkpoint whose RAM is not mapped soundly. Returns the differences that it would not notice.
     pub fn check_machine(
         &self,
         machine: &MachineConfig,
@@ -205,7 +214,7 @@ impl Checkpoint {
         if !differences.is_empty() {
             return Err(LoadError::Configuration { tag: self.tag.clone(), differences });
         }
-        self.check_ram(ram)?;
+        self.stored(ram)?;
         Ok(notes)
     }
 
@@ -218,27 +227,57 @@ impl Checkpoint {
         threads: usize,
         progress: &Progress,
     ) -> Result<ReviveReport, LoadError> {
-        self.check_ram(ram)?;
-        let failed = |source| match source {
+        let stored = self.stored(ram)?;
+        let failed = |source| self.unread(source);
+        progress.add_total(self.area.layout.ram_bytes());
+        let vmstate = self.carrier().open().map_err(failed)?;
+        revive(&*vmstate, stored, &self.area.layout, &memory::slices(ram), fresh, threads, progress)
+            .map_err(failed)
+    }
+
+    /// Empties guest RAM, unless it is `fresh` as for [`Checkpoint::read_ram`], and has its pages
+    /// read when they are needed. The vCPUs are stopped, and the devices' threads too, until this
+    /// returns.
+    pub fn lend_ram(
+        &self,
+        host: LazyHost,
+        ram: &GuestMemory,
+        fresh: bool,
+        notify: Notify,
+    ) -> Result<LazyRam, LoadError> {
+        let stored = self.stored(ram)?;
+        let Found { format, snapshot, .. } = self.carrier();
+        let source = Source { format: format.clone(), id: snapshot.id.clone() };
+        LazyRam::start(host, source, stored, &self.area.layout, ram, fresh, notify)
+            .map_err(|source| self.unread(source))
+    }
+
+    fn unread(&self, source: block::Error) -> LoadError {
+        match source {
             block::Error::Cancelled => LoadError::Cancelled,
             source => LoadError::Ram {
                 tag: self.tag.clone(),
                 node: self.carrier().node.name().to_owned(),
                 source,
             },
+        }
+    }
+
+    /// What the image stores of RAM, which must be laid out as `ram` is.
+    fn stored(&self, ram: &GuestMemory) -> Result<&[Stored], LoadError> {
+        self.check_ram(ram)?;
+        if let Some(stored) = self.stored.get() {
+            return Ok(stored);
+        }
+        let node = self.carrier().node.name().to_owned();
+        let unusable = |source| {
+            let source = unreadable("the mapping of RAM")(source);
+            LoadError::State { tag: self.tag.clone(), node, source }
         };
-        progress.add_total(self.area.layout.ram_bytes());
-        let vmstate = self.carrier().open().map_err(failed)?;
-        revive(
-            &*vmstate,
-            &self.stored,
-            &self.area.layout,
-            &memory::slices(ram),
-            fresh,
-            threads,
-            progress,
-        )
-        .map_err(failed)
+        let vmstate = self.carrier().open();
+        let stored = vmstate.and_then(|vmstate| stored_parts(&*vmstate, &self.area.layout));
+        let stored = stored.map_err(unusable)?;
+        Ok(self.stored.get_or_init(|| stored))
     }
 
     /// Takes every disk back to the checkpoint, or none. The disks are quiesced meanwhile.
@@ -363,21 +402,17 @@ fn same_save(mut found: Vec<Found>, vmstate: usize, tag: &str) -> Result<Vec<Fou
     Ok(found)
 }
 
-fn read_area(
-    node: &Node,
-    snapshot: &SnapshotInfo,
-) -> Result<(StateArea, Vec<Stored>), FormatError> {
-    let unreadable = |what: &str| {
-        let what = what.to_owned();
-        move |source| FormatError::Read { what, source: Box::new(source) }
-    };
+fn read_area(node: &Node, snapshot: &SnapshotInfo) -> Result<StateArea, FormatError> {
     let format = node.format();
     let vmstate = format.open_vmstate(&snapshot.id).map_err(unreadable("the VM state"))?;
-    let area = StateArea::read(vmstate.size(), |offset, buffer| {
+    StateArea::read(vmstate.size(), |offset, buffer| {
         vmstate.read(offset.0, &[ReadBuf::new(buffer)])
-    })?;
-    let stored = stored_parts(&*vmstate, &area.layout).map_err(unreadable("the mapping of RAM"))?;
-    Ok((area, stored))
+    })
+}
+
+fn unreadable(what: &str) -> impl FnOnce(block::Error) -> FormatError {
+    let what = what.to_owned();
+    move |source| FormatError::Read { what, source: Box::new(source) }
 }
 
 fn decode_config(sections: &[Section]) -> Result<CheckpointConfig, FormatError> {

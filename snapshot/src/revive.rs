@@ -13,8 +13,13 @@ use crate::units::{MIB, index};
 /// Largest read in bytes.
 const CHUNK: u64 = 4 * MIB;
 
-/// How much of the area is asked for its mapping at a time, in bytes.
-const MAP_WINDOW: u64 = 1024 * MIB;
+/// How much of the area is asked for its mapping at a time, in bytes. Bounds what an image with tiny
+/// clusters can make us allocate for a moment.
+const MAP_WINDOW: u64 = 64 * MIB;
+
+/// Parts with a shorter gap between them are one: the gap reads as zeroes. No writer of ours leaves
+/// such gaps, and an image that has them in quantity cannot make us keep a long list.
+const LEAST_GAP: u64 = 64 << 10;
 
 /// What became of the RAM, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,7 +32,7 @@ pub struct ReviveReport {
 
 /// A part of a RAM region that the image stores: region index, offset in the region, length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stored(usize, u64, u64);
+pub(crate) struct Stored(pub(crate) usize, pub(crate) u64, pub(crate) u64);
 
 enum Item {
     Read(Stored),
@@ -35,7 +40,8 @@ enum Item {
 }
 
 /// Finds what the image stores of each RAM region by walking its mapping, so that a damaged one is
-/// seen before anything depends on it.
+/// seen before anything depends on it. The regions must be those of this machine: the time this
+/// takes, and the length of the list, follow their size.
 pub(crate) fn stored_parts(
     vmstate: &dyn VmStateRead,
     layout: &RamLayout,
@@ -62,8 +68,17 @@ fn stored_in(
     for extent in vmstate.extents(window, len)? {
         let from = extent.offset.max(window);
         let to = (extent.offset.saturating_add(extent.len)).min(window + len);
-        if !extent.zero && from < to {
-            parts.push(Stored(at, from - region.offset.0, to - from));
+        if extent.zero || from >= to {
+            continue;
+        }
+        let (start, end) = (from - region.offset.0, to - region.offset.0);
+        match parts.last_mut() {
+            Some(Stored(last, offset, len))
+                if *last == at && start - (*offset + *len) < LEAST_GAP =>
+            {
+                *len = end - *offset;
+            }
+            _ => parts.push(Stored(at, start, end - start)),
         }
     }
     Ok(())

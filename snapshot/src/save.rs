@@ -39,7 +39,7 @@ pub struct SaveRequest<'a> {
     pub config: &'a MachineConfig,
     /// All other sections.
     pub sections: Vec<Section>,
-    /// Guest RAM.
+    /// Guest RAM, of which nothing is missing: see [`crate::LazyRam::complete`].
     pub ram: &'a GuestMemory,
     /// Tells bytes of RAM done, and cancels until the first snapshot is published.
     pub progress: &'a Progress,

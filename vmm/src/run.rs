@@ -5,18 +5,19 @@ use std::io::Write;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
+use qmp::schema::LoadMode;
 
 use crate::blocks::Blocks;
 use crate::cli::{self, GuestOptions, MachineArgs, Options};
 use crate::console::Console;
 use crate::control::daemon::{self, Daemon};
 use crate::control::mailbox::{Mailbox, Message, mailbox};
-use crate::control::work::{Revival, Target, WorkError};
+use crate::control::work::{Ram, Revival, Target, WorkError, lazy_host};
 use crate::control::{self, Controller, Parts};
 use crate::machine::devices::GuestSignals;
 use crate::machine::{self, Machine, recorded};
@@ -135,7 +136,7 @@ fn make_machine(
     match &options.loadvm {
         Some(tag) => {
             let mut machine = make()?;
-            revive(&mut machine, tag)?;
+            revive(&mut machine, tag, options.load_mode, mailbox)?;
             Ok(machine)
         }
         None => thread::scope(|scope| {
@@ -163,7 +164,12 @@ fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {
 
 /// Puts the checkpoint `tag` on a machine that has not run. It must be on every writable disk of
 /// the machine; the VM state is on the one of them that has it.
-fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
+fn revive(
+    machine: &mut Machine,
+    tag: &str,
+    mode: LoadMode,
+    mailbox: &Mailbox,
+) -> Result<(), Error> {
     let fail = |reason: String| Error::Revive { tag: tag.to_owned(), reason };
     let nodes: Vec<Arc<Node>> = machine
         .devices()
@@ -194,8 +200,15 @@ fn revive(machine: &mut Machine, tag: &str) -> Result<(), Error> {
     };
     let revival =
         Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
-    revival.read(&memory, true, &Progress::default(), &AtomicBool::new(false)).map_err(text)?;
-    Ok(machine.restore(&revival.state, Some(revival.base()))?)
+    let ram = Ram { memory: &memory, fresh: true, presence: machine.devices().presence() };
+    let missing =
+        revival.revive(ram, lazy_host(mode), &Progress::default(), mailbox).map_err(text)?;
+    revival.revert_disks().map_err(text)?;
+    machine.restore(&revival.state, Some(revival.base()))?;
+    if let Some(missing) = missing {
+        machine.set_missing(missing)?;
+    }
+    Ok(())
 }
 
 /// Sends a message when the guest pulls the line: one for each guest, as a guest that pulls it in a

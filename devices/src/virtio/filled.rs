@@ -21,7 +21,7 @@ pub fn mark_filled(mem: &GuestMemory, segments: &[Segment]) {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{GuestAddress, GuestMemoryRegion};
+    use vm_memory::GuestAddress;
 
     use super::*;
 

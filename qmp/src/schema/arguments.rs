@@ -3,7 +3,9 @@
 use serde_json::{Map, Value};
 
 use super::macros::objects;
-use super::types::{BlockExportRemoveMode, BlockExportType, QmpCapability, SocketAddress};
+use super::types::{
+    BlockExportRemoveMode, BlockExportType, LoadMode, QmpCapability, SocketAddress,
+};
 use super::{Member, Qapi, Type};
 
 /// Arguments of `blockdev-add`: a flat union by `driver`. The drivers and their options are the
@@ -89,6 +91,20 @@ objects! {
         "vmstate" vmstate: String,
         /// The nodes whose disks are in the checkpoint.
         "devices" devices: Vec<String>,
+    }
+
+    /// Arguments of `snapshot-load`.
+    SnapshotLoadArguments {
+        /// The job to create.
+        "job-id" job_id: String,
+        /// The checkpoint.
+        "tag" tag: String,
+        /// The node that holds the machine's state: one of `devices`.
+        "vmstate" vmstate: String,
+        /// The nodes whose disks are in the checkpoint.
+        "devices" devices: Vec<String>,
+        /// When RAM is read; lazy if absent.
+        "x-mode" mode: Option<LoadMode>,
     }
 
     /// Arguments of `snapshot-delete`.

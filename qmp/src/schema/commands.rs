@@ -76,9 +76,11 @@ command_enum! {
     /// Starts a job that saves the machine and its disks as one checkpoint.
     SnapshotSave(SnapshotArguments) = "snapshot-save" -> ();
     /// Starts a job that puts the machine and its disks back to a checkpoint.
-    SnapshotLoad(SnapshotArguments) = "snapshot-load" -> ();
+    SnapshotLoad(SnapshotLoadArguments) = "snapshot-load" -> ();
     /// Starts a job that deletes a checkpoint.
     SnapshotDelete(SnapshotDeleteArguments) = "snapshot-delete" -> ();
+    /// How much of RAM a lazy load has still to read.
+    QueryMissing = "x-query-missing" -> MissingInfo;
     /// The jobs, newest first.
     QueryJobs = "query-jobs" -> Vec<JobInfo>;
     /// Asks a job to end early.

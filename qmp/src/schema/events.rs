@@ -1,7 +1,7 @@
 //! The events.
 
 use super::macros::event_enum;
-use super::types::{JobStatus, ShutdownCause};
+use super::types::{BlockErrorAction, IoOperationType, JobStatus, ShutdownCause};
 
 event_enum! {
     /// The guest was stopped.
@@ -31,6 +31,24 @@ event_enum! {
         /// The export.
         "id" id: String,
     } = "BLOCK_EXPORT_DELETED";
+
+    /// A read or write failed. Here: of RAM that a lazy load has still to read.
+    BlockIoError {
+        /// The device that uses the node, empty if none.
+        "qom-path" qom_path: String,
+        /// The backend; empty for nodes from `--blockdev` and `blockdev-add`.
+        "device" device: String,
+        /// The node.
+        "node-name" node_name: Option<String>,
+        /// What was tried.
+        "operation" operation: IoOperationType,
+        /// What is done about it.
+        "action" action: BlockErrorAction,
+        /// Whether there was no space.
+        "nospace" nospace: Option<bool>,
+        /// The error.
+        "reason" reason: String,
+    } = "BLOCK_IO_ERROR";
 
     /// An image turned out to be damaged while it was in use.
     BlockImageCorrupted {

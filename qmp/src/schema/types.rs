@@ -74,6 +74,32 @@ enums! {
         SnapshotLoad = "snapshot-load",
     }
 
+    /// When `snapshot-load` reads RAM.
+    LoadMode {
+        /// When it is needed, and in the background: the guest runs at once.
+        Lazy = "lazy",
+        /// Before the guest runs.
+        Eager = "eager",
+    }
+
+    /// What a request to a node does.
+    IoOperationType {
+        /// It reads.
+        Read = "read",
+        /// It writes.
+        Write = "write",
+    }
+
+    /// What is done about a failed request.
+    BlockErrorAction {
+        /// Nothing.
+        Ignore = "ignore",
+        /// The guest is told.
+        Report = "report",
+        /// The guest is stopped.
+        Stop = "stop",
+    }
+
     /// What a job does.
     JobType {
         /// `block-commit`.
@@ -188,6 +214,18 @@ objects! {
         "status" status: RunState,
         /// Whether vCPUs run.
         "running" running: bool,
+    }
+
+    /// From `x-query-missing`.
+    MissingInfo {
+        /// Bytes of RAM that are in the image alone; 0 when all is read.
+        "bytes" bytes: u64,
+        /// The checkpoint that they are of.
+        "tag" tag: Option<String>,
+        /// The node that holds it.
+        "node-name" node_name: Option<String>,
+        /// Why a page that the guest waits for cannot be read.
+        "error" error: Option<String>,
     }
 
     /// From `query-name`.

@@ -1,5 +1,6 @@
 //! Guest RAM as the host sees it, without a Rust reference to any of it.
 
+mod aside;
 mod pagemap;
 mod zero;
 
@@ -9,6 +10,7 @@ use block::{ReadBuf, WriteBuf};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+pub(crate) use aside::set_aside;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use zero::page_is_zero;
 

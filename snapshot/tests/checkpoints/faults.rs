@@ -167,9 +167,10 @@ fn an_unreadable_header_or_mapping_is_found_before_anything_is_touched() {
         ("extents", "the mapping of RAM"),
     ] {
         machine.images[0].fail(step, 0);
-        let error = Checkpoint::open(&machine.nodes, "d0", "t").err().unwrap();
+        let checked = Checkpoint::open(&machine.nodes, "d0", "t")
+            .and_then(|checkpoint| checkpoint.check_machine(&machine.config, &machine.ram));
         assert_eq!(
-            error.to_string(),
+            checked.unwrap_err().to_string(),
             format!("Snapshot 't' on 'd0': {what} could not be read: {step} was made to fail")
         );
         machine.images[0].mend();

@@ -5,6 +5,7 @@
 
 mod fake;
 mod faults;
+mod lazy;
 mod refusals;
 mod round_trip;
 mod support;

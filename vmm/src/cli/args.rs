@@ -98,6 +98,10 @@ pub struct MachineArgs {
     /// Revive this checkpoint instead of booting
     #[arg(long, value_name = "TAG")]
     pub loadvm: Option<String>,
+    /// When --loadvm reads RAM: lazy, as the guest needs it and in the background, or eager, before
+    /// the guest runs [default: lazy]
+    #[arg(long, value_name = "MODE")]
+    pub load_mode: Option<String>,
     /// End when the guest resets
     #[arg(long)]
     pub no_reboot: bool,

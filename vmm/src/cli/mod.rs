@@ -10,6 +10,7 @@ pub use args::{Cli, MachineArgs, Subcommand};
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
+use qmp::schema::LoadMode;
 use values::{MachineType, QmpSpec};
 
 /// A value on the command line that cannot be used.
@@ -62,6 +63,8 @@ pub struct GuestOptions {
     pub start_paused: bool,
     /// `--loadvm`: the checkpoint to revive.
     pub loadvm: Option<String>,
+    /// `--load-mode`: when its RAM is read.
+    pub load_mode: LoadMode,
     /// `--no-reboot`: a reset of the guest ends the machine.
     pub no_reboot: bool,
 }
@@ -111,8 +114,18 @@ fn guest_options(args: &MachineArgs, dirty_tracking: bool) -> Result<GuestOption
         serial_text: serial_text.to_owned(),
         start_paused: args.start_paused,
         loadvm: args.loadvm.clone(),
+        load_mode: load_mode(args)?,
         no_reboot: args.no_reboot,
     })
+}
+
+fn load_mode(args: &MachineArgs) -> Result<LoadMode, Error> {
+    let Some(text) = &args.load_mode else { return Ok(LoadMode::Lazy) };
+    if args.loadvm.is_none() {
+        return Err(Error::new("load-mode", text, "needs --loadvm"));
+    }
+    let mode = LoadMode::ALL.iter().find(|mode| mode.as_str() == text);
+    mode.copied().ok_or_else(|| Error::new("load-mode", text, "must be lazy or eager"))
 }
 
 /// Without a guest, what is said of one would have no effect.
@@ -132,6 +145,7 @@ fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
         ("serial", args.serial.clone()),
         ("S", flag(args.start_paused)),
         ("loadvm", args.loadvm.clone()),
+        ("load-mode", args.load_mode.clone()),
         ("no-reboot", flag(args.no_reboot)),
         ("name", args.name.clone()),
         ("uuid", args.uuid.clone()),

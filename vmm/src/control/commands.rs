@@ -1,8 +1,8 @@
 //! QMP commands. Each either does its thing and answers, or answers with an error.
 
 use qmp::schema::{
-    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, ShutdownCause, StatusInfo,
-    UuidInfo,
+    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadMode, MissingInfo, NameInfo,
+    ShutdownCause, StatusInfo, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -55,12 +55,14 @@ impl Controller {
                     vmstate: arguments.vmstate,
                     devices: arguments.devices,
                 };
-                self.add_job(arguments.job_id, Task::Load(target))
+                let mode = arguments.mode.unwrap_or(LoadMode::Lazy);
+                self.add_job(arguments.job_id, Task::Load(target, mode))
             }
             Command::SnapshotDelete(arguments) => {
                 let task = Task::Delete { tag: arguments.tag, devices: arguments.devices };
                 self.add_job(arguments.job_id, task)
             }
+            Command::QueryMissing => value(&self.missing_info()),
             Command::QueryJobs => value(&self.jobs.query()),
             Command::JobCancel(arguments) => self.cancel_job(&arguments.id).and_then(|()| done()),
             Command::JobDismiss(arguments) => {
@@ -78,6 +80,18 @@ impl Controller {
 
     fn status(&self) -> StatusInfo {
         StatusInfo { status: self.state, running: self.state == RunState::Running }
+    }
+
+    fn missing_info(&self) -> MissingInfo {
+        match self.machine.missing() {
+            Some(missing) => MissingInfo {
+                bytes: missing.ram.missing_bytes(),
+                tag: Some(missing.tag.clone()),
+                node_name: Some(missing.node.clone()),
+                error: missing.ram.failing(),
+            },
+            None => MissingInfo { bytes: 0, tag: None, node_name: None, error: None },
+        }
     }
 
     fn cpus(&self) -> Vec<CpuInfoFast> {

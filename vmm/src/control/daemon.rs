@@ -27,6 +27,7 @@ pub const WITHOUT: &[&str] = &[
     "stop",
     "cont",
     "system_reset",
+    "x-query-missing",
     "snapshot-save",
     "snapshot-load",
     "snapshot-delete",

@@ -12,6 +12,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use snapshot::Notice;
+
 use super::work::WorkMessage;
 use crate::vcpu::VcpuEvent;
 
@@ -23,6 +25,13 @@ pub enum Message {
     GuestReset,
     /// The guest powered off.
     GuestPowerOff,
+    /// Of the RAM that is missing after a lazy load.
+    Missing {
+        /// Which load: [`crate::machine::missing::Missing::id`].
+        id: u64,
+        /// What there is to tell.
+        notice: Notice,
+    },
     /// A snapshot job needs something, or is over.
     Work(WorkMessage),
 }

@@ -169,6 +169,7 @@ impl Controller {
     fn handle(&mut self, message: Message) {
         match message {
             Message::Work(message) => self.work_message(message),
+            Message::Missing { id, notice } => self.missing_notice(id, notice),
             Message::GuestPowerOff => self.shutdown(true, ShutdownCause::GuestShutdown),
             Message::GuestReset | Message::Vcpu(VcpuEvent::TripleFault) => self.guest_reset(),
             Message::Vcpu(VcpuEvent::Failed(text)) => self.fail(&text),

@@ -12,10 +12,14 @@
 //!                                                   restore-vm, until a load or a reset
 //! ```
 //!
+//! A guest that needs RAM which a lazy load cannot read goes from running to io-error; `cont` tries
+//! again.
+//!
 //! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
 //! when the job lets go. A vCPU that cannot go on leads to internal-error.
 
-use qmp::schema::{Event, RunState, ShutdownCause};
+use qmp::schema::{BlockErrorAction, Event, IoOperationType, RunState, ShutdownCause};
+use snapshot::Notice;
 use tracing::error;
 
 use super::Controller;
@@ -42,7 +46,7 @@ impl Controller {
         }
         match self.state {
             RunState::Running => Ok(()),
-            RunState::PreLaunch | RunState::Paused => self.resume_guest(),
+            RunState::PreLaunch | RunState::Paused | RunState::IoError => self.resume_guest(),
             RunState::RestoreVm => Err(qmp::Error::generic(
                 "The guest's memory was lost in a failed load: load a checkpoint or reset the \
                  machine first",
@@ -73,6 +77,10 @@ impl Controller {
         }
         self.state = match self.machine.pause() {
             Ok(()) => state,
+            Err(machine::Error::Missing(reason)) => {
+                error!("the guest is stopped: {reason}");
+                RunState::IoError
+            }
             Err(error) => {
                 error!("cannot pause the guest: {error}");
                 RunState::InternalError
@@ -99,6 +107,10 @@ impl Controller {
     pub(super) fn hold_guest(&mut self, state: RunState) -> Result<(), WorkError> {
         let before = self.state;
         self.stop_in(state);
+        // What it waited for has come, or it would not be asked.
+        if before == RunState::IoError && self.machine.is_halted() {
+            self.machine.pause()?;
+        }
         if before == RunState::Running && self.state != state {
             return Err(WorkError::Failed("The guest cannot be stopped".to_owned()));
         }
@@ -119,7 +131,9 @@ impl Controller {
         self.state = match hold.before {
             _ if lost => RunState::RestoreVm,
             // A load makes a machine that could not go on whole again.
-            RunState::RestoreVm | RunState::InternalError if success && overwritten => {
+            RunState::RestoreVm | RunState::InternalError | RunState::IoError
+                if success && overwritten =>
+            {
                 RunState::Paused
             }
             RunState::Running => RunState::Paused,
@@ -158,6 +172,47 @@ impl Controller {
         Ok(())
     }
 
+    /// What the service of a lazy load has to tell.
+    pub(super) fn missing_notice(&mut self, id: u64, notice: Notice) {
+        let Some(missing) = self.machine.missing().filter(|missing| missing.id() == id) else {
+            return;
+        };
+        match notice {
+            Notice::Complete => self.machine.forget_missing(),
+            // Whoever brought it about finds it out.
+            Notice::Lost => {}
+            Notice::Failing(reason) => {
+                error!("RAM of '{}' cannot be read from '{}': {reason}", missing.tag, missing.node);
+                let event = Event::BlockIoError {
+                    qom_path: String::new(),
+                    device: String::new(),
+                    node_name: Some(missing.node.clone()),
+                    operation: IoOperationType::Read,
+                    action: BlockErrorAction::Stop,
+                    nospace: Some(false),
+                    reason,
+                };
+                self.emit(&event);
+                self.halt();
+            }
+        }
+    }
+
+    /// Stops a running guest that waits for memory.
+    fn halt(&mut self) {
+        if self.state != RunState::Running {
+            return;
+        }
+        self.state = match self.machine.halt() {
+            Ok(()) => RunState::IoError,
+            Err(error) => {
+                error!("cannot halt the guest: {error}");
+                RunState::InternalError
+            }
+        };
+        self.emit(&Event::Stop);
+    }
+
     /// The guest asked for a reset, or crashed so that a real machine would reset.
     pub(super) fn guest_reset(&mut self) {
         // A vCPU can have asked just before it was stopped; then the reset waits.
@@ -177,7 +232,12 @@ impl Controller {
 
     fn reset(&mut self, guest: bool, cause: ShutdownCause) {
         let running = self.state == RunState::Running;
-        if running && let Err(error) = self.machine.pause() {
+        let stopped = if running || self.machine.is_halted() {
+            self.machine.pause_for_good()
+        } else {
+            Ok(())
+        };
+        if let Err(error) = stopped {
             error!("cannot pause the guest for a reset: {error}");
             self.state = RunState::InternalError;
             self.emit(&Event::Stop);

@@ -8,11 +8,13 @@ use std::thread::JoinHandle;
 use block::Progress;
 use qmp::jobs::{AutoFlags, Jobs, Outcome, StateError, Work};
 use qmp::schema::{JobInfo, JobStatus, JobType, RunState};
+use snapshot::Base;
 use tracing::error;
 
 use super::Controller;
 use super::mailbox::Message;
 use super::work::{self, Freeze, Frozen, Task, WorkContext, WorkError, WorkMessage};
+use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
 
@@ -114,7 +116,7 @@ impl Controller {
     pub(super) fn create_job(&mut self, id: String, task: Task) -> Result<(), qmp::Error> {
         let kind = match &task {
             Task::Save(_) => JobType::SnapshotSave,
-            Task::Load(_) => JobType::SnapshotLoad,
+            Task::Load(..) => JobType::SnapshotLoad,
             Task::Delete { .. } => JobType::SnapshotDelete,
         };
         let handle = Handle::default();
@@ -139,6 +141,8 @@ impl Controller {
                 memory: self.machine.memory().clone(),
                 config: recorded::describe(&self.machine),
                 shape: self.machine.shape(),
+                presence: self.machine.devices().presence().clone(),
+                missing: self.machine.missing().cloned(),
                 progress: Arc::clone(&handle.progress),
                 memory_lost: Arc::clone(&handle.memory_lost),
                 mailbox: self.mailbox.clone(),
@@ -160,13 +164,26 @@ impl Controller {
             WorkMessage::Freeze { purpose, reply } => {
                 let _ = reply.send(self.freeze(&purpose));
             }
-            WorkMessage::Restore { state, base, reply } => {
+            WorkMessage::Restore { state, base, missing, reply } => {
                 self.inbox.guest_replaced();
-                let restored = self.machine.restore(&state, Some(base)).map_err(WorkError::from);
-                let _ = reply.send(restored);
+                let _ = reply.send(self.restore(&state, base, missing));
             }
             WorkMessage::Done(outcome) => self.job_done(outcome),
         }
+    }
+
+    fn restore(
+        &mut self,
+        state: &MachineState,
+        base: Base,
+        missing: Option<Arc<Missing>>,
+    ) -> Result<(), WorkError> {
+        self.machine.restore(state, Some(base))?;
+        match missing {
+            Some(missing) => self.machine.set_missing(missing)?,
+            None => self.machine.forget_missing(),
+        }
+        Ok(())
     }
 
     fn freeze(&mut self, purpose: &Freeze) -> Result<Frozen, WorkError> {
@@ -190,6 +207,13 @@ impl Controller {
 
     fn freeze_to_load(&mut self, state: &MachineState) -> Result<Frozen, WorkError> {
         self.machine.check_fits(state)?;
+        if self.machine.is_halted() {
+            // It waits for memory that cannot be read, and will not get it any more.
+            if let Some(current) = &self.jobs.current {
+                current.handle.memory_lost.store(true, Ordering::Release);
+            }
+            self.machine.pause_for_good()?;
+        }
         self.hold_guest(RunState::RestoreVm)?;
         let frozen = Frozen { state: self.machine.capture()? };
         if let Some(current) = &self.jobs.current {
@@ -207,6 +231,7 @@ impl Controller {
         let memory_lost = current.handle.memory_lost.load(Ordering::Acquire);
         if memory_lost && outcome.is_err() {
             self.machine.tracker().forget();
+            self.machine.forget_missing();
         }
         self.release_guest(outcome.is_ok(), memory_lost);
         self.jobs.finish(&current.id, outcome);

@@ -14,7 +14,7 @@ use block::{Attachment, Graph, Node, User};
 use devices::legacy::{I8042, Serial};
 use devices::virtio::block::OptionsError;
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
-use devices::{EventFdLine, GuestMemory, InterruptLine};
+use devices::{EventFdLine, GuestMemory, InterruptLine, Presence};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -86,6 +86,7 @@ pub struct DeviceSet {
     i8042: Arc<Mutex<ResetController>>,
     virtio: Vec<VirtioSlot>,
     wants_input: EventFd,
+    presence: Presence,
 }
 
 impl DeviceSet {
@@ -115,7 +116,8 @@ impl DeviceSet {
         let sleep = Arc::new(Mutex::new(SleepControl(signals.power_off)));
         bus.insert(Space::Port, SLEEP_CONTROL_PORT, 1, sleep)?;
 
-        let mut set = Self { serial, i8042, virtio: Vec::new(), wants_input };
+        let presence = Presence::default();
+        let mut set = Self { serial, i8042, virtio: Vec::new(), wants_input, presence };
         for spec in specs {
             set.attach_virtio(spec, vm, memory, bus, graph)?;
         }
@@ -140,7 +142,8 @@ impl DeviceSet {
             }
             DeviceKind::Rng => None,
         };
-        let device = make_device(&spec.kind, &name, disk.as_ref().map(Attachment::node))?;
+        let node = disk.as_ref().map(Attachment::node);
+        let device = make_device(&spec.kind, &name, node, &self.presence)?;
         let line = irq_line(vm, &name, irq)?;
         let transport = MmioTransport::new(device, memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
@@ -162,6 +165,11 @@ impl DeviceSet {
     /// How many virtio devices there are.
     pub fn virtio_count(&self) -> usize {
         self.virtio.len()
+    }
+
+    /// Tells the devices whether pages of guest memory may be missing.
+    pub fn presence(&self) -> &Presence {
+        &self.presence
     }
 
     /// Bytes of input the console takes now.
@@ -284,11 +292,13 @@ fn make_device(
     kind: &DeviceKind,
     name: &str,
     node: Option<&Arc<Node>>,
+    presence: &Presence,
 ) -> Result<Box<dyn VirtioDevice>, OptionsError> {
     match (kind, node) {
         (DeviceKind::Block { serial, queues, .. }, Some(node)) => {
             let options = BlockOptions { serial: serial.clone(), num_queues: *queues };
-            Ok(Box::new(BlockDevice::new(Arc::clone(node), options)?))
+            let device = BlockDevice::new(Arc::clone(node), options)?;
+            Ok(Box::new(device.with_presence(presence.clone())))
         }
         _ => Ok(Box::new(RngDevice::new(name))),
     }

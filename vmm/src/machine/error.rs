@@ -52,6 +52,12 @@ pub enum Error {
         /// What the host said.
         source: std::io::Error,
     },
+    /// A vCPU waits for a page that cannot be read. It will run no further before it has it.
+    #[error("the guest waits for memory that cannot be read: {0}")]
+    Missing(String),
+    /// Guest memory could not be read and was given up.
+    #[error("the guest's memory is lost: {0}")]
+    Lost(String),
     /// A recorded state is of a machine with other parts.
     #[error("the recorded state is of a machine with {0}, this one has {1}")]
     OtherShape(Shape, Shape),

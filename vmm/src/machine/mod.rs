@@ -9,11 +9,13 @@
 
 pub mod devices;
 pub mod error;
+pub mod missing;
 pub mod recorded;
 pub mod spec;
 pub mod state;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::devices::GuestMemory;
 use block::Graph;
@@ -32,8 +34,12 @@ use crate::memory::dirty_log::DirtyLog;
 use crate::vcpu::{EventSink, VcpuHandle};
 use devices::{DeviceSet, GuestSignals};
 pub use error::Error;
+use missing::Missing;
 use spec::MachineSpec;
 use state::{MachineState, Shape};
+
+/// How long a vCPU may take to stop before it is looked whether it can.
+const PAUSE_LOOK: Duration = Duration::from_millis(20);
 
 /// A virtual machine.
 pub struct Machine {
@@ -52,6 +58,10 @@ pub struct Machine {
     pristine: MachineState,
     /// The guest's clock while paused; the host's clock does not count it then.
     clock: ClockState,
+    /// RAM that is still in an image.
+    missing: Option<Arc<Missing>>,
+    /// The vCPUs were told to stop, and those that can have; see [`Machine::halt`].
+    halted: bool,
 }
 
 impl Machine {
@@ -108,7 +118,21 @@ impl Machine {
         let clock = ClockState { kvmclock_ns: 0 };
         let pristine = capture(&vm, &vcpus, &devices, clock)?;
         let cpuid = cpuid::for_vcpu(&cpuid, Topology { vcpus: spec.vcpus }, 0)?;
-        Ok(Self { vcpus, devices, vm, memory, log, tracker, spec, cpuid, info, pristine, clock })
+        Ok(Self {
+            vcpus,
+            devices,
+            vm,
+            memory,
+            log,
+            tracker,
+            spec,
+            cpuid,
+            info,
+            pristine,
+            clock,
+            missing: None,
+            halted: false,
+        })
     }
 
     /// Puts a prepared kernel in memory and vCPU 0 at its entry; everything else is as at power-on.
@@ -118,6 +142,7 @@ impl Machine {
     /// It does not load; the machine must not be run then.
     pub fn boot(&mut self, prepared: Boot) -> Result<(), Error> {
         self.tracker.forget();
+        self.forget_missing();
         // What an earlier boot left must not be there: the loader writes no zeroes.
         memory::discard(&self.memory)?;
         let info = prepared.load(&self.memory)?;
@@ -133,7 +158,13 @@ impl Machine {
 
     /// Lets the guest run.
     pub fn resume(&mut self) -> Result<(), Error> {
-        self.devices.resume()?;
+        if std::mem::take(&mut self.halted) {
+            if let Some(missing) = &self.missing {
+                missing.ram.retry();
+            }
+        } else {
+            self.devices.resume()?;
+        }
         // As late as can be: from here on the guest's clock runs.
         self.clock.restore(&self.vm)?;
         for vcpu in &self.vcpus {
@@ -146,14 +177,102 @@ impl Machine {
     }
 
     /// Stops the guest: no instruction, no disk request, no interrupt is under way afterwards.
+    ///
+    /// # Errors
+    /// With [`Error::Missing`] the guest is halted; see [`Machine::halt`].
     pub fn pause(&mut self) -> Result<(), Error> {
         let pending = self.vcpus.iter().map(VcpuHandle::pause).collect::<Result<Vec<_>, _>>()?;
+        let mut stopped = Ok(());
         for pause in pending {
-            pause.wait()?;
+            // A vCPU that KVM's own access to a page holds up does not come before the page does.
+            while stopped.is_ok() && !pause.wait_for(PAUSE_LOOK)? {
+                stopped = self.check_missing();
+            }
+        }
+        let stopped = stopped.and_then(|()| self.check_missing());
+        if !std::mem::replace(&mut self.halted, stopped.is_err()) {
+            self.clock = ClockState::capture(&self.vm)?;
+        }
+        stopped?;
+        self.pause_devices()
+    }
+
+    /// Stops the guest whose RAM is about to be replaced, or that is about to end: nobody waits for
+    /// memory that cannot be read.
+    pub fn pause_for_good(&mut self) -> Result<(), Error> {
+        if let Some(missing) = &self.missing {
+            missing.ram.forfeit();
+        }
+        match self.pause() {
+            Err(Error::Lost(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Tells the vCPUs to stop, without waiting: one of them may be held up by a page that cannot be
+    /// read, and stops when it gets it. Devices go on with what they were told to do. From here,
+    /// [`Machine::resume`] tries to read again, and [`Machine::pause`] stops the guest wholly.
+    pub fn halt(&mut self) -> Result<(), Error> {
+        for vcpu in &self.vcpus {
+            drop(vcpu.pause()?);
         }
         self.clock = ClockState::capture(&self.vm)?;
-        self.devices.pause()?;
+        self.halted = true;
         Ok(())
+    }
+
+    /// Whether the guest is halted.
+    pub fn is_halted(&self) -> bool {
+        self.halted
+    }
+
+    /// Whether a page that somebody waits for cannot be read.
+    fn check_missing(&self) -> Result<(), Error> {
+        match self.missing.as_ref().and_then(|missing| missing.ram.failing()) {
+            Some(reason) => Err(Error::Missing(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// Drains the devices. Their threads cannot be left waiting for a page that cannot be read, so
+    /// it is given up, and a request with it.
+    fn pause_devices(&self) -> Result<(), Error> {
+        let Some(missing) = &self.missing else { return self.devices.pause() };
+        missing.ram.forfeit();
+        self.devices.pause()?;
+        match missing.ram.lost() {
+            Some(reason) => Err(Error::Lost(reason)),
+            None => {
+                missing.ram.restored();
+                Ok(())
+            }
+        }
+    }
+
+    /// The part of RAM that is still in an image, if any is.
+    pub fn missing(&self) -> Option<&Arc<Missing>> {
+        self.missing.as_ref()
+    }
+
+    /// RAM is that of a lazy load, whose vCPUs and devices have been restored.
+    ///
+    /// # Errors
+    /// A page that was needed for that could not be read.
+    pub fn set_missing(&mut self, missing: Arc<Missing>) -> Result<(), Error> {
+        if let Some(reason) = missing.ram.lost() {
+            return Err(Error::Lost(reason));
+        }
+        missing.ram.restored();
+        self.missing = Some(missing);
+        Ok(())
+    }
+
+    /// Nothing is missing any more, or what is does not matter: it is zero from now on.
+    pub fn forget_missing(&mut self) {
+        if let Some(missing) = self.missing.take() {
+            missing.ram.abandon();
+        }
+        self.devices.presence().set_whole();
     }
 
     /// The state of the paused machine, without RAM and disks.
@@ -269,8 +388,13 @@ impl Machine {
     /// # Errors
     /// A disk could not be flushed; the rest is stopped all the same.
     pub fn shutdown(mut self) -> Result<(), Error> {
+        if let Some(missing) = &self.missing {
+            missing.ram.forfeit();
+        }
         self.vcpus.clear();
-        self.devices.shutdown()
+        let outcome = self.devices.shutdown();
+        self.forget_missing();
+        outcome
     }
 }
 

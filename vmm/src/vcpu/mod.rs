@@ -18,8 +18,9 @@ mod runner;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::Killable;
@@ -188,8 +189,12 @@ pub struct PendingPause {
 }
 
 impl PendingPause {
-    /// Waits until the vCPU has stopped.
-    pub fn wait(self) -> Result<(), Error> {
-        self.done.recv().map_err(|_| Error::Gone(self.index))
+    /// Waits until the vCPU has stopped, but no longer than `patience`; false if it has not.
+    pub fn wait_for(&self, patience: Duration) -> Result<bool, Error> {
+        match self.done.recv_timeout(patience) {
+            Ok(()) => Ok(true),
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Gone(self.index)),
+        }
     }
 }

@@ -13,9 +13,9 @@ use super::SERIAL_SIZE;
 use super::config::MAX_RANGES;
 use super::pending::{Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
-use crate::GuestMemory;
 use crate::virtio::chain::{Chain, Malformed, SegmentList};
 use crate::virtio::{Ended, QueueHandler, Served, Token};
+use crate::{GuestMemory, Presence};
 
 /// Data of one request at most, in bytes: bounds how long a request, and so a pause, can take.
 pub const MAX_REQUEST_BYTES: u64 = 256 << 20;
@@ -28,6 +28,7 @@ pub(super) struct BlockHandler {
     completions: Vec<Completion>,
     /// Keeps guest memory mapped for requests in flight.
     memory: Option<Arc<GuestMemory>>,
+    presence: Presence,
     /// In sectors.
     capacity: u64,
     serial: [u8; SERIAL_SIZE],
@@ -40,6 +41,7 @@ impl BlockHandler {
         node: Arc<::block::Node>,
         capacity: u64,
         serial: &str,
+        presence: Presence,
     ) -> ::block::Result<Self> {
         let mut padded = [0; SERIAL_SIZE];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
@@ -51,6 +53,7 @@ impl BlockHandler {
             requests: Slab::new(),
             completions: Vec::new(),
             memory: None,
+            presence,
             capacity,
             serial: padded,
             write_through: true,
@@ -159,6 +162,8 @@ impl BlockHandler {
         let keep = self.memory.get_or_insert_with(|| Arc::new(mem.clone())).clone();
         let mut parts = Vec::with_capacity(data.segments().len());
         for segment in data.segments() {
+            let there = self.presence.wait_for(&keep, segment.addr, segment.len as usize);
+            there.map_err(|_| Failure::IoError)?;
             for slice in GuestMemoryBackend::get_slices(&*keep, segment.addr, segment.len as usize)
             {
                 let slice = slice.map_err(|_| Failure::IoError)?;

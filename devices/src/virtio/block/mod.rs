@@ -22,6 +22,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::error::StateError;
 use super::{DeviceState, QueueHandler, VirtioDevice};
+use crate::Presence;
 
 const DEVICE_TYPE: u32 = 2;
 
@@ -64,6 +65,7 @@ pub struct BlockDevice {
     capacity: u64,
     read_only: bool,
     config: Vec<u8>,
+    presence: Presence,
 }
 
 impl BlockDevice {
@@ -83,7 +85,15 @@ impl BlockDevice {
             options,
             capacity,
             read_only,
+            presence: Presence::default(),
         })
+    }
+
+    /// Guest memory may have pages that come when they are touched.
+    #[must_use]
+    pub fn with_presence(mut self, presence: Presence) -> Self {
+        self.presence = presence;
+        self
     }
 
     fn block_state(&self) -> BlockState {
@@ -129,8 +139,8 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
-        let handler =
-            io::BlockHandler::new(self.node.clone(), self.capacity, &self.options.serial)?;
+        let (node, presence) = (self.node.clone(), self.presence.clone());
+        let handler = io::BlockHandler::new(node, self.capacity, &self.options.serial, presence)?;
         Ok(Box::new(handler))
     }
 

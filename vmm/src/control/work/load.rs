@@ -1,27 +1,64 @@
 //! snapshot-load, and reviving a checkpoint in a new process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use block::{Node, Progress};
-use devices::GuestMemory;
-use snapshot::{Base, Checkpoint, MachineConfig};
+use devices::{GuestMemory, Presence};
+use qmp::schema::LoadMode;
+use snapshot::{Base, Checkpoint, LazyHost, MachineConfig};
 use tracing::{info, warn};
 
 use super::{Freeze, IO_THREADS, Outcome, Target, WorkContext, WorkError};
+use crate::control::mailbox::Mailbox;
+use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
 
-pub(super) fn load(target: &Target, context: &WorkContext) -> Outcome {
+pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Outcome {
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
+    let host = lazy_host(mode);
     context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
     // From here on a cancel is refused; this is the last one to be heard.
     if context.progress.check().is_err() {
         return Err(WorkError::Cancelled);
     }
-    revival.read(&context.memory, false, &context.progress, &context.memory_lost)?;
+    let disks = revival.checkpoint.prepare_disks()?;
+    context.memory_lost.store(true, Ordering::Release);
+    if let Some(earlier) = &context.missing {
+        earlier.ram.abandon();
+    }
+    let ram = Ram { memory: &context.memory, fresh: false, presence: &context.presence };
+    let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
+    disks.revert()?;
     let base = revival.base();
-    context.restore(revival.state, base)
+    context.restore(revival.state, base, missing)
+}
+
+/// What lets RAM be read lazily; none if that is not wanted or not allowed.
+pub fn lazy_host(mode: LoadMode) -> Option<LazyHost> {
+    if mode == LoadMode::Eager {
+        return None;
+    }
+    let host = LazyHost::open();
+    host.inspect_err(|error| {
+        warn!(
+            "RAM is read before the guest runs: this host does not let us serve page faults \
+             ({error}); CAP_SYS_PTRACE, access to /dev/userfaultfd or sysctl \
+             vm.unprivileged_userfaultfd=1 would"
+        );
+    })
+    .ok()
+}
+
+/// Where RAM goes.
+pub struct Ram<'a> {
+    /// It.
+    pub memory: &'a GuestMemory,
+    /// It was never used.
+    pub fresh: bool,
+    /// Tells the devices that pages may be missing.
+    pub presence: &'a Presence,
 }
 
 /// A checkpoint on its way into a machine: checked and decoded, nothing touched yet.
@@ -60,21 +97,36 @@ impl Revival {
         self.checkpoint.base()
     }
 
-    /// Reads RAM and takes the disks back. The guest must be stopped. `memory_lost` is set when its
-    /// memory begins to be replaced; a failure before that leaves the guest whole, one after it
-    /// the disks. `fresh` memory was never used.
-    pub fn read(
+    /// Makes RAM that of the checkpoint, at once or, with `host`, as it is needed. The guest must be
+    /// stopped. A failure leaves RAM in pieces.
+    ///
+    /// # Errors
+    /// The image cannot be read, or the host refuses.
+    pub fn revive(
         &self,
-        memory: &GuestMemory,
-        fresh: bool,
+        Ram { memory, fresh, presence }: Ram<'_>,
+        host: Option<LazyHost>,
         progress: &Progress,
-        memory_lost: &AtomicBool,
-    ) -> Outcome {
-        let disks = self.checkpoint.prepare_disks()?;
-        memory_lost.store(true, Ordering::Release);
-        let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
-        info!("loaded {report:?}");
-        disks.revert()?;
-        Ok(())
+        mailbox: &Mailbox,
+    ) -> Result<Option<Arc<Missing>>, WorkError> {
+        let Some(host) = host else {
+            let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
+            info!("loaded {report:?}");
+            return Ok(None);
+        };
+        let lent = Missing::lend(&self.checkpoint, host, memory, fresh, presence, mailbox)?;
+        // For the job, what comes when it is needed is there.
+        let bytes = self.checkpoint.layout().ram_bytes();
+        progress.add_total(bytes);
+        progress.advance(bytes);
+        Ok(Some(lent))
+    }
+
+    /// Takes the disks back; see [`Checkpoint::revert_disks`].
+    ///
+    /// # Errors
+    /// Every disk is as it was.
+    pub fn revert_disks(&self) -> Outcome {
+        Ok(self.checkpoint.revert_disks()?)
     }
 }

@@ -26,12 +26,14 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use block::{Graph, Node, Progress};
-use devices::GuestMemory;
+use devices::{GuestMemory, Presence};
+use qmp::schema::LoadMode;
 use snapshot::{Base, MachineConfig};
 use tracing::info;
 
-pub use self::load::Revival;
+pub use self::load::{Ram, Revival, lazy_host};
 use super::mailbox::{Mailbox, Message};
+use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
 
 /// Threads that move RAM. More do not help one disk.
@@ -43,7 +45,7 @@ pub enum Task {
     /// snapshot-save
     Save(Target),
     /// snapshot-load
-    Load(Target),
+    Load(Target, LoadMode),
     /// snapshot-delete
     Delete {
         /// The checkpoint.
@@ -111,6 +113,8 @@ pub enum WorkMessage {
         state: Box<MachineState>,
         /// The checkpoint whose RAM is in place.
         base: Base,
+        /// RAM that is still to be read.
+        missing: Option<Arc<Missing>>,
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
     },
@@ -128,6 +132,10 @@ pub struct WorkContext {
     pub config: MachineConfig,
     /// What parts it has.
     pub shape: Shape,
+    /// Tells the devices that pages may be missing.
+    pub presence: Presence,
+    /// What an earlier load has still to read.
+    pub missing: Option<Arc<Missing>>,
     /// Counts bytes, and tells of a cancel.
     pub progress: Arc<Progress>,
     /// Set when guest memory is overwritten: from then on a failure leaves nothing to run.
@@ -150,9 +158,13 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
         Task::Save(target) => save::save(target, context),
-        Task::Load(target) => load::load(&target, context),
+        Task::Load(target, mode) => load::load(&target, mode, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;
+            // RAM that is still in there is read before it goes.
+            if context.missing.as_ref().is_some_and(|missing| devices.contains(&missing.node)) {
+                context.read_missing()?;
+            }
             let report = snapshot::delete(&nodes, &tag)?;
             info!("deleted '{tag}' from {:?}", report.deleted);
             Ok(())
@@ -169,9 +181,22 @@ impl WorkContext {
         self.ask(|reply| WorkMessage::Freeze { purpose, reply })
     }
 
-    fn restore(&self, state: MachineState, base: Base) -> Outcome {
+    fn restore(&self, state: MachineState, base: Base, missing: Option<Arc<Missing>>) -> Outcome {
         let state = Box::new(state);
-        self.ask(|reply| WorkMessage::Restore { state, base, reply })
+        self.ask(|reply| WorkMessage::Restore { state, base, missing, reply })
+    }
+
+    /// Reads what an earlier load has left in its image, guest running.
+    fn read_missing(&self) -> Outcome {
+        let Some(missing) = &self.missing else { return Ok(()) };
+        match missing.ram.complete(&self.progress) {
+            Ok(()) => Ok(()),
+            Err(block::Error::Cancelled) => Err(WorkError::Cancelled),
+            Err(error) => Err(WorkError::Failed(format!(
+                "RAM of snapshot '{}' could not be read from '{}': {error}",
+                missing.tag, missing.node
+            ))),
+        }
     }
 
     fn ask<T>(

@@ -11,6 +11,8 @@ pub(super) fn save(target: Target, context: &WorkContext) -> Outcome {
     let Target { tag, vmstate, devices } = target;
     let nodes = context.resolve(&devices)?;
     snapshot::preflight_save(&nodes, &vmstate, &tag)?;
+    // A page that is not there would be taken for one of zeroes.
+    context.read_missing()?;
     let Frozen { state } = context.freeze(Freeze::Save)?;
     let stamp = stamp(tag, state.clock.kvmclock_ns);
     let request = SaveRequest {

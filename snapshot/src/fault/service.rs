@@ -1,0 +1,247 @@
+//! The threads of a lazy load.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use block::snapshot::VmStateRead;
+
+use super::scratch::Scratch;
+use super::units::{Claim, Piece};
+use super::{Notice, Policy, Shared};
+/// Units read at a time when nobody waits for them.
+pub(super) const AHEAD: usize = 8;
+/// Threads that read ahead.
+const READERS: usize = 2;
+
+/// Serves faults until all is there or the service is to end.
+pub(super) fn run(shared: &Shared, opened: &Sender<block::Result<()>>) {
+    let vmstate = match shared.source.open() {
+        Ok(vmstate) => vmstate,
+        Err(error) => {
+            shared.end();
+            // Whoever started the service waits for this.
+            let _ = opened.send(Err(error));
+            return;
+        }
+    };
+    let _ = opened.send(Ok(()));
+    thread::scope(|scope| {
+        for n in 0..READERS {
+            let reader = thread::Builder::new().name(format!("ram-ahead-{n}"));
+            // Without them, pages come when they are needed.
+            if let Err(error) = reader.spawn_scoped(scope, || shared.read_ahead(&*vmstate)) {
+                tracing::warn!("RAM is not read ahead: {error}");
+            }
+        }
+        Faults { shared, vmstate: &*vmstate, scratch: Scratch::new(1), busy: Vec::new() }.serve();
+        // Also where serving ended by an error of the host.
+        shared.stop.store(true, Ordering::Release);
+        shared.change(|state| state.stop = true);
+    });
+    drop(vmstate);
+    shared.end();
+}
+
+impl Shared {
+    /// Reads a claimed piece and puts it in place.
+    pub(super) fn fill(
+        &self,
+        vmstate: &dyn VmStateRead,
+        piece: &Piece,
+        scratch: &mut Scratch,
+    ) -> block::Result<()> {
+        vmstate.read(piece.offset, &[scratch.buf(piece.len)])?;
+        // SAFETY: the scratch memory has just been filled with that many bytes.
+        unsafe { self.uffd.copy(piece.host, scratch.start(), piece.len) }.map_err(host_error)?;
+        if self.units.filled(piece) {
+            self.wake();
+        }
+        Ok(())
+    }
+
+    /// What a thread could not read is anyone's again.
+    pub(super) fn give_back(&self, piece: &Piece) {
+        self.units.give_back(piece);
+        drop(self.state());
+        self.changed.notify_all();
+        // Someone may wait for a unit of it.
+        self.wake();
+    }
+
+    /// Reads what nobody asked for yet.
+    fn read_ahead(&self, vmstate: &dyn VmStateRead) {
+        let mut scratch = Scratch::new(AHEAD);
+        let mut from = 0;
+        while self.may_read_ahead() {
+            let units = &self.units;
+            let next = (from..units.len()).find_map(|unit| units.claim_run(unit, AHEAD));
+            let Some(piece) = next else {
+                if from == 0 {
+                    return;
+                }
+                // What others gave back.
+                from = 0;
+                continue;
+            };
+            from = piece.unit + piece.count;
+            if let Err(error) = self.fill(vmstate, &piece, &mut scratch) {
+                tracing::warn!("RAM cannot be read ahead: {error}");
+                self.state().stalled = true;
+                self.give_back(&piece);
+            }
+        }
+    }
+
+    /// Waits while there is a reason not to; false if there is nothing to be done any more.
+    fn may_read_ahead(&self) -> bool {
+        let mut state = self.state();
+        loop {
+            if state.stop || self.units.left() == 0 {
+                return false;
+            }
+            if state.policy == Policy::Hold && !state.stalled {
+                return true;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends the watch. Who still waits finds zeroes.
+    fn end(&self) {
+        for &(start, len) in &self.ranges {
+            if let Err(error) = self.uffd.unregister(start, len) {
+                tracing::error!("guest RAM stays watched: {error}");
+            }
+        }
+        self.state().over = true;
+        self.changed.notify_all();
+        if self.units.left() == 0 {
+            (self.notify)(Notice::Complete);
+        }
+    }
+}
+
+/// The thread that serves faults.
+struct Faults<'a> {
+    shared: &'a Shared,
+    vmstate: &'a dyn VmStateRead,
+    scratch: Scratch,
+    /// Units that someone waits for while another thread reads them.
+    busy: Vec<usize>,
+}
+
+impl Faults<'_> {
+    fn serve(mut self) {
+        let shared = self.shared;
+        let mut addresses = Vec::new();
+        loop {
+            // Before `state` is looked at, so that a change that comes meanwhile wakes again.
+            let _ = shared.control.read();
+            self.look_again();
+            if shared.is_stopped() || shared.units.left() == 0 {
+                return;
+            }
+            if let Err(error) = shared.uffd.faults(&mut addresses) {
+                tracing::error!("page faults of the guest cannot be read: {error}");
+                return;
+            }
+            if addresses.is_empty() {
+                wait(shared.uffd.as_fd().as_raw_fd(), shared.control.as_raw_fd());
+            }
+            for address in addresses.drain(..) {
+                match shared.units.at(address) {
+                    Some(unit) => self.unit(unit),
+                    None => tracing::error!("a page fault at {address:#x} is not of guest RAM"),
+                }
+            }
+        }
+    }
+
+    /// Takes care of the units that somebody waits for and that were not to be had before.
+    fn look_again(&mut self) {
+        for unit in std::mem::take(&mut self.busy) {
+            self.unit(unit);
+        }
+        let mut state = self.shared.state();
+        let forfeit = state.policy == Policy::Forfeit;
+        if forfeit || std::mem::take(&mut state.retry) {
+            let failed = std::mem::take(&mut state.failed);
+            drop(state);
+            for unit in failed {
+                self.unit(unit);
+            }
+        }
+    }
+
+    fn unit(&mut self, unit: usize) {
+        let shared = self.shared;
+        let piece = shared.units.piece(unit, 1);
+        let done = match shared.units.claim(unit) {
+            Claim::Read => match shared.fill(self.vmstate, &piece, &mut self.scratch) {
+                Ok(()) => Ok(()),
+                Err(error) => return self.failed(&piece, &error),
+            },
+            Claim::Zero => {
+                let zeroed = shared.uffd.zero(piece.host, piece.len);
+                shared.units.zeroed(unit);
+                zeroed
+            }
+            Claim::Present => shared.uffd.wake(piece.host, piece.len),
+            Claim::Busy => {
+                self.busy.push(unit);
+                return;
+            }
+        };
+        if let Err(error) = done {
+            tracing::error!("a page fault of the guest cannot be answered: {error}");
+        }
+    }
+
+    fn failed(&mut self, piece: &Piece, error: &block::Error) {
+        let shared = self.shared;
+        let text = error.to_string();
+        let mut state = shared.state();
+        state.reason.get_or_insert_with(|| text.clone());
+        if state.policy == Policy::Forfeit {
+            state.lost = true;
+            drop(state);
+            tracing::error!("a page of the guest is lost: {text}");
+            (shared.notify)(Notice::Lost);
+            if let Err(error) = shared.uffd.zero(piece.host, piece.len) {
+                tracing::error!("a page fault of the guest cannot be answered: {error}");
+            }
+            if shared.units.filled(piece) {
+                shared.wake();
+            }
+            return;
+        }
+        state.failed.push(piece.unit);
+        let tell = !std::mem::replace(&mut state.told, true);
+        if tell {
+            state.reason = Some(text.clone());
+        }
+        drop(state);
+        shared.units.give_back(piece);
+        shared.changed.notify_all();
+        if tell {
+            (shared.notify)(Notice::Failing(text));
+        }
+    }
+}
+
+fn host_error(source: std::io::Error) -> block::Error {
+    let filename = "guest RAM".to_owned();
+    block::Error::Io { operation: "filling", filename, offset: 0, source }
+}
+
+/// Waits until one of them is readable.
+fn wait(one: RawFd, other: RawFd) {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [poll(one), poll(other)];
+    // SAFETY: the array has two entries. An error, by a signal say, is looked at by the caller's
+    // next round.
+    unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+}

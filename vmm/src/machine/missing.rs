@@ -1,0 +1,57 @@
+//! Guest RAM that is still in a checkpoint's image.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use devices::{GuestMemory, Presence};
+use snapshot::{Checkpoint, LazyHost, LazyRam, LoadError, Notice};
+
+use crate::control::mailbox::{Mailbox, Message};
+
+/// The missing part of RAM after a lazy load.
+pub struct Missing {
+    /// Another number for each load: what an earlier one still had to tell is nobody's concern.
+    id: u64,
+    /// The checkpoint's tag.
+    pub tag: String,
+    /// Name of the node that holds its RAM.
+    pub node: String,
+    /// The service.
+    pub ram: LazyRam,
+}
+
+impl Missing {
+    /// Empties RAM and has it read from `checkpoint` when it is touched; the machine must be paused.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::lend_ram`].
+    pub fn lend(
+        checkpoint: &Checkpoint,
+        host: LazyHost,
+        memory: &GuestMemory,
+        fresh: bool,
+        presence: &Presence,
+        mailbox: &Mailbox,
+    ) -> Result<Arc<Self>, LoadError> {
+        static LOADS: AtomicU64 = AtomicU64::new(0);
+        let id = LOADS.fetch_add(1, Ordering::Relaxed);
+        presence.set_missing();
+        let (theirs, mailbox) = (presence.clone(), mailbox.clone());
+        let notify = move |notice: Notice| {
+            match notice {
+                // Before the page can be taken for what it is not.
+                Notice::Lost => theirs.set_lost(),
+                Notice::Complete | Notice::Failing(_) => {}
+            }
+            mailbox.send(Message::Missing { id, notice });
+        };
+        let ram = checkpoint.lend_ram(host, memory, fresh, Box::new(notify))?;
+        let tag = checkpoint.info().tag.clone();
+        Ok(Arc::new(Self { id, tag, node: checkpoint.vmstate_node().to_owned(), ram }))
+    }
+
+    /// Which load it is of.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+}
