@@ -6,6 +6,9 @@
 # Coverage and the address sanitizer need options that the stable compiler keeps for nightly builds;
 # RUSTC_BOOTSTRAP takes them all the same. What is found stays in target/fuzz/TARGET/, as do the
 # corpora, which the next run goes on from. `cargo fuzz run TARGET --features libfuzzer` works too.
+# FUZZ_TIMEOUT=SECONDS, 20 if not set: what counts as a hang; more on a machine that is busy.
+#
+# Leaks are not looked for: threads of the request pool that are just being started look like some.
 set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:?seconds}
@@ -32,7 +35,7 @@ fuzz() { # target
     round=0 failed=0
     while left=$((end - $(date +%s))) && [ $left -gt 0 ] && [ $round -lt 100 ]; do
         "$CARGO_TARGET_DIR/$triple/fuzz/$1" corpus seeds -artifact_prefix=found/ \
-            -max_total_time="$left" -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+            -max_total_time="$left" -timeout=${FUZZ_TIMEOUT:-20} -detect_leaks=0 -rss_limit_mb=1024 -malloc_limit_mb=256 \
             -max_len=262144 -len_control=0 -print_final_stats=1 >log.$round 2>&1 || failed=1
         round=$((round + 1))
     done
