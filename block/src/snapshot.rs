@@ -4,15 +4,15 @@
 //! change on several images and have it on all of them or on none:
 //!
 //! ```text
-//!  begin ──> prepare ──> publish ──> finish
-//!    │          │           │
-//!    └──────────┴───────────┴──> rollback
+//!  begin ──(switch)──> prepare ──> publish ──> finish
+//!    │         │          │           │
+//!    └─────────┴──────────┴───────────┴──> rollback
 //! ```
 //!
 //! `prepare` does everything that can fail and makes it durable: new tables, refcounts. `publish`
 //! is one header write that makes the change visible, then a flush. `finish` gives back what the
 //! change left without an owner; it cannot undo. `rollback` from any step before `finish` leaves
-//! the image as it was. Dropping a change without `finish` rolls it back. A crash at any point
+//! the image as it was, with what was written to the disk meanwhile. Dropping a change without `finish` rolls it back. A crash at any point
 //! leaves the old or the new state, and at most leaked clusters.
 
 use crate::{Error, ReadBuf, Result, StatusExtent, WriteBuf};
@@ -89,6 +89,15 @@ pub trait SnapshotCreate: SnapshotChange + Sync {
     fn zero_vmstate(&self, _offset: u64, _len: u64) -> Result<()> {
         Err(Error::NotSupported("This image format cannot zero VM state".to_owned()))
     }
+
+    /// The snapshot point: the snapshot has the disk as it is now, whatever is written to it before or
+    /// during `prepare`, which otherwise has its point at its start. Changes memory only, so that a
+    /// guest that stands still for it need not stand still for `prepare`; waits for requests in flight.
+    /// VM state may be written before and after.
+    ///
+    /// # Errors
+    /// If it was called before, or the image takes no writes.
+    fn switch(&self) -> Result<()>;
 
     /// The length recorded in the snapshot table; at least the end of what was written. Inherited VM
     /// state past it is left out.

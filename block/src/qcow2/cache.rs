@@ -201,6 +201,11 @@ impl TableCache {
         !self.dirty.get().is_empty()
     }
 
+    /// Whether the table at `offset` differs from the disk.
+    pub(crate) fn is_table_dirty(&self, offset: HostOffset) -> bool {
+        self.dirty.get().contains(&offset)
+    }
+
     /// Moves a table that is in memory to a place that nothing on disk refers to; it is wholly dirty.
     pub(crate) fn rename(&mut self, from: HostOffset, to: HostOffset) {
         if let Some(table) = self.tables.get_mut(&from) {

@@ -178,7 +178,11 @@ impl Qcow2 {
 
     /// Whether a write may look at the tables without waiting for the disk.
     fn can_plan(&self, meta: &Meta, guest: u64, len: u64) -> bool {
-        meta.check_writable().is_ok() && !meta.needs_trim() && meta.tables_are_here(guest, len)
+        meta.check_writable().is_ok()
+            && !meta.needs_trim()
+            && meta.tables_are_here(guest, len)
+            // Counts may have to be read for what a snapshot being made is owed.
+            && !meta.owes_any(guest, len)
     }
 
     /// What a range of clusters that are held reads as, if that can be told at once. It may go past the
@@ -347,5 +351,42 @@ mod tests {
             assert!(!image.locate_write(4 << 20, 4096, &mut located));
             assert!(!located.conflict && located.held.is_empty() && located.targets.is_empty());
         }
+    }
+
+    #[test]
+    fn a_write_after_a_snapshot_point_is_not_told_before_the_snapshot_has_its_references() {
+        let (_files, image) = overlay(CreateOptions::default(), false);
+        let is_located = |at, len| {
+            let mut located = Located::default();
+            let is = image.locate_write(at, len, &mut located);
+            if is {
+                image.finish_write(&mut located, false, true).unwrap().unwrap();
+            }
+            assert!(!located.conflict);
+            is
+        };
+        assert!(is_located(512, 512) && is_located(1 << 20, 4096));
+        let change = image
+            .create_snapshot(&crate::NewSnapshot {
+                tag: "s".to_owned(),
+                date_sec: 0,
+                date_nsec: 0,
+                vm_clock_nsec: 0,
+            })
+            .unwrap();
+        change.switch().unwrap();
+        assert!(!is_located(512, 512), "in place, over what the snapshot has");
+        assert!(!is_located(1 << 20, 4096));
+        // Reads go on; the first one looks how long the file is.
+        assert_eq!(read(&image, 0, 512), [1; 512]);
+        let mut located = Located::default();
+        assert!(image.locate_read(0, 512, &mut located));
+        drop(located);
+        // A write that waits takes them, and copies its cluster.
+        let host = |image: &Qcow2| image.meta().cluster(0).unwrap().mapping;
+        let before = host(&image);
+        image.write(0, &[WriteBuf::new(&[2; 512])]).unwrap();
+        assert_ne!(host(&image), before);
+        assert!(is_located(512, 512) && is_located(1 << 20, 4096));
     }
 }

@@ -72,6 +72,8 @@ pub(super) struct Meta {
     pub(crate) flags_lag: bool,
     /// A change of the snapshots is under way.
     pub(crate) changing: bool,
+    /// A snapshot being made has its point behind it.
+    pub(crate) point: Option<super::snapshot::Point>,
     /// Ids of the snapshots whose VM state is open, once per opener.
     pub(crate) readers: Vec<String>,
     pub(crate) writable: bool,
@@ -132,6 +134,7 @@ impl Meta {
             unsettled: false,
             flags_lag: false,
             changing: false,
+            point: None,
             readers: Vec::new(),
             writable,
             lazy,

@@ -277,10 +277,15 @@ impl Refcounts {
     /// moved, are in places that nothing on disk refers to.
     pub(crate) fn trim(&mut self) -> Result<()> {
         if self.blocks.is_over() {
-            self.blocks.write_back(&*self.storage)?;
+            self.write_blocks()?;
             self.blocks.shrink();
         }
         Ok(())
+    }
+
+    /// Writes blocks ahead of a sync, which may be done at any time: see [`Refcounts::trim`].
+    pub(crate) fn write_blocks(&mut self) -> Result<()> {
+        self.blocks.write_back(&*self.storage)
     }
 
     /// Whether [`Refcounts::trim`] has something to do.

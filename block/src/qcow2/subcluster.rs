@@ -106,6 +106,14 @@ impl Cluster {
         }
     }
 
+    /// The same of a cluster that is not the disk's alone.
+    pub(crate) fn shared(mut self) -> Self {
+        if let Mapping::Data { copied, .. } | Mapping::Zero { copied, .. } = &mut self.mapping {
+            *copied = false;
+        }
+        self
+    }
+
     /// The subclusters whose data must move when the cluster gets another place: all between the
     /// first and the last.
     pub(crate) fn stored(self, geometry: Geometry) -> Option<Range<u32>> {

@@ -82,6 +82,30 @@ fn save(base: &Base, format: &Qcow2) -> Result<()> {
     change.finish()
 }
 
+/// With requests after the snapshot point, which must not fail because of the snapshot.
+fn save_under_writes(base: &Base, format: &Qcow2) -> Result<()> {
+    let size = cluster(base);
+    let disk = || {
+        let mut bytes = vec![0; format.size() as usize];
+        format.read(0, &[ReadBuf::new(&mut bytes)]).map(|()| bytes)
+    };
+    let old = disk()?;
+    let mut change = format.create_snapshot(&new_snapshot("new"))?;
+    change.switch()?;
+    let written = format
+        .write(size + 100, &[WriteBuf::new(&vec![0x15; 2 * size as usize])])
+        .and_then(|()| format.write_zeroes(8 * size, size, true))
+        .and_then(|()| format.flush());
+    let made = written.and_then(|()| change.prepare()).and_then(|()| change.publish());
+    let made = made.and_then(|()| change.finish());
+    drop(change);
+    made?;
+    // The snapshot has the disk of the switch, and its loading leaves what was written since.
+    land(&mut *format.revert_snapshot(&id_of(format, "new"))?)?;
+    assert!(disk()? == old);
+    Ok(())
+}
+
 /// With VM state that starts as the earlier snapshot's.
 fn save_inheriting(base: &Base, format: &Qcow2) -> Result<()> {
     let size = cluster(base);
@@ -172,6 +196,7 @@ const OPERATIONS: &[Operation] = &[
     Operation { name: "write-zeroes with unmap", run: zero_unmapping, done: NEVER, writes: true },
     Operation { name: "discard", run: discard, done: NEVER, writes: true },
     Operation { name: "save", run: save, done: saved, writes: false },
+    Operation { name: "save under writes", run: save_under_writes, done: saved, writes: true },
     Operation { name: "inheriting save", run: save_inheriting, done: saved, writes: false },
     Operation { name: "revert", run: revert, done: NEVER, writes: true },
     Operation {

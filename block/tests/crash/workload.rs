@@ -323,14 +323,25 @@ impl Work<'_> {
             return change.rollback().unwrap();
         }
         let snap = Arc::new(Snap { tag: new.tag, disk: Arc::new(self.disk.clone()), vm });
-        match change.prepare() {
-            Ok(()) => {}
+        // From the switch on the guest's own changes of tables take the snapshot's references.
+        let early = self.random.below(2) == 0;
+        if early {
+            change.switch().unwrap();
+            self.between(node);
+        }
+        let prepared = match early && self.random.below(8) == 0 {
+            true => None,
+            false => Some(change.prepare()),
+        };
+        match prepared {
+            Some(Ok(())) => {}
+            None => return change.rollback().unwrap(),
             // One or two bits do not count many references.
-            Err(e) if e.to_string().contains("the refcount of cluster") => {
+            Some(Err(e)) if e.to_string().contains("the refcount of cluster") => {
                 assert!(self.base.kind.options.contains("refcount_bits"), "{e}");
                 return change.rollback().unwrap();
             }
-            Err(e) => panic!("{e}"),
+            Some(Err(e)) => panic!("{e}"),
         }
         self.between(node);
         if self.random.below(8) == 0 {

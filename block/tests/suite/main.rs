@@ -28,5 +28,6 @@ mod repair;
 mod resize;
 mod snapshots;
 mod space;
+mod switch;
 mod twin;
 mod vmstate;

@@ -34,10 +34,63 @@ fn range(random: &mut Random) -> (usize, usize) {
     (start as usize, len as usize)
 }
 
+/// A snapshot that has the disk of its switch, whatever is done to it before the other steps; or none.
+fn save_under_requests(random: &mut Random, format: &dyn Format, model: &mut Model) {
+    let tag = format!("t{}", random.next());
+    let at_switch = model.disk.clone();
+    let mut change = format.create_snapshot(&common::new_snapshot(&tag)).unwrap();
+    change.switch().unwrap();
+    let steps = random.below(8);
+    let mut requests = || {
+        for _ in 0..random.below(5) {
+            request(random, format, model);
+        }
+    };
+    requests();
+    if steps > 0 {
+        change.prepare().unwrap();
+        requests();
+    }
+    if steps > 1 {
+        change.publish().unwrap();
+        requests();
+    }
+    if steps > 2 {
+        change.finish().unwrap();
+        model.snapshots.push((tag, at_switch));
+    } else {
+        change.rollback().unwrap();
+    }
+}
+
 fn step(random: &mut Random, format: &dyn Format, model: &mut Model) {
+    match random.below(20) {
+        13 if model.snapshots.len() < 4 => save_under_requests(random, format, model),
+        14 if model.snapshots.len() < 4 => {
+            let tag = format!("t{}", random.next());
+            save(format, &tag);
+            model.snapshots.push((tag, model.disk.clone()));
+        }
+        15 if !model.snapshots.is_empty() => {
+            let at = random.below(model.snapshots.len() as u64) as usize;
+            let (tag, disk) = &model.snapshots[at];
+            load(format, tag);
+            model.disk.clone_from(disk);
+        }
+        16 if !model.snapshots.is_empty() => {
+            let at = random.below(model.snapshots.len() as u64) as usize;
+            let (tag, _) = model.snapshots.swap_remove(at);
+            delete(format, &tag);
+        }
+        _ => request(random, format, model),
+    }
+}
+
+/// Something that a guest may ask for.
+fn request(random: &mut Random, format: &dyn Format, model: &mut Model) {
     let (start, len) = range(random);
     let span = start..start + len;
-    match random.below(20) {
+    match random.below(17) {
         0..9 => {
             let bytes = random.bytes(len as u64);
             common::write(format, start as u64, &bytes);
@@ -57,7 +110,7 @@ fn step(random: &mut Random, format: &dyn Format, model: &mut Model) {
             }
         }
         13 => format.flush().unwrap(),
-        17 | 18 if model.packs => {
+        14 | 15 if model.packs => {
             let cluster = format.compressed_cluster().unwrap();
             let start = start as u64 / cluster * cluster;
             let end = (start + cluster * (1 + random.below(4))).min(SIZE);
@@ -68,22 +121,6 @@ fn step(random: &mut Random, format: &dyn Format, model: &mut Model) {
             bytes[noise..last].fill(random.next() as u8);
             format.write_compressed(start, &[block::WriteBuf::new(&bytes)]).unwrap();
             model.disk[start as usize..end as usize].copy_from_slice(&bytes);
-        }
-        14 if model.snapshots.len() < 4 => {
-            let tag = format!("t{}", random.next());
-            save(format, &tag);
-            model.snapshots.push((tag, model.disk.clone()));
-        }
-        15 if !model.snapshots.is_empty() => {
-            let at = random.below(model.snapshots.len() as u64) as usize;
-            let (tag, disk) = &model.snapshots[at];
-            load(format, tag);
-            model.disk.clone_from(disk);
-        }
-        16 if !model.snapshots.is_empty() => {
-            let at = random.below(model.snapshots.len() as u64) as usize;
-            let (tag, _) = model.snapshots.swap_remove(at);
-            delete(format, &tag);
         }
         _ => {
             assert_eq!(common::read(format, start as u64, len), model.disk[span], "at {start:#x}");

@@ -281,6 +281,14 @@ impl SnapshotCreate for Change<'_> {
         }
     }
 
+    fn switch(&self) -> Result<()> {
+        self.image.step("switch")?;
+        if let Kind::Create(snapshot) = &self.kind {
+            snapshot.lock().unwrap().data = self.image.disk().data.clone();
+        }
+        Ok(())
+    }
+
     fn set_time(&mut self, date_sec: u32, date_nsec: u32, vm_clock_nsec: u64) {
         if let Kind::Create(snapshot) = &self.kind {
             let info = &mut snapshot.lock().unwrap().info;

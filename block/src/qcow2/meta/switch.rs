@@ -108,6 +108,7 @@ impl Meta {
         if let Some(old) = old {
             self.defer_free(self.cluster_run(old));
         }
+        self.point_follows(index, place);
         self.set_l1(index, place.0 | flags);
         Ok(to)
     }

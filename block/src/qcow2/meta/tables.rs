@@ -65,6 +65,7 @@ impl Meta {
 
     /// The L2 table of an L1 index, for changes: made if there is none, copied if it is shared.
     pub(crate) fn l2_for_write(&mut self, l1_index: u64) -> Result<&mut Table> {
+        self.pay(l1_index);
         let at = to_usize(l1_index);
         let entry = self.l1.get(at).copied().unwrap_or(0);
         let old = table_of(entry);
@@ -137,12 +138,28 @@ impl Meta {
         })
     }
 
-    /// How the active disk maps the cluster of a guest offset.
+    /// How the active disk maps the cluster of a guest offset. None is the disk's alone below a table
+    /// that a snapshot has not got its references to yet.
     pub(crate) fn cluster(&mut self, guest: u64) -> Result<Cluster> {
-        let index = to_usize(self.geometry().l1_index(guest));
-        let entry = self.l1.get(index).copied().unwrap_or(0);
-        let cluster = self.cluster_below(entry, guest);
-        self.noted(cluster)
+        let index = self.geometry().l1_index(guest);
+        let cluster = self.cluster_below(self.active_l1(index), guest);
+        let cluster = self.noted(cluster)?;
+        Ok(if self.owes(index) { cluster.shared() } else { cluster })
+    }
+
+    /// Puts a new table, to which nothing on disk refers, into the cache.
+    pub(crate) fn put_new_l2(&mut self, place: HostOffset, bytes: Vec<u8>) {
+        self.l2.insert(place, bytes);
+    }
+
+    /// Whether an L2 table is in memory.
+    pub(crate) fn has_l2(&self, place: HostOffset) -> bool {
+        self.l2.contains(place)
+    }
+
+    /// Whether an L2 table differs from what is on disk in its place.
+    pub(crate) fn is_l2_dirty(&self, place: HostOffset) -> bool {
+        self.l2.is_table_dirty(place)
     }
 
     /// The entry of the active L1 table.

@@ -1,9 +1,10 @@
 //! Making a snapshot, with VM state or without.
 //!
 //! write_vmstate: clusters are taken and written; only this object knows of them ([`super::area`]).
-//! prepare: the snapshot point. A reference is taken to everything below the active L1 table, which
-//!          is copied, and to inherited VM state; VM-state tables, L1 copy and the new snapshot table
-//!          go to fresh clusters; all durable.
+//! switch:  the snapshot point; memory only ([`super::point`]).
+//! prepare: a reference is taken to everything that was below the active L1 table at the switch, and to
+//!          inherited VM state; VM-state tables, the L1 table and the new snapshot table go to fresh
+//!          clusters; all durable. Without a switch before it does that first.
 //! publish: one header write.
 //! finish:  the old snapshot table is freed.
 //!
@@ -19,7 +20,7 @@ use crate::{Error, Result, WriteBuf};
 
 use super::area::Area;
 use super::table::{Entry, TableSwitch};
-use super::{Stage, begin_change, tree, write_l1};
+use super::{Point, Stage, begin_change, point, tree, write_l1};
 
 /// See the module.
 pub(in crate::qcow2) struct Create<'a> {
@@ -27,13 +28,9 @@ pub(in crate::qcow2) struct Create<'a> {
     new: NewSnapshot,
     area: Area<'a>,
     vm_state_size: u64,
-    /// The disk part of the L1 copy, as far as references are taken below it.
-    taken: Vec<u64>,
     /// The clusters of the snapshot's L1 table.
     l1_run: Option<Run>,
-    switch: Option<TableSwitch>,
-    /// Whether `prepare` was tried: flags of the active tables may have changed.
-    tried: bool,
+    table: Option<TableSwitch>,
     stage: Stage,
 }
 
@@ -55,10 +52,8 @@ impl<'a> Create<'a> {
             new: new.clone(),
             area: Area::new(image),
             vm_state_size: 0,
-            taken: Vec::new(),
             l1_run: None,
-            switch: None,
-            tried: false,
+            table: None,
             stage: Stage::Begun,
         })
     }
@@ -93,13 +88,12 @@ impl<'a> Create<'a> {
 
     /// Frees all that was taken.
     fn give_back(&mut self, meta: &mut Meta) -> Result<()> {
-        let mut result = Ok(());
-        result = result.and(tree::unshare(meta, &std::mem::take(&mut self.taken)));
-        result = result.and(self.area.give_back(meta));
+        let passed = meta.point.is_some();
+        let mut result = meta.give_point_back().and(self.area.give_back(meta));
         if let Some(run) = self.l1_run.take() {
             result = result.and(meta.free(run));
         }
-        if self.tried {
+        if passed {
             result = result.and(tree::set_copied(meta));
         }
         result
@@ -132,6 +126,13 @@ impl SnapshotCreate for Create<'_> {
         self.area.zero(offset, len)
     }
 
+    fn switch(&self) -> Result<()> {
+        self.stage.expect(Stage::Begun)?;
+        // Requests in flight are before the snapshot point, later ones after it.
+        let _held = self.image.in_flight.exclusive(0..u64::MAX);
+        self.image.meta().pass_point()
+    }
+
     fn set_vmstate_size(&mut self, size: u64) {
         self.vm_state_size = size;
     }
@@ -150,25 +151,26 @@ impl SnapshotChange for Create<'_> {
         self.stage.expect(Stage::Begun)?;
         self.area.settle(self.vm_state_size)?;
         let image = self.image;
-        // Requests in flight are before the snapshot point, later ones after it.
-        let _held = image.in_flight.exclusive(0..u64::MAX);
+        let passed = image.meta().point.is_some();
+        if !passed {
+            self.switch()?;
+        }
+        point::take_all(image)?;
+        // Most is durable then without keeping requests waiting.
+        image.meta().refcounts.write_blocks()?;
+        image.storage.flush()?;
         let mut meta = image.meta();
         meta.check_writable()?;
-        self.tried = true;
         let vm = self.area.take(&mut meta, self.vm_state_size)?;
-        let count = meta.geometry().l1_entries(meta.header.size);
-        let mut disk = Vec::new();
-        let shared = tree::share(&mut meta, count, &mut disk);
-        self.taken.clone_from(&disk);
-        meta.noted(shared)?;
-        let mut l1 = [disk, vm].concat();
+        let disk = meta.point.as_ref().map_or(&[][..], Point::l1);
+        let mut l1 = [disk, &vm].concat();
         // A table without entries would have no place.
         l1.resize(l1.len().max(1), 0);
         let l1_run = write_l1(&mut meta, &l1)?;
         self.l1_run = Some(l1_run);
         let mut entries = meta.snapshots.clone();
         entries.push(self.entry(&meta, l1_run, l1.len()));
-        self.switch = Some(TableSwitch::write(&mut meta, entries)?);
+        self.table = Some(TableSwitch::write(&mut meta, entries)?);
         // The active tables lose their flags as the counts go up, in one write. All is durable before
         // anything refers to the snapshot.
         meta.sync()?;
@@ -178,8 +180,8 @@ impl SnapshotChange for Create<'_> {
 
     fn publish(&mut self) -> Result<()> {
         self.stage.expect(Stage::Prepared)?;
-        if let Some(switch) = &mut self.switch {
-            switch.publish(&mut self.image.meta())?;
+        if let Some(table) = &mut self.table {
+            table.publish(&mut self.image.meta())?;
         }
         self.stage = Stage::Published;
         Ok(())
@@ -191,8 +193,9 @@ impl SnapshotChange for Create<'_> {
         self.area.close();
         let mut meta = self.image.meta();
         meta.changing = false;
-        let freed = match &mut self.switch {
-            Some(switch) => switch.finish(&mut meta),
+        meta.point = None;
+        let freed = match &mut self.table {
+            Some(table) => table.finish(&mut meta),
             None => Ok(()),
         };
         let written = meta.put_counts();
@@ -207,21 +210,19 @@ impl SnapshotChange for Create<'_> {
         }
         self.area.close();
         let image = self.image;
-        let held = image.in_flight.exclusive(0..u64::MAX);
         let mut meta = image.meta();
-        if let Some(switch) = &mut self.switch
-            && let Err(e) = switch.undo(&mut meta)
+        self.stage = Stage::Ended;
+        meta.changing = false;
+        if let Some(table) = &mut self.table
+            && let Err(e) = table.undo(&mut meta)
         {
             // The header on disk may have the snapshot: all clusters are kept.
-            self.stage = Stage::Ended;
-            meta.changing = false;
+            meta.point = None;
             return Err(e);
         }
         let freed = self.give_back(&mut meta);
-        self.stage = Stage::Ended;
-        meta.changing = false;
         let synced = meta.sync();
-        drop((meta, held));
+        drop(meta);
         image.give_space_back();
         freed.and(synced)
     }

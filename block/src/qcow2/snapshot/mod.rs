@@ -1,12 +1,13 @@
 //! Internal snapshots: a copy of the L1 table, with a reference taken to everything below it.
 //!
-//! The snapshot point is `prepare`: writes that come later go to new clusters, whether the snapshot
-//! is published or rolled back afterwards.
+//! Writes that come after the snapshot point ([`point`]) go to new clusters, whether the snapshot is
+//! published or rolled back afterwards.
 
 mod area;
 mod create;
 mod delete;
 mod disk;
+mod point;
 mod revert;
 mod table;
 mod tables;
@@ -16,6 +17,7 @@ mod vmstate;
 pub(super) use create::Create;
 pub(super) use delete::Delete;
 pub(super) use disk::SnapshotDisk;
+pub(super) use point::Point;
 pub(super) use revert::{Revert, write_disk_place};
 pub(super) use table::{Entry, read_table};
 pub(super) use tree::{runs_of, set_copied};

@@ -31,58 +31,18 @@ fn runs_in(table: &[u8], geometry: Geometry) -> std::result::Result<Vec<Run>, St
     Ok(runs)
 }
 
+/// As [`runs_in`], with the error for what an L2 table of an image has wrong.
+pub(super) fn checked_runs(meta: &Meta, table: &[u8]) -> Result<Vec<Run>> {
+    runs_in(table, meta.geometry()).map_err(|reason| meta.damaged(reason))
+}
+
 /// The clusters that the L2 table of an L1 entry refers to, as [`runs_in`].
 pub(in crate::qcow2) fn runs_of(meta: &mut Meta, l1_entry: u64) -> Result<Vec<Run>> {
     let mut table = Vec::new();
     match meta.copy_l2(l1_entry, &mut table)? {
-        Some(_) => runs_in(&table, meta.geometry()).map_err(|reason| meta.damaged(reason)),
+        Some(_) => checked_runs(meta, &table),
         None => Ok(Vec::new()),
     }
-}
-
-/// Takes one more reference to all L2 tables and clusters below the first `count` entries of the active
-/// L1 table. No cluster is the disk's alone afterwards, so tables with COPIED flags move and lose these
-/// (`meta/switch.rs`), in memory until the next sync. `taken` gets the entries that are done: after an
-/// error they are to be given back.
-pub(super) fn share(meta: &mut Meta, count: u64, taken: &mut Vec<u64>) -> Result<()> {
-    let mut table = Vec::new();
-    for index in 0..to_usize(count) {
-        let entry = meta.l1.get(index).copied().unwrap_or(0);
-        if entry != 0 {
-            share_table(meta, index, entry, &mut table)?;
-        }
-        taken.push(meta.l1.get(index).map_or(0, |entry| entry & OFFSET_MASK));
-    }
-    Ok(())
-}
-
-fn share_table(meta: &mut Meta, index: usize, entry: u64, table: &mut Vec<u8>) -> Result<()> {
-    let geometry = meta.geometry();
-    let Some(offset) = meta.copy_l2(entry, table)? else {
-        return Ok(());
-    };
-    let runs = runs_in(table, geometry).map_err(|reason| meta.damaged(reason))?;
-    let mut flagged = entry & COPIED != 0;
-    for words in table.chunks_exact_mut(8 * geometry.entry_words()) {
-        flagged |= words[0] & 0x80 != 0;
-        words[0] &= 0x7f;
-    }
-    for (done, run) in runs.iter().enumerate() {
-        if let Err(e) = meta.share(*run) {
-            // The blocks have moved already.
-            meta.free_after_error(&runs[..done]);
-            return Err(e);
-        }
-    }
-    let last = if flagged {
-        meta.move_l2(index, table, 0).and_then(|run| meta.add_refs(run))
-    } else {
-        meta.share(meta.cluster_run(offset))
-    };
-    if last.is_err() {
-        meta.free_after_error(&runs);
-    }
-    last
 }
 
 /// Takes one more reference to all L2 tables and clusters below `l1`, which is a snapshot's; all or
