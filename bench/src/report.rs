@@ -36,6 +36,35 @@ impl Report {
         self.notes.push(text.to_owned());
     }
 
+    /// As [`Report::note`], unless it was said.
+    pub(crate) fn note_once(&mut self, text: &str) {
+        if !self.notes.iter().any(|note| note == text) {
+            self.note(text);
+        }
+    }
+
+    /// A row for rates of two programs that took turns: medians, the median of the ratios of single
+    /// rounds, and the least and the greatest of them.
+    pub(crate) fn compared(&self, title: &str, what: &str, ours: &str, theirs: &str) -> String {
+        let rates = |who: &str| -> Vec<f64> {
+            let is_it = |m: &&Measured| m.what == what && m.who == who;
+            self.values.iter().filter(is_it).map(|measured| measured.value).collect()
+        };
+        let (ours, theirs) = (rates(ours), rates(theirs));
+        let mut ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+        ratios.sort_by(f64::total_cmp);
+        let range = match ratios[..] {
+            [least, .., greatest] => format!("{least:.2} to {greatest:.2}"),
+            _ => "-".to_owned(),
+        };
+        format!(
+            "| {title} | {} | {} | {} | {range} |",
+            number(middle(ours), 0),
+            number(middle(theirs), 0),
+            number(middle(ratios), 2),
+        )
+    }
+
     /// Adds a table that is made once everything is measured.
     pub(crate) fn section(&mut self, section: impl Fn(&Self) -> String + 'static) {
         self.sections.push(Box::new(section));
@@ -44,10 +73,7 @@ impl Report {
     /// The median, if anything was measured.
     pub(crate) fn median(&self, what: &str, who: &str, size: u64) -> Option<f64> {
         let is_it = |m: &&Measured| m.what == what && m.who == who && m.size == size;
-        let mut values: Vec<f64> =
-            self.values.iter().filter(is_it).map(|measured| measured.value).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+        middle(self.values.iter().filter(is_it).map(|measured| measured.value).collect())
     }
 
     fn sizes(&self, what: &str) -> Vec<u64> {
@@ -180,4 +206,10 @@ impl Report {
 
 fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+/// The median.
+fn middle(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
 }

@@ -2,12 +2,13 @@
 //! no more system calls than it takes. It looks at no data.
 
 use std::io::{IoSlice, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use block::nbd::wire::option::code;
 use block::nbd::wire::request::{Request, cmd};
 use block::nbd::wire::{Mode, OPTION_MAGIC};
+
+use super::socket::{Socket, Wait};
 
 /// What a request does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,14 +23,15 @@ const RECEIVE: usize = (1 << 20) + (64 << 10);
 
 /// A client in the transmission phase.
 pub(crate) struct Client {
-    stream: UnixStream,
+    socket: Socket,
     size: u64,
 }
 
 impl Client {
     /// Connects to the export of that name.
     pub(crate) fn connect(socket: &Path, export: &str) -> std::io::Result<Self> {
-        let mut stream = UnixStream::connect(socket)?;
+        let mut socket = Socket::connect(socket)?;
+        let stream = socket.stream();
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
         let mut hello = 3u32.to_be_bytes().to_vec();
@@ -41,7 +43,7 @@ impl Client {
         let mut answer = [0; 10];
         stream.read_exact(&mut answer)?;
         let size = u64::from_be_bytes(answer[..8].try_into().unwrap());
-        Ok(Self { stream, size })
+        Ok(Self { socket: socket.polled()?, size })
     }
 
     /// Size of the export in bytes.
@@ -56,6 +58,7 @@ impl Client {
         offsets: impl IntoIterator<Item = u64>,
         len: u32,
         depth: usize,
+        wait: Wait,
     ) {
         let mut offsets = offsets.into_iter();
         let payload: Vec<u8> = (0..len).map(|n| n.to_le_bytes()[0] | 1).collect();
@@ -64,9 +67,7 @@ impl Client {
         let mut in_flight = self.submit(direction, &mut offsets, depth, &payload);
         let reply = REPLY_HEADER + if direction == Direction::Read { payload.len() } else { 0 };
         while in_flight > 0 {
-            let n = self.stream.read(&mut buf[filled..]).unwrap();
-            assert!(n > 0, "the server has closed the connection");
-            filled += n;
+            filled += self.socket.receive(&mut buf[filled..], wait);
             let done = filled / reply;
             for header in buf[..filled].chunks_exact(reply) {
                 assert_eq!(header[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], "a request failed");
@@ -102,11 +103,7 @@ impl Client {
                 parts.push(IoSlice::new(payload));
             }
         }
-        let mut parts = &mut parts[..];
-        while !parts.is_empty() {
-            let n = self.stream.write_vectored(parts).unwrap();
-            IoSlice::advance_slices(&mut parts, n);
-        }
+        self.socket.send(&mut parts);
         sent
     }
 
@@ -115,9 +112,12 @@ impl Client {
         let mut out = Vec::new();
         let request = Request { flags: 0, command: cmd::FLUSH, cookie: 0, offset: 0, len: 0 };
         request.encode(Mode::Simple, &mut out);
-        self.stream.write_all(&out).unwrap();
+        self.socket.send(&mut [IoSlice::new(&out)]);
         let mut reply = [0; REPLY_HEADER];
-        self.stream.read_exact(&mut reply).unwrap();
+        let mut filled = 0;
+        while filled < REPLY_HEADER {
+            filled += self.socket.receive(&mut reply[filled..], Wait::Sleep);
+        }
         assert_eq!(reply[4..8], [0; 4], "a flush failed");
     }
 }

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use crate::images::Image;
 use crate::program::{PATIENCE, tardigrade};
 use crate::report::Report;
 
 use super::client::Client;
-use super::images::Image;
 use super::{OURS, QSD};
 
 const EXPORT: &str = "disk";
