@@ -150,8 +150,14 @@ impl Socket {
     /// Receives into the parts one after another; `wait` until something comes.
     pub(super) fn recv(&self, parts: &mut [IoSliceMut<'_>], wait: bool) -> io::Result<Moved> {
         let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-        let mut control = net::RecvAncillaryBuffer::default();
-        match net::recvmsg(&self.0, parts, &mut control, flags).map(|message| message.bytes) {
+        // The kernel has less to look at in a call for one buffer.
+        let received = if let [part] = parts {
+            net::recv(&self.0, &mut **part, flags).map(|(bytes, _)| bytes)
+        } else {
+            let mut control = net::RecvAncillaryBuffer::default();
+            net::recvmsg(&self.0, parts, &mut control, flags).map(|message| message.bytes)
+        };
+        match received {
             Ok(0) => Ok(Moved::End),
             Ok(n) => Ok(Moved::Bytes(n)),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(Moved::Nothing),
@@ -162,7 +168,12 @@ impl Socket {
     /// Sends as much of the parts as there is room for.
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<Moved> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        match net::sendmsg(&self.0, parts, &mut net::SendAncillaryBuffer::default(), flags) {
+        let sent = if let [part] = parts {
+            net::send(&self.0, part, flags)
+        } else {
+            net::sendmsg(&self.0, parts, &mut net::SendAncillaryBuffer::default(), flags)
+        };
+        match sent {
             Ok(0) => Ok(Moved::Nothing),
             Ok(n) => Ok(Moved::Bytes(n)),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(Moved::Nothing),

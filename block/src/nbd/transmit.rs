@@ -10,16 +10,13 @@
 //! replies. Replies leave in the order of completion. What a connection holds in memory is bounded by
 //! [`MAX_REQUESTS`] and [`MAX_HELD`]: beyond these nothing is received.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
+use slab::Slab;
 
 use crate::node::Access;
 use crate::num::{to_u64, to_usize};
 use crate::queue::{AlignedBuf, Completion, Op, OwnedBufs, Queue, Request as QueueRequest};
-use crate::status::StatusExtent;
 
 use super::command::{Command, Limits, Refusal};
 use super::connection::Failure;
@@ -29,16 +26,18 @@ use super::inbox::Inbox;
 use super::negotiate::{Offered, Session};
 use super::outbox::Outbox;
 use super::pool::Pool;
-use super::socket::{self, Moved, Socket};
+use super::socket::Socket;
 use super::wire::reply::To;
 use super::wire::request::{Request, header_len};
 use super::wire::{Errno, Mode};
 
+mod look;
 mod pending;
-mod slab;
+mod reads;
+mod receive;
 
+use look::Look;
 use pending::{Group, Pending, Work, errno_of};
-use slab::Slab;
 
 /// Requests in flight.
 const MAX_REQUESTS: usize = 256;
@@ -46,15 +45,9 @@ const MAX_REQUESTS: usize = 256;
 const MAX_HELD: usize = 64 << 20;
 /// Payloads of at least this size are received straight to where they are written from.
 const DIRECT_PAYLOAD: u32 = 16 << 10;
-/// Reads of at least this size are looked at for holes.
-const SPARSE_READ: u32 = 32 << 10;
-/// Chunks of a read; what is left is one more.
-const MAX_CHUNKS: usize = 16;
 /// Bytes of data begun before replies are sent: the data is still in the processor's cache then, and
 /// the client has something to do while the rest is read.
 const BATCH: usize = 256 << 10;
-/// How long to look for the next request without sleeping, after one that came soon.
-const SPIN: Duration = Duration::from_micros(50);
 
 /// What the next bytes of the stream are.
 enum Incoming {
@@ -95,8 +88,7 @@ pub(super) struct Transmission {
     disconnected: bool,
     /// The client has closed its side.
     closed: bool,
-    /// Whether the last wait for a request was short.
-    soon: bool,
+    look: Look,
     pending: Slab<Pending>,
     groups: Slab<Group>,
     /// Data bytes in flight.
@@ -125,9 +117,9 @@ impl Transmission {
             drained: false,
             disconnected: false,
             closed: false,
-            soon: false,
-            pending: Slab::default(),
-            groups: Slab::default(),
+            look: Look::default(),
+            pending: Slab::new(),
+            groups: Slab::new(),
             held: 0,
             completions: Vec::new(),
             queue: Queue::new(session.export.node().clone())?,
@@ -287,48 +279,6 @@ impl Transmission {
         self.submit(to, Work::Write, Op::Write { offset, fua }, bufs);
     }
 
-    /// A chunk must have at least one byte.
-    fn empty_read(&mut self, to: To, offset: u64) {
-        self.outbox.small(|out| match to.mode {
-            Mode::Simple => to.data(out, true, offset, 0),
-            Mode::Structured | Mode::Extended => to.end(out),
-        });
-    }
-
-    fn begin_read(&mut self, to: To, offset: u64, len: u32, whole: bool) {
-        if whole || len < SPARSE_READ || to.mode == Mode::Simple {
-            return self.read_part(to, offset, u64::from(len), None);
-        }
-        // An error shows again, at the right place, when the data is read.
-        let access = self.export.node().try_access();
-        let status = access.map(|format| format.block_status(offset, u64::from(len)));
-        let status = status.and_then(Result::ok).unwrap_or_default();
-        let parts = chunks(offset, u64::from(len), &status);
-        if let [part] = parts[..]
-            && !part.hole
-        {
-            return self.read_part(to, offset, u64::from(len), None);
-        }
-        let reads = parts.iter().filter(|part| !part.hole).count();
-        for part in parts.iter().filter(|part| part.hole) {
-            let done = reads == 0 && parts.len() == 1;
-            let len = u32::try_from(part.len).unwrap_or(u32::MAX);
-            self.outbox.small(|out| to.hole(out, done, part.offset, len));
-        }
-        if reads > 0 {
-            let group = self.groups.insert(Group { left: reads, error: None });
-            for part in parts.iter().filter(|part| !part.hole) {
-                self.read_part(to, part.offset, part.len, Some(group));
-            }
-        }
-    }
-
-    fn read_part(&mut self, to: To, offset: u64, len: u64, group: Option<usize>) {
-        let len = to_usize(len);
-        let bufs = OwnedBufs::aligned_part(self.pool.take(len), len);
-        self.submit(to, Work::Read { offset, group }, Op::Read { offset }, bufs);
-    }
-
     fn block_status(&mut self, to: To, offset: u64, len: u64, one: bool) {
         let format = self.access();
         let mut lists = Vec::with_capacity(self.contexts.len());
@@ -381,7 +331,7 @@ impl Transmission {
     fn finish(&mut self, completion: Completion) {
         let Completion { id, result, bufs } = completion;
         self.held -= to_usize(bufs.len());
-        let Some(Pending { to, work }) = self.pending.remove(to_usize(id)) else {
+        let Some(Pending { to, work }) = self.pending.try_remove(to_usize(id)) else {
             return;
         };
         if let Err(e) = &result {
@@ -405,136 +355,4 @@ impl Transmission {
             }
         }
     }
-
-    fn finish_read(
-        &mut self,
-        to: To,
-        offset: u64,
-        group: Option<usize>,
-        error: Option<Errno>,
-        bufs: OwnedBufs,
-    ) {
-        // Of a request in parts, the last part ends the reply, with the first error if there was one.
-        let (last, first_error) =
-            match group.and_then(|group| Some((group, self.groups.get_mut(group)?))) {
-                Some((at, group)) => {
-                    group.left -= 1;
-                    group.error = group.error.or(error);
-                    let (last, first_error) = (group.left == 0, group.error);
-                    if last {
-                        self.groups.remove(at);
-                    }
-                    (last, first_error)
-                }
-                None => (true, error),
-            };
-        if error.is_none() {
-            let done = last && first_error.is_none();
-            let len = to_usize(bufs.len());
-            self.outbox.small(|out| to.data(out, done, offset, len));
-            self.outbox.data(bufs);
-        } else {
-            self.pool.give_bufs(bufs);
-        }
-        if last && let Some(error) = first_error {
-            self.outbox.small(|out| to.error(out, error, "read failed"));
-        }
-    }
-
-    /// Receives what there is, after waiting for whatever can happen next.
-    fn receive(&mut self, idle: bool) -> Result<(), Failure> {
-        let wanted = self.starved && !self.disconnected && !self.closed;
-        if wanted && idle {
-            return self.receive_waiting();
-        }
-        if wanted && !self.drained && self.fill(false)? {
-            return Ok(());
-        }
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, wanted);
-        flags.set(PollFlags::OUT, !self.outbox.is_empty());
-        let mut fds = Vec::with_capacity(2);
-        if !flags.is_empty() {
-            // Not otherwise: that the client hung up would end each wait at once.
-            fds.push((self.socket.as_fd(), flags));
-        }
-        if self.queue.in_flight() > 0 {
-            fds.push((self.queue.event(), PollFlags::IN));
-        }
-        socket::wait(&fds, None)?;
-        self.drained = false;
-        Ok(())
-    }
-
-    /// Waits for the next request with nothing else to do. A client that waits for each reply sends
-    /// again at once: sleeping and waking would take longer than looking for a while.
-    fn receive_waiting(&mut self) -> Result<(), Failure> {
-        let start = Instant::now();
-        if self.soon {
-            while start.elapsed() < SPIN {
-                if self.fill(false)? {
-                    return Ok(());
-                }
-                std::thread::yield_now();
-            }
-        }
-        self.fill(true)?;
-        self.soon = start.elapsed() < SPIN;
-        Ok(())
-    }
-
-    /// Says whether anything came; the end counts.
-    fn fill(&mut self, wait: bool) -> Result<bool, Failure> {
-        let header = header_len(self.mode);
-        let ahead = if self.large { header } else { usize::MAX };
-        let (first, most) = match &mut self.incoming {
-            Incoming::Payload(write) => (&mut write.buf[write.filled..write.len as usize], ahead),
-            Incoming::Header => (&mut [][..], ahead),
-            Incoming::Skip { .. } => (&mut [][..], usize::MAX),
-        };
-        let wished = first.len().saturating_add(most);
-        let (moved, direct) = self.inbox.fill(&self.socket, first, most, wait)?;
-        if let Incoming::Payload(write) = &mut self.incoming {
-            write.filled += direct;
-        }
-        match moved {
-            Moved::Bytes(n) => self.drained = n < wished,
-            Moved::Nothing => self.drained = true,
-            Moved::End => self.closed = true,
-        }
-        Ok(moved != Moved::Nothing)
-    }
 }
-
-/// A part of a read's reply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Chunk {
-    offset: u64,
-    len: u64,
-    hole: bool,
-}
-
-/// Cuts a range into data and holes by the status of a prefix of it.
-fn chunks(offset: u64, len: u64, status: &[StatusExtent]) -> Vec<Chunk> {
-    let mut list: Vec<Chunk> = Vec::new();
-    let (mut at, end) = (offset, offset + len);
-    for extent in status {
-        let n = extent.len.min(end - at);
-        let full = list.len() >= MAX_CHUNKS;
-        match list.last_mut() {
-            Some(last) if last.hole == extent.zero => last.len += n,
-            _ if full => break,
-            _ => list.push(Chunk { offset: at, len: n, hole: extent.zero }),
-        }
-        at += n;
-    }
-    match list.last_mut() {
-        Some(last) if !last.hole => last.len += end - at,
-        _ if at < end => list.push(Chunk { offset: at, len: end - at, hole: false }),
-        _ => {}
-    }
-    list
-}
-
-#[cfg(test)]
-mod tests;
