@@ -1,3 +1,7 @@
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
+use std::thread;
+
 use super::*;
 use crate::format::Format;
 use crate::raw::Raw;
@@ -126,4 +130,57 @@ fn a_panic_completes_its_request_with_an_error_and_costs_no_thread() {
     let done = drained(&mut queue);
     assert!(done[0].result.is_ok());
     assert_eq!(done[0].bufs.as_slice().unwrap(), [0; 512]);
+}
+
+fn durable_write(id: u8) -> Request {
+    let bytes = vec![id; 512];
+    Request::write(u64::from(id), u64::from(id) * 512, true, OwnedBufs::from_vec(bytes))
+}
+
+#[test]
+fn durable_writes_that_wait_share_one_flush_that_begins_after_all_of_them() {
+    for works in [true, false] {
+        let (begin, begun) = channel();
+        let (go, gone) = channel::<bool>();
+        let (storage, mut queue) = queue(vec![0; 64 * 512]);
+        let (of_flush, gone) = (Arc::downgrade(&storage), Mutex::new(gone));
+        storage.before_flush(move || {
+            let storage = of_flush.upgrade().unwrap();
+            begin.send(storage.bytes()).unwrap();
+            if !gone.lock().unwrap().recv().unwrap() {
+                storage.fail_after(Some(0), true);
+            }
+        });
+        queue.submit(durable_write(0));
+        queue.kick();
+        let mut out = Vec::new();
+        let written = loop {
+            queue.reap(&mut out);
+            if let Ok(written) = begun.try_recv() {
+                break written;
+            }
+            thread::yield_now();
+        };
+        assert_eq!(written[..512], [0; 512]);
+        // While it is under way, many more are written; none is told to be durable by it.
+        (1..=40).for_each(|id| queue.submit(durable_write(id)));
+        queue.kick();
+        while queue.engine.waiting_for_flush() < 40 {
+            queue.reap(&mut out);
+            thread::yield_now();
+        }
+        assert!(out.is_empty() && begun.try_recv().is_err(), "one flush at a time");
+        go.send(true).unwrap();
+        queue.wait();
+        queue.reap(&mut out);
+        assert_eq!(out.iter().map(|c| (c.id, c.result.is_ok())).collect::<Vec<_>>(), [(0, true)]);
+        go.send(works).unwrap();
+        queue.drain(&mut out);
+        let written = begun.recv().unwrap();
+        assert!((1..=40).all(|id| written[usize::from(id) * 512] == id));
+        assert!(begun.try_recv().is_err(), "one flush for all");
+        assert_eq!(out.len(), 41);
+        assert!(out[1..].iter().all(|c| c.result.is_ok() == works));
+        assert!(!works || storage.flushed_bytes() == written);
+    }
 }

@@ -1,7 +1,8 @@
 //! Storage in memory, for tests: it can fail any operation and tells what was done to it.
 
+use std::fmt::{self, Debug, Formatter};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Storage;
 use crate::iobuf;
@@ -44,13 +45,23 @@ struct State {
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
     state: Mutex<State>,
+    before_flush: Mutex<Option<Hook>>,
+}
+
+#[derive(Clone)]
+struct Hook(Arc<dyn Fn() + Send + Sync>);
+
+impl Debug for Hook {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 impl MemoryStorage {
     /// Storage that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
         let state = State { flushed: bytes.clone(), bytes, ..State::default() };
-        Self { state: Mutex::new(state) }
+        Self { state: Mutex::new(state), before_flush: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -84,6 +95,12 @@ impl MemoryStorage {
     /// Whether an injected failure was met since the last [`MemoryStorage::fail_after`].
     pub fn failed(&self) -> bool {
         self.state().failed
+    }
+
+    /// Has every flush call `hook` first, which may wait, or fail the storage.
+    pub fn before_flush(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let hook = Hook(Arc::new(hook));
+        *self.before_flush.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
     }
 
     /// How many changing operations succeeded so far.
@@ -172,6 +189,10 @@ impl Storage for MemoryStorage {
     }
 
     fn flush(&self) -> Result<()> {
+        let hook = self.before_flush.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(Hook(hook)) = hook {
+            hook();
+        }
         let mut state = self.state();
         state.note(Op::Flush);
         state.change("flush", 0)?;
