@@ -132,6 +132,7 @@ impl Transmission {
     pub(super) fn run(&mut self) -> Result<(), Failure> {
         loop {
             self.take_requests()?;
+            self.queue.set_busy(!self.inbox.bytes().is_empty());
             self.queue.kick();
             self.finish_requests();
             self.outbox.send(&self.socket, &mut self.pool)?;

@@ -8,17 +8,13 @@ use std::sync::{MutexGuard, TryLockError};
 
 use crate::Result;
 use crate::num::to_usize;
-use crate::queue::{AlignedBuf, Around, Extent, Located, Place};
+use crate::queue::{AlignedBuf, Around, Extent, Located, MAX_COPY, Place};
 
 use super::layout::HostOffset;
 use super::meta::Meta;
 use super::read::{Extent as Mapped, Source, map};
 use super::write::{Target, commit, plan};
 use super::{PIECE, Qcow2};
-
-/// Bytes that are copied at once on each side of a small write; more is a matter for a thread. A queue
-/// may hold as many for each of its requests.
-const MAX_COPY: u64 = 64 << 10;
 
 impl Qcow2 {
     /// The metadata, unless another has it.
@@ -137,8 +133,8 @@ impl Qcow2 {
             return false;
         };
         let (Some(head), Some(tail)) = (
-            self.copy_of(whole.start, guest - whole.start),
-            self.copy_of(guest + len, whole.end - (guest + len)),
+            self.copy_of(whole.start, guest - whole.start, out),
+            self.copy_of(guest + len, whole.end - (guest + len), out),
         ) else {
             return false;
         };
@@ -186,8 +182,8 @@ impl Qcow2 {
     }
 
     /// What a range of clusters that are held reads as, if that can be told at once. It may go past the
-    /// end of the disk.
-    fn copy_of(&self, guest: u64, len: u64) -> Option<Old> {
+    /// end of the disk. Memory for it is taken from `out`.
+    fn copy_of(&self, guest: u64, len: u64, out: &mut Located) -> Option<Old> {
         if len == 0 {
             return Some(Old::Zero);
         }
@@ -208,10 +204,13 @@ impl Qcow2 {
             return Some(Old::Zero);
         }
         let mut located = Located::default();
-        if len > MAX_COPY || !self.locate_extents(extents, &mut located) {
+        let count = to_usize(len);
+        if count > MAX_COPY || !self.locate_extents(extents, &mut located) {
             return None;
         }
-        located.read_cached().map(Old::Bytes)
+        let mut bytes = out.copy_buf();
+        let part = bytes.get_mut(..count)?;
+        located.read_cached(part).then_some(Old::Bytes(bytes, count))
     }
 
     /// Puts the new places of a located write into the tables, or gives them back.
@@ -244,7 +243,8 @@ impl Qcow2 {
 /// What was beside the bytes of a request.
 enum Old {
     Zero,
-    Bytes(AlignedBuf),
+    /// The first so many bytes of the memory.
+    Bytes(AlignedBuf, usize),
 }
 
 /// The first or last `len` bytes of what is there, taken for one target; zeroes, or nothing where a
@@ -254,8 +254,8 @@ fn around(old: &mut Option<Old>, len: u64, hole: bool, last: bool) -> Around {
         return Around::none();
     }
     match old.take() {
-        Some(Old::Bytes(bytes)) => {
-            let (have, want) = (bytes.len(), to_usize(len));
+        Some(Old::Bytes(bytes, have)) => {
+            let want = to_usize(len);
             let start = if last { have.saturating_sub(want) } else { 0 };
             Around::Copy(bytes, start..(start + want).min(have))
         }

@@ -31,13 +31,18 @@ mod active;
 mod end;
 mod start;
 mod threads;
+mod writes;
 
 use active::Active;
+use writes::Writes;
 
 /// Requests of one queue that threads have at once; further ones wait here.
 const MAX_JOBS: usize = 32;
 /// Ended transfers and requests whose memory is kept for the next.
 const MAX_SPARE: usize = 64;
+/// Bytes of a buffered write that a thread does while the owner is busy: copying less takes about as
+/// long as having it done.
+const THREAD_WRITE: u64 = 64 << 10;
 /// How often a request that is in the way of others is tried before a thread waits in its turn:
 /// who only tries can lose against other queues for ever.
 const MAX_TRIES: u8 = 8;
@@ -69,6 +74,10 @@ pub(super) struct Engine {
     transfers: Slab<Transfer>,
     /// For the ring, once there is room.
     stalled: VecDeque<Transfer>,
+    /// Large writes that a thread does.
+    writes: Writes,
+    /// The owner has more to do than what is being started.
+    busy: bool,
     /// In the way of each other, and how often each was tried.
     blocked: Vec<(Request, u8)>,
     /// For the request threads, once there is room.
@@ -130,6 +139,8 @@ impl Engine {
             requests: Slab::new(),
             transfers: Slab::new(),
             stalled: VecDeque::new(),
+            writes: Writes::default(),
+            busy: false,
             blocked: Vec::new(),
             waiting: VecDeque::new(),
             flushes: Vec::new(),
@@ -143,6 +154,11 @@ impl Engine {
             ended: Vec::new(),
             done: Vec::new(),
         })
+    }
+
+    /// Says whether the owner has more to do than what it starts next.
+    pub(super) fn set_busy(&mut self, busy: bool) {
+        self.busy = busy;
     }
 
     /// What is readable while something has ended.

@@ -10,6 +10,12 @@ use crate::storage::Storage;
 
 use super::bufs::AlignedBuf;
 
+/// Bytes that are copied at once on each side of a small write; more is a matter for a thread. A queue
+/// may hold as many for each of its requests.
+pub(crate) const MAX_COPY: usize = 64 << 10;
+/// Copies whose memory one request's list keeps for the next: one on each side.
+const MAX_SPARE: usize = 2;
+
 /// Where a part of a request is.
 #[derive(Debug)]
 pub(crate) enum Place {
@@ -41,6 +47,13 @@ pub(crate) enum Around {
 impl Around {
     pub(crate) fn none() -> Self {
         Self::Zeroes(0)
+    }
+
+    fn into_copy(self) -> Option<AlignedBuf> {
+        match self {
+            Self::Zeroes(_) => None,
+            Self::Copy(bytes, _) => Some(bytes),
+        }
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -96,6 +109,8 @@ pub struct Located {
     pub(crate) targets: Vec<Target>,
     /// The request was not located because another is in the way.
     pub(crate) conflict: bool,
+    /// Memory of copies that were written, for the next: fresh pages cost as much as a copy.
+    spare: Vec<AlignedBuf>,
     /// The backing images that the places are in stay what they are meanwhile. The last to go: who
     /// waits for them may close the files.
     pub(crate) entered: Vec<Access>,
@@ -104,7 +119,12 @@ pub struct Located {
 impl Located {
     /// Gives up the right, and is empty.
     pub(crate) fn clear(&mut self) {
-        self.extents.clear();
+        for extent in self.extents.drain(..) {
+            if let Place::Storage { before, behind, .. } = extent.place {
+                let copies = [before, behind].into_iter().filter_map(Around::into_copy);
+                self.spare.extend(copies.take(MAX_SPARE - self.spare.len().min(MAX_SPARE)));
+            }
+        }
         self.targets.clear();
         self.held.clear();
         self.conflict = false;
@@ -119,21 +139,30 @@ impl Located {
             .push(Extent { len, place: Place::Storage { storage, offset, before, behind } });
     }
 
-    /// The bytes of a located read, if the page cache has all of them.
-    pub(crate) fn read_cached(&self) -> Option<AlignedBuf> {
-        let total = self.extents.iter().map(|extent| extent.len).sum();
-        let mut bytes = AlignedBuf::new(to_usize(total));
-        let mut rest = &mut bytes[..];
+    /// Memory for a copy of up to [`MAX_COPY`] bytes.
+    pub(crate) fn copy_buf(&mut self) -> AlignedBuf {
+        self.spare.pop().unwrap_or_else(|| AlignedBuf::new(MAX_COPY))
+    }
+
+    /// Fills memory with the bytes of a located read, if the page cache has all of them.
+    pub(crate) fn read_cached(&self, mut into: &mut [u8]) -> bool {
         for extent in &self.extents {
-            let (part, next) = rest.split_at_mut_checked(to_usize(extent.len))?;
-            if let Place::Storage { storage, offset, .. } = &extent.place
-                && !storage.read_cached(*offset, part)
-            {
-                return None;
+            let Some((part, rest)) = into.split_at_mut_checked(to_usize(extent.len)) else {
+                return false;
+            };
+            let cached = match &extent.place {
+                Place::Zero => {
+                    part.fill(0);
+                    true
+                }
+                Place::Storage { storage, offset, .. } => storage.read_cached(*offset, part),
+            };
+            if !cached {
+                return false;
             }
-            rest = next;
+            into = rest;
         }
-        Some(bytes)
+        true
     }
 
     /// Adds a part that reads as zeroes.

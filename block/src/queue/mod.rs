@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use bufs::{AlignedBuf, BUF_ALIGN, OwnedBufs};
 pub use located::Located;
-pub(crate) use located::{Around, Extent, Place};
+pub(crate) use located::{Around, Extent, MAX_COPY, Place};
 
 use engine::Engine;
 
@@ -148,6 +148,12 @@ impl Queue {
     pub fn submit(&mut self, request: Request) {
         self.staged.push(request);
         self.in_flight += 1;
+    }
+
+    /// Says whether the owner has more to do at once than what it has submitted, such as requests that
+    /// are there already: then large writes are copied by a thread beside it.
+    pub fn set_busy(&mut self, busy: bool) {
+        self.engine.set_busy(busy);
     }
 
     /// Starts everything that was submitted. What can be done at once is: always [`Queue::reap`]

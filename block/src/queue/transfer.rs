@@ -11,6 +11,9 @@ use crate::{Error, ReadBuf, Result, WriteBuf, iobuf};
 
 /// Bytes up to which neighbours are joined; one request may be larger.
 const MAX_JOINED: u64 = 1 << 20;
+/// The same for writes through the page cache: they gain little from it, what is copied from should still
+/// be in the processor's, and large ones take large pages, which a host finds less easily.
+const MAX_JOINED_COPY: u64 = 64 << 10;
 /// Buffers up to which neighbours are joined.
 const MAX_JOINED_IOVECS: usize = 256;
 
@@ -91,9 +94,22 @@ impl Transfer {
     ) -> bool {
         self.offset + self.len == offset
             && self.write == write
-            && self.len + len <= MAX_JOINED
+            && self.len + len <= self.most()
             && self.iovs.len() < MAX_JOINED_IOVECS
             && Arc::as_ptr(&self.storage).addr() == Arc::as_ptr(storage).addr()
+    }
+
+    /// Bytes up to which others are joined.
+    fn most(&self) -> u64 {
+        match self.file() {
+            Some(file) if self.write && !file.options().direct => MAX_JOINED_COPY,
+            _ => MAX_JOINED,
+        }
+    }
+
+    /// Bytes that go through the page cache of a file; none if they may bypass it.
+    pub(super) fn buffered_len(&self) -> u64 {
+        self.file().filter(|file| !file.options().direct).map_or(0, |_| self.len)
     }
 
     /// Adds a part of a request at the end.

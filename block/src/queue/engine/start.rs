@@ -6,7 +6,7 @@ use super::super::located::{Extent, Located, Place};
 use super::super::transfer::{Step, Transfer};
 use super::super::{Op, Request};
 use super::active::{Active, locate};
-use super::{Engine, MAX_TRIES, Work};
+use super::{Engine, MAX_TRIES, THREAD_WRITE, Work};
 use crate::node::Access;
 use crate::storage::Aio;
 
@@ -20,7 +20,10 @@ impl Engine {
     pub(super) fn try_all(&mut self, requests: impl Iterator<Item = (Request, u8)>) {
         // While the image is being replaced, threads wait in our place.
         let access = self.node.try_access().map(Arc::new);
-        for (request, tries) in requests {
+        let busy = self.busy;
+        let mut requests = requests.peekable();
+        while let Some((request, tries)) = requests.next() {
+            self.busy = busy || requests.peek().is_some();
             match (&request.op, &access) {
                 (Op::Read { .. } | Op::Write { .. }, Some(access)) => {
                     self.start(request, tries, access);
@@ -124,8 +127,11 @@ impl Engine {
         }
     }
 
-    /// Starts a transfer: at once if the page cache can do it, else on the ring or by a thread.
+    /// Starts a transfer: at once if the page cache can do it and the owner has time, else on the ring or by a thread.
     pub(super) fn begin(&mut self, mut transfer: Transfer) {
+        if self.busy && transfer.write && transfer.buffered_len() >= THREAD_WRITE {
+            return self.give_write(transfer);
+        }
         match transfer.inline() {
             Step::Done => self.transfer_ended(transfer, Ok(())),
             Step::Failed(e) => self.transfer_failed(transfer, e),

@@ -20,6 +20,22 @@ impl Engine {
         }));
     }
 
+    /// Has a write done beside the owner, after those given before it: two at once would only wait for
+    /// each other, because a file system does the buffered writes of a file one after another.
+    pub(super) fn give_write(&mut self, transfer: Transfer) {
+        self.threads += 1;
+        let (writes, hand_over) = (self.writes.clone(), self.hand_over.clone());
+        if !writes.push(transfer) {
+            return;
+        }
+        TRANSFERS.run(Box::new(move || {
+            while let Some(transfer) = writes.next() {
+                let result = caught(|| transfer.wait());
+                hand_over.put(Done::Transfer(transfer, result));
+            }
+        }));
+    }
+
     /// Has a write finished by a thread that may wait for the metadata lock. It is one of those for
     /// transfers, because it holds a range that requests may be waiting for.
     pub(super) fn give_finish(&mut self, mut active: Active) {
