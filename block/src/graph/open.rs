@@ -15,8 +15,14 @@ use crate::qcow2::Probe;
 use crate::storage::{Aio, Locking};
 use crate::{Error, Result};
 
-/// Most images in a chain.
-const MAX_CHAIN: usize = 200;
+/// Stack that opening one image needs at most, and how much more is taken where it is not there.
+const STACK_LEFT: usize = 128 << 10;
+const STACK_MORE: usize = 1 << 20;
+
+/// Most images in a chain. Reading and closing go down it by recursion, for which half of a thread's
+/// usual stack of 2 MiB is enough even without optimisation: `tests/suite/large.rs` has a chain of
+/// this length.
+const MAX_CHAIN: usize = 500;
 
 /// Opens one tree of nodes; those made are only handed over when all went well.
 pub(super) struct Opener<'a> {
@@ -77,8 +83,18 @@ impl<'a> Opener<'a> {
         Ok(name)
     }
 
-    /// `above` is the node that these options were part of, if any.
+    /// `above` is the node that these options were part of, if any. Goes down a chain by recursion, so
+    /// it takes another stack where little is left of the caller's.
     fn open(
+        &mut self,
+        options: &NodeOptions,
+        inherited: Flags,
+        above: Option<&str>,
+    ) -> Result<Arc<Node>> {
+        stacker::maybe_grow(STACK_LEFT, STACK_MORE, || self.open_here(options, inherited, above))
+    }
+
+    fn open_here(
         &mut self,
         options: &NodeOptions,
         inherited: Flags,

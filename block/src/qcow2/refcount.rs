@@ -169,7 +169,9 @@ impl Refcounts {
     /// Takes `want` free clusters in a row, or fewer (at least one) unless `exact`. `holds` knows
     /// which hold metadata: counts that call such a cluster free are wrong.
     pub(crate) fn allocate(&mut self, want: u64, exact: bool, holds: Holds<'_>) -> Result<Run> {
-        let mut at = self.hint;
+        let mut at = self.next_free(self.hint)?;
+        // So that the next search begins here, also if this place is too small for the run.
+        self.hint = at;
         loop {
             at = self.next_free(at)?;
             let mut count = 1;

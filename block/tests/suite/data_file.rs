@@ -194,3 +194,41 @@ fn power_failure_keeps_flushed_data_in_both_files() {
         }
     }
 }
+
+/// The node opens the data file itself. Both files follow the disk's size.
+#[test]
+fn a_disk_with_a_data_file_grows_and_shrinks_and_what_is_new_reads_as_zeroes() {
+    if !have_qemu_img("resize of a data file") {
+        return;
+    }
+    for raw in ["off", "on"] {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let options = format!("data_file={},data_file_raw={raw}", path(&data));
+        let image = create(dir.path(), "a.qcow2", "4M", &options);
+        let (graph, node) = common::open(&image);
+        let format = node.format();
+        common::write(&*format, (4 << 20) - 4096, &[1; 4096]);
+        let sizes: [u64; 4] = [6 << 20, 3 << 20, (5 << 20) + 512, 7 << 20];
+        let mut model = vec![0; 4 << 20];
+        model[(4 << 20) - 4096..].fill(1);
+        for (n, size) in sizes.into_iter().enumerate() {
+            format.resize(size, block::Preallocation::Off, &block::Progress::default()).unwrap();
+            model.resize(size as usize, 0);
+            assert_eq!(format.size(), size);
+            assert!(common::read_all(&*format) == model, "{raw}, {size}: after the resize");
+            let last = size - 512;
+            common::write(&*format, last, &[n as u8 + 2; 512]);
+            model[last as usize..].fill(n as u8 + 2);
+            if raw == "on" {
+                format.flush().unwrap();
+                assert!(std::fs::read(&data).unwrap() == model, "{size}: the raw data file");
+            }
+        }
+        drop(format);
+        graph.remove("d").unwrap();
+        drop(node);
+        check(&image);
+        assert!(qemu_contents(dir.path(), &image, None) == model, "{raw}: as QEMU sees it");
+    }
+}

@@ -17,6 +17,7 @@ mod faults;
 mod graph;
 mod headers;
 mod image_options;
+mod large;
 mod lazy;
 mod locks;
 mod metadata;

@@ -110,6 +110,42 @@ fn a_write_onto_metadata_is_prevented_told_and_ends_all_writes() {
     }
 }
 
+/// Where the bitmap directory is, by the header extension.
+fn bitmap_directory(image: &[u8]) -> u64 {
+    let be32 = |at: usize| u32::from_be_bytes(image[at..at + 4].try_into().unwrap());
+    let mut at = be32(100) as usize;
+    while be32(at) != 0x2385_2875 {
+        assert_ne!(be32(at), 0, "no bitmaps extension");
+        at += 8 + (be32(at + 4) as usize).next_multiple_of(8);
+    }
+    be64(image, at + 8 + 16)
+}
+
+#[test]
+fn a_write_onto_the_bitmap_directory_is_prevented_as_by_qemu() {
+    if !have_qemu_img("overlap with bitmaps") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("b.qcow2");
+    std::fs::write(&file, good(dir.path())).unwrap();
+    common::qemu_img(&["bitmap", "--add", &path(&file), "b"]);
+    let image = std::fs::read(&file).unwrap();
+    let reason = "Preventing invalid write on metadata (overlaps with bitmap directory)";
+    let bytes = misdirected(&image, bitmap_directory(&image));
+    let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+    let format = open(&storage, Options::default());
+    let error = format.write(100, &[WriteBuf::new(&[9; 512])]).unwrap_err().to_string();
+    assert!(error.contains(reason), "{error}");
+    drop(format);
+    assert_eq!(storage.bytes()[79] & 2, 2, "the corrupt bit");
+    std::fs::write(&file, &bytes).unwrap();
+    let args = ["-f", "qcow2", "-c", "write 0 512", &path(&file)];
+    let output = Command::new("qemu-io").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains(reason), "{text}");
+}
+
 #[test]
 fn what_was_written_before_damage_was_found_is_kept() {
     if !have_qemu_img("before damage") {
