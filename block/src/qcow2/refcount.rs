@@ -197,7 +197,8 @@ impl Refcounts {
             for cluster in run.clusters() {
                 self.set(cluster, 1)?;
             }
-            if !exact || run.first == self.hint {
+            // A search for several in a row may have passed free ones.
+            if !exact || want == 1 || run.first == self.hint {
                 self.hint = run.end();
             }
             return Ok(run);

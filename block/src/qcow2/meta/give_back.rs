@@ -11,6 +11,9 @@ const MAX_FREED_RUNS: usize = 16384;
 /// Host space that is given back at once.
 const PUNCH_BYTES: u64 = 32 << 20;
 
+/// In so many runs at most: each is a call of the host that takes a while, however small it is.
+const PUNCH_RUNS: usize = 16;
+
 impl Meta {
     /// Gives some of the host's space of free clusters back, unless they are in use again; says
     /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
@@ -22,9 +25,12 @@ impl Meta {
         let mut runs = std::mem::take(&mut self.freed);
         runs.sort_unstable_by_key(|run| run.first);
         runs.into_iter().for_each(|run| push_run(&mut self.freed, run));
+        let mut runs_left = PUNCH_RUNS;
         while left > 0
+            && runs_left > 0
             && let Some(mut run) = self.freed.pop()
         {
+            runs_left -= 1;
             if run.count > left {
                 self.freed.push(Run { first: run.first, count: run.count - left });
                 run = Run { first: run.first + (run.count - left), count: left };

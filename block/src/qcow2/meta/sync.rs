@@ -176,6 +176,22 @@ impl Meta {
         }
     }
 
+    /// Writes ahead of a sync what may be written at any time: counts, and tables to which nothing on disk
+    /// refers. Not made durable.
+    pub(crate) fn write_ahead(&mut self) -> Result<()> {
+        self.refcounts.write_blocks()?;
+        self.l2.write_fresh(&*self.storage)
+    }
+
+    /// As [`Meta::trim`] for a walk that makes new tables, which need no sync.
+    pub(crate) fn trim_new(&mut self) -> Result<()> {
+        if self.l2.is_over() {
+            self.l2.write_fresh(&*self.storage)?;
+            self.l2.shrink();
+        }
+        self.refcounts.trim()
+    }
+
     /// Between operations: keeps caches and the list of clusters to be freed within their limits.
     pub(crate) fn trim(&mut self) -> Result<()> {
         self.clean_caches();

@@ -157,7 +157,7 @@ impl SnapshotChange for Create<'_> {
         }
         point::take_all(image)?;
         // Most is durable then without keeping requests waiting.
-        image.meta().refcounts.write_blocks()?;
+        image.meta().write_ahead()?;
         image.storage.flush()?;
         let mut meta = image.meta();
         meta.check_writable()?;

@@ -256,7 +256,7 @@ fn take_one(image: &Qcow2, index: usize) -> Result<bool> {
     let place = {
         let mut meta = image.meta();
         meta.check_writable()?;
-        meta.trim()?;
+        meta.trim_new()?;
         match owed_table(&meta, index) {
             None => return Ok(true),
             Some(place) if !meta.has_l2(place) => place,
