@@ -4,12 +4,13 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`.
+//! only; or `snapshots`, or `forks`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
 mod checkpoint;
 mod disk;
+mod forks;
 mod images;
 mod nbd;
 mod program;
@@ -43,9 +44,15 @@ fn main() {
         [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
         [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
+        [what] if what == "forks" => {
+            if tardigrade_tests::require::kvm() {
+                forks::measure(&dir, &mut report);
+            }
+        }
         _ => {
             if tardigrade_tests::require::kvm() {
                 machines(&args, &dir, &mut report);
+                forks::measure(&dir, &mut report);
             }
             nbd::measure(&dir, "", &mut report);
             queue::measure(&dir, "", &mut report);

@@ -2,7 +2,7 @@
 
 use crate::queue::Located;
 use crate::snapshot::{
-    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, SnapshotSizes, VmStateRead,
 };
 use crate::status::StatusExtent;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
@@ -126,6 +126,18 @@ pub trait Format: Send + Sync {
 
     /// Opens the VM-state area of the snapshot `id` (not a tag) without changing the active disk.
     fn open_vmstate(&self, _id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        Err(self.no_snapshots())
+    }
+
+    /// As [`Format::open_vmstate`] without keeping the snapshot from being deleted: for a short look.
+    /// A read of one that has gone meanwhile is an error.
+    fn look_at_vmstate(&self, id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        self.open_vmstate(id)
+    }
+
+    /// How much of the snapshot `id` (not a tag) is its own. Reads all of its tables, letting other
+    /// requests in between.
+    fn snapshot_sizes(&self, _id: &str) -> Result<SnapshotSizes> {
         Err(self.no_snapshots())
     }
 

@@ -35,6 +35,6 @@ pub use perm::{Perm, Permissions};
 pub use preallocation::Preallocation;
 pub use progress::Progress;
 pub use snapshot::{
-    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, SnapshotSizes, VmStateRead,
 };
 pub use status::StatusExtent;

@@ -38,6 +38,24 @@ pub struct SnapshotInfo {
     pub icount: Option<u64>,
 }
 
+/// How much of a snapshot is its own, in bytes of whole clusters, tables included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SnapshotSizes {
+    /// Of the disk.
+    pub disk: Share,
+    /// Of the VM-state area.
+    pub vm_state: Share,
+}
+
+/// What is stored for a part of a snapshot, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Share {
+    /// Nobody else's: what a deletion gives back.
+    pub alone: u64,
+    /// Referred to by other snapshots or the active disk, too.
+    pub shared: u64,
+}
+
 /// What the caller says of a snapshot to be made. The image gives it its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewSnapshot {
@@ -121,6 +139,17 @@ pub struct VmStateExtent {
     pub zero: bool,
 }
 
+/// A part of a VM-state area that the image's file has as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmStatePlace {
+    /// Offset from the start of the VM-state area in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Offset in the file in bytes.
+    pub host: u64,
+}
+
 /// A disk that is read only: that of a snapshot.
 pub trait DiskRead: Send + Sync {
     /// Length in bytes.
@@ -139,4 +168,9 @@ pub trait VmStateRead: Send + Sync {
     fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()>;
     /// How the range is stored, in order, adjacent parts of one kind merged, covering it wholly.
     fn extents(&self, offset: u64, len: u64) -> Result<Vec<VmStateExtent>>;
+    /// The parts of a range that the image's file has as they are, in order, those in a row in the
+    /// file merged. What is there stays there while the snapshot cannot be deleted.
+    fn places(&self, _offset: u64, _len: u64) -> Result<Vec<VmStatePlace>> {
+        Ok(Vec::new())
+    }
 }

@@ -82,6 +82,7 @@ fn save_ram(
         nodes,
         vmstate: "d0",
         stamp: Stamp { tag: tag.to_owned(), date_sec: 0, date_nsec: 0, vm_clock_nsec: 0 },
+        about: snapshot::About::default(),
         config: &MachineConfig::default(),
         sections: vec![Section::encode("vcpu", 0, 1, &0)?],
         ram,

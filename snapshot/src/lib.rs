@@ -7,12 +7,14 @@
 //! neither KVM nor QMP. `docs/checkpoints.md` tells the order of operations and what can fail,
 //! `docs/vm-state-format.md` what is stored.
 
+pub mod about;
 mod capture;
 pub mod config;
 pub mod delete;
 pub mod fault;
 pub mod format;
 pub mod load;
+pub mod map;
 mod memory;
 pub mod nodes;
 pub mod order;
@@ -20,6 +22,7 @@ mod parallel;
 mod revive;
 pub mod save;
 pub mod track;
+pub mod tree;
 mod units;
 
 /// Size of a page of guest RAM in bytes.
@@ -28,6 +31,7 @@ pub const PAGE_SIZE: u64 = units::PAGE;
 /// Guest RAM as the devices have it: with a bit for each page that the host wrote.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
 
+pub use about::{About, Lineage, Stamp};
 pub use block::Progress;
 pub use config::MachineConfig;
 pub use delete::{DeleteError, DeleteReport, delete};
@@ -35,6 +39,7 @@ pub use fault::{LazyHost, LazyRam, Notice, Notify};
 pub use format::FormatError;
 pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
+pub use map::{MapReport, Piece};
 pub use nodes::{NodesError, resolve};
-pub use save::{SaveError, SaveReport, SaveRequest, Stamp, preflight_save, save};
+pub use save::{SaveError, SaveReport, SaveRequest, preflight_save, save};
 pub use track::{Base, PageRun, PageSet, Tracker};

@@ -6,7 +6,8 @@ use block::snapshot::VmStateRead;
 use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
 
 use crate::GuestMemory;
-use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, Difference, MachineConfig};
+use crate::about::{Lineage, Stamp};
+use crate::config::{CONFIG_KIND, CheckpointConfig, Difference, MachineConfig, decode_config};
 use crate::fault::{LazyHost, LazyRam, Notify, Source};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
@@ -158,6 +159,22 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Opens the checkpoint `tag` on the node with its VM state alone, which may be read-only: RAM and
+    /// state can be had from it, the disks cannot go back.
+    pub fn open_state(node: &Arc<Node>, tag: &str) -> Result<Self, LoadError> {
+        let tag = kept_tag(tag).to_owned();
+        let found = find(std::slice::from_ref(node), &tag)?;
+        let Found { snapshot, .. } = &found[0];
+        if snapshot.vm_state_size == 0 {
+            return Err(LoadError::DiskOnly);
+        }
+        let unusable =
+            |source| LoadError::State { tag: tag.clone(), node: node.name().to_owned(), source };
+        let area = read_area(node, snapshot).map_err(unusable)?;
+        let config = decode_config(&area.sections).map_err(unusable)?;
+        Ok(Self { nodes: found, vmstate: 0, tag, area, config, stored: OnceLock::new() })
+    }
+
     /// The machine that was saved, and the nodes of the checkpoint.
     pub fn config(&self) -> &CheckpointConfig {
         &self.config
@@ -181,6 +198,11 @@ impl Checkpoint {
     /// Name of the node that holds the VM state.
     pub fn vmstate_node(&self) -> &str {
         self.carrier().node.name()
+    }
+
+    /// Where a guest comes from that was loaded from it.
+    pub fn lineage(&self) -> Lineage {
+        Lineage::at(Stamp::of(self.info()), &self.config.about.ancestors)
     }
 
     /// Where RAM lies.
@@ -252,7 +274,7 @@ impl Checkpoint {
             .map_err(|source| self.unread(source))
     }
 
-    fn unread(&self, source: block::Error) -> LoadError {
+    pub(crate) fn unread(&self, source: block::Error) -> LoadError {
         match source {
             block::Error::Cancelled => LoadError::Cancelled,
             source => LoadError::Ram {
@@ -264,7 +286,7 @@ impl Checkpoint {
     }
 
     /// What the image stores of RAM, which must be laid out as `ram` is.
-    fn stored(&self, ram: &GuestMemory) -> Result<&[Stored], LoadError> {
+    pub(crate) fn stored(&self, ram: &GuestMemory) -> Result<&[Stored], LoadError> {
         self.check_ram(ram)?;
         if let Some(stored) = self.stored.get() {
             return Ok(stored);
@@ -302,6 +324,11 @@ impl Checkpoint {
         }
         prepare_all(&mut changes, None).map_err(failed)?;
         Ok(PreparedDisks { tag: &self.tag, changes })
+    }
+
+    /// Keeps the snapshot from being deleted.
+    pub(crate) fn open_vmstate(&self) -> block::Result<Box<dyn VmStateRead + '_>> {
+        self.carrier().open()
     }
 
     fn carrier(&self) -> &Found {
@@ -413,10 +440,6 @@ fn read_area(node: &Node, snapshot: &SnapshotInfo) -> Result<StateArea, FormatEr
 fn unreadable(what: &str) -> impl FnOnce(block::Error) -> FormatError {
     let what = what.to_owned();
     move |source| FormatError::Read { what, source: Box::new(source) }
-}
-
-fn decode_config(sections: &[Section]) -> Result<CheckpointConfig, FormatError> {
-    SectionReader::new(sections).take(CONFIG_KIND, 0, 1..=CONFIG_VERSION)
 }
 
 fn texts(differences: &[Difference]) -> String {

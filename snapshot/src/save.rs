@@ -5,6 +5,7 @@ use std::sync::Arc;
 use block::{Format, NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
 
 use crate::GuestMemory;
+use crate::about::{About, AboutError, Stamp};
 use crate::capture::capture;
 use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, CheckpointNode, MachineConfig};
 use crate::format::FormatError;
@@ -14,19 +15,6 @@ use crate::memory;
 use crate::nodes::{NodesError, check_capable, find_tag, kept_tag, quoted, vmstate_index};
 use crate::order::{ChangeError, NodeChange, all_or_none};
 
-/// What all snapshots of one checkpoint have in common.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stamp {
-    /// The tag; at most 255 bytes are kept.
-    pub tag: String,
-    /// Seconds since the epoch.
-    pub date_sec: u32,
-    /// Nanoseconds within the second.
-    pub date_nsec: u32,
-    /// Time the guest has been running, in nanoseconds.
-    pub vm_clock_nsec: u64,
-}
-
 /// A checkpoint to be saved. The vCPUs are stopped and the disks quiesced while it is.
 pub struct SaveRequest<'a> {
     /// The nodes whose disks belong to the checkpoint.
@@ -35,6 +23,8 @@ pub struct SaveRequest<'a> {
     pub vmstate: &'a str,
     /// Tag and times.
     pub stamp: Stamp,
+    /// What is recorded besides the machine.
+    pub about: About,
     /// The machine; becomes the configuration section, together with the nodes.
     pub config: &'a MachineConfig,
     /// All other sections.
@@ -81,6 +71,14 @@ pub enum SaveError {
     /// The tag cannot be kept in a snapshot table.
     #[error("Snapshot tag '{}' contains a NUL character", .0.escape_debug())]
     BadTag(String),
+    /// A description or label cannot be kept.
+    #[error("Snapshot '{tag}': {source}")]
+    About {
+        /// The tag.
+        tag: String,
+        /// Which, and why not.
+        source: AboutError,
+    },
     /// The machine's state cannot be stored.
     #[error("Error while writing VM state: {0}")]
     State(#[from] FormatError),
@@ -124,9 +122,13 @@ pub fn preflight_save(nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> Result<(
 
 /// Saves a checkpoint: on return it is durable on all nodes, or every node is as it was.
 pub fn save(request: SaveRequest<'_>) -> Result<SaveReport, SaveError> {
-    let SaveRequest { nodes, vmstate, stamp, config, sections, ram, progress, threads } = request;
+    let SaveRequest { nodes, vmstate, stamp, about, config, sections, ram, progress, threads } =
+        request;
     preflight_save(nodes, vmstate, &stamp.tag)?;
-    let area = state_area(nodes, config, sections, ram)?;
+    let unkept = |source| SaveError::About { tag: stamp.tag.clone(), source };
+    about.check().map_err(unkept)?;
+    let about = About { vmstate: vmstate.to_owned(), ..about };
+    let area = state_area(nodes, config, about, sections, ram)?;
     let tag = kept_tag(&stamp.tag);
     let new = NewSnapshot {
         tag: tag.to_owned(),
@@ -234,13 +236,14 @@ fn failed(tag: &str, source: ChangeError) -> SaveError {
 fn state_area(
     nodes: &[Arc<Node>],
     config: &MachineConfig,
+    about: About,
     sections: Vec<Section>,
     ram: &GuestMemory,
 ) -> Result<StateArea, FormatError> {
     let node =
         |node: &Arc<Node>| CheckpointNode { node: node.name().to_owned(), size: node.size() };
-    let config =
-        CheckpointConfig { machine: config.clone(), nodes: nodes.iter().map(node).collect() };
+    let nodes = nodes.iter().map(node).collect();
+    let config = CheckpointConfig { machine: config.clone(), nodes, about };
     let mut all = vec![Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config)?];
     all.extend(sections);
     StateArea::new(&memory::ranges(ram), all)

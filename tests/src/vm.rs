@@ -36,14 +36,20 @@ pub fn binary() -> PathBuf {
 #[derive(Clone)]
 pub struct VmSpec {
     args: Vec<String>,
+    env: Vec<(String, PathBuf)>,
     disks: Vec<Disk>,
 }
 
 impl VmSpec {
+    /// A machine of which nothing is said.
+    pub fn bare() -> Self {
+        Self { args: Vec::new(), env: Vec::new(), disks: Vec::new() }
+    }
+
     /// A machine without a kernel.
     pub fn new(ram: &str, vcpus: u8) -> Self {
         let args = ["-m", ram, "--smp", &vcpus.to_string()].map(str::to_owned).to_vec();
-        Self { args, disks: Vec::new() }
+        Self { args, ..Self::bare() }
     }
 
     /// A machine that boots the Linux guest.
@@ -57,6 +63,13 @@ impl VmSpec {
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// An environment variable that names a path.
+    #[must_use]
+    pub fn env(mut self, name: &str, path: &Path) -> Self {
+        self.env.push((name.to_owned(), path.to_owned()));
         self
     }
 
@@ -93,6 +106,7 @@ impl VmSpec {
         let mut sockets = Watch::new(dir.path());
         let child = Command::new(binary())
             .args(&self.args)
+            .envs(self.env.iter().cloned())
             .args(["--qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["--serial", &format!("unix:{},server=on,wait=off", serial.display())])
             .stdin(Stdio::null())
@@ -109,6 +123,7 @@ impl VmSpec {
     pub fn run(&self) -> (ExitStatus, String) {
         let output = Command::new(binary())
             .args(&self.args)
+            .envs(self.env.iter().cloned())
             .args(["--serial", "null"])
             .stdin(Stdio::null())
             .output()

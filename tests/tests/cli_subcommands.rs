@@ -41,9 +41,10 @@ fn a_checkpoint_is_saved_listed_loaded_and_deleted_from_the_shell() {
     agent.ask("pattern vda 0 64K 1");
     assert!(snapshot("save", "mine").starts_with("'mine' saved in "));
     let listed = list();
-    let row = listed.lines().find(|line| line.starts_with("mine ")).unwrap();
-    assert!(row.ends_with("disk0, disk1"), "{listed}");
-    assert!(listed.lines().any(|line| line.starts_with(TAG)), "{listed}");
+    let rows: Vec<_> = listed.lines().skip(1).collect();
+    assert!(rows[0].starts_with(&format!("● {TAG} ")), "{listed}");
+    assert!(rows[1].starts_with("○ mine  <- "), "its parent is the one before: {listed}");
+    assert!(rows[1].ends_with("disk0, disk1"), "{listed}");
 
     agent.ask("pattern vda 0 64K 2");
     assert!(snapshot("load", "mine").starts_with("'mine' loaded in "));

@@ -4,14 +4,17 @@
 pub mod blocks;
 pub mod boot;
 pub mod bus;
+pub mod checkpoints;
 pub mod cli;
 pub mod client;
 pub mod console;
 pub mod control;
+pub mod fork;
 pub mod image;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod restore;
 pub mod run;
 pub mod terminal;
 pub mod vcpu;

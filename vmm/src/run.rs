@@ -11,6 +11,8 @@ use std::thread;
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
 use qmp::schema::LoadMode;
+use serde_json::Value;
+use snapshot::Lineage;
 
 use crate::blocks::Blocks;
 use crate::cli::{self, GuestOptions, MachineArgs, Options};
@@ -19,8 +21,11 @@ use crate::control::daemon::{self, Daemon};
 use crate::control::mailbox::{Mailbox, Message, mailbox};
 use crate::control::work::{Ram, Revival, Target, WorkError, lazy_host};
 use crate::control::{self, Controller, Parts};
+use crate::fork::{self, Fork};
 use crate::machine::devices::GuestSignals;
+use crate::machine::spec::MachineSpec;
 use crate::machine::{self, Machine, recorded};
+use crate::restore::{self, Plan, Purpose};
 use crate::vcpu::EventSink;
 use crate::version;
 
@@ -36,11 +41,27 @@ pub enum Error {
     /// The main thread failed.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// A checkpoint cannot be revived from its image.
+    #[error("--restore {text}: {source}")]
+    Restore {
+        /// Image and tag.
+        text: String,
+        /// Why not.
+        source: restore::Error,
+    },
+    /// A checkpoint cannot be forked.
+    #[error("--fork {text}: {source}")]
+    Fork {
+        /// Image and tag.
+        text: String,
+        /// Why not.
+        source: Box<fork::Error>,
+    },
     /// A checkpoint cannot be revived.
-    #[error("--loadvm {tag}: {reason}")]
+    #[error("{option}: {reason}")]
     Revive {
-        /// Its tag.
-        tag: String,
+        /// The option that names it, with its value.
+        option: String,
         /// Why not.
         reason: String,
     },
@@ -68,14 +89,26 @@ pub fn run(args: &MachineArgs) -> Result<(), Error> {
 }
 
 fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> Result<(), Error> {
+    let mut start = Start::new(options, guest)?;
     let graph = open_nodes(options)?;
+    match &mut start {
+        Start::Boot(_) | Start::Load { .. } => {}
+        Start::Restore { plan, text, .. } => {
+            open_recorded(&graph, &plan.blockdevs, "restore", text)?
+        }
+        Start::Fork { fork, text } => {
+            open_recorded(&graph, &fork.blockdevs, "fork", text)?;
+            fork.forget_overlays();
+        }
+    }
     let host = |what| move |source| Error::Host { what, source };
     let (mailbox, inbox) = mailbox().map_err(host("cannot make event descriptors"))?;
     let console = Console::open(&guest.serial)
         .map_err(|error| cli::Error::new("serial", &guest.serial_text, error))?;
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
-    let machine = make_machine(guest, &graph, output, &mailbox)?;
+    let (machine, lineage) = make_machine(&start, guest.load_mode, &graph, output, &mailbox)?;
     let (blocks, server, requests) = start_services(options, args, graph, &[])?;
+    blocks.lineage().set(lineage);
     let controller = Controller::new(Parts {
         machine,
         blocks,
@@ -87,6 +120,65 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
         no_reboot: guest.no_reboot,
     })?;
     Ok(controller.run(!guest.start_paused)?)
+}
+
+/// How the machine begins.
+enum Start<'a> {
+    /// With a kernel.
+    Boot(&'a MachineSpec),
+    /// From a checkpoint of a machine as the command line tells it.
+    Load { machine: &'a MachineSpec, tag: &'a str },
+    /// From a checkpoint of a machine as the checkpoint tells it.
+    Restore { plan: Box<Plan>, tag: &'a str, text: &'a str },
+    /// From a checkpoint in an image that others fork, too.
+    Fork { fork: Box<Fork>, text: &'a str },
+}
+
+impl<'a> Start<'a> {
+    fn new(options: &Options, guest: &'a GuestOptions) -> Result<Self, Error> {
+        let machine = &guest.machine;
+        if let Some((spec, clock)) = &guest.fork {
+            let fork =
+                Fork::plan(spec, *clock, machine).map_err(|e| fork_error(&guest.fork_text, e))?;
+            return Ok(Self::Fork { fork: Box::new(fork), text: &guest.fork_text });
+        }
+        Ok(match (&guest.restore, &guest.loadvm) {
+            (Some(spec), _) => {
+                let plan =
+                    restore::plan(spec, machine, &options.blockdevs, Purpose::Restore).map_err(
+                        |source| Error::Restore { text: guest.restore_text.clone(), source },
+                    )?;
+                Self::Restore { plan: Box::new(plan), tag: &spec.tag, text: &guest.restore_text }
+            }
+            (None, Some(tag)) => Self::Load { machine, tag },
+            (None, None) => Self::Boot(machine),
+        })
+    }
+
+    fn machine(&self) -> &MachineSpec {
+        match self {
+            Self::Boot(machine) | Self::Load { machine, .. } => machine,
+            Self::Restore { plan, .. } => &plan.machine,
+            Self::Fork { fork, .. } => &fork.machine,
+        }
+    }
+}
+
+fn fork_error(text: &str, source: fork::Error) -> Error {
+    Error::Fork { text: text.to_owned(), source: Box::new(source) }
+}
+
+/// Opens the disks that the checkpoint records.
+fn open_recorded(
+    graph: &Graph,
+    blockdevs: &[Value],
+    option: &'static str,
+    text: &str,
+) -> Result<(), Error> {
+    for options in blockdevs {
+        graph.add(options).map_err(|error| cli::Error::new(option, text, error))?;
+    }
+    Ok(())
 }
 
 fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
@@ -125,21 +217,40 @@ fn start_services(
 
 /// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.
 fn make_machine(
-    options: &GuestOptions,
+    start: &Start<'_>,
+    load_mode: LoadMode,
     graph: &Graph,
     console: Box<dyn Write + Send>,
     mailbox: &Mailbox,
-) -> Result<Machine, Error> {
-    let spec = &options.machine;
+) -> Result<(Machine, Lineage), Error> {
+    let spec = start.machine();
     let (signals, events) = (guest_signals(mailbox), vcpu_events(mailbox));
     let make = || Machine::new(spec.clone(), graph, console, signals, &events);
-    match &options.loadvm {
-        Some(tag) => {
+    match start {
+        Start::Load { tag, .. } => {
             let mut machine = make()?;
-            revive(&mut machine, tag, options.load_mode, mailbox)?;
-            Ok(machine)
+            let target = writable_disks(&machine, tag)?;
+            let option = format!("--loadvm {tag}");
+            let lineage = revive(&mut machine, graph, &target, &option, load_mode, mailbox)?;
+            Ok((machine, lineage))
         }
-        None => thread::scope(|scope| {
+        Start::Restore { plan, tag, text } => {
+            let mut machine = make()?;
+            let target = Target {
+                tag: (*tag).to_owned(),
+                vmstate: plan.vmstate.clone(),
+                devices: plan.nodes.clone(),
+            };
+            let option = format!("--restore {text}");
+            let lineage = revive(&mut machine, graph, &target, &option, load_mode, mailbox)?;
+            Ok((machine, lineage))
+        }
+        Start::Fork { fork, text } => {
+            let mut machine = make()?;
+            let lineage = fork.revive(&mut machine, graph).map_err(|e| fork_error(text, e))?;
+            Ok((machine, lineage))
+        }
+        Start::Boot(_) => thread::scope(|scope| {
             let preparing = thread::Builder::new()
                 .name("kernel".to_owned())
                 .spawn_scoped(scope, || machine::prepare_boot(spec))
@@ -149,7 +260,7 @@ fn make_machine(
             let prepared = preparing.join().unwrap_or_else(|panic| resume_unwind(panic))?;
             let mut machine = machine?;
             machine.boot(prepared)?;
-            Ok(machine)
+            Ok((machine, Lineage::default()))
         }),
     }
 }
@@ -162,15 +273,9 @@ fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {
     Ok(Arc::new(graph))
 }
 
-/// Puts the checkpoint `tag` on a machine that has not run. It must be on every writable disk of
-/// the machine; the VM state is on the one of them that has it.
-fn revive(
-    machine: &mut Machine,
-    tag: &str,
-    mode: LoadMode,
-    mailbox: &Mailbox,
-) -> Result<(), Error> {
-    let fail = |reason: String| Error::Revive { tag: tag.to_owned(), reason };
+/// Where the checkpoint `tag` of `--loadvm` is: on every writable disk of the machine; the VM state is
+/// on the one of them that has it.
+fn writable_disks(machine: &Machine, tag: &str) -> Result<Target, Error> {
     let nodes: Vec<Arc<Node>> = machine
         .devices()
         .virtio()
@@ -178,37 +283,50 @@ fn revive(
         .filter(|node| !node.read_only())
         .collect();
     if nodes.is_empty() {
-        return Err(fail(
-            "the machine has no writable disk that could hold a checkpoint".to_owned(),
-        ));
+        let reason = "the machine has no writable disk that could hold a checkpoint".to_owned();
+        return Err(Error::Revive { option: format!("--loadvm {tag}"), reason });
     }
     let has_state = |node: &&Arc<Node>| {
         let mut snapshots = node.snapshots().into_iter();
         snapshots.any(|snapshot| snapshot.tag == tag && snapshot.vm_state_size > 0)
     };
     let vmstate = nodes.iter().find(has_state).or(nodes.first()).map(|node| node.name().to_owned());
-    let target = Target {
+    Ok(Target {
         tag: tag.to_owned(),
         vmstate: vmstate.unwrap_or_default(),
         devices: nodes.iter().map(|node| node.name().to_owned()).collect(),
-    };
+    })
+}
+
+/// Puts a checkpoint on a machine that has not run, as `option` asks. Gives where its guest comes from.
+fn revive(
+    machine: &mut Machine,
+    graph: &Graph,
+    target: &Target,
+    option: &str,
+    mode: LoadMode,
+    mailbox: &Mailbox,
+) -> Result<Lineage, Error> {
+    let fail = |reason: String| Error::Revive { option: option.to_owned(), reason };
+    let nodes = snapshot::resolve(&target.devices, |name| graph.get(name))
+        .map_err(|error| fail(error.to_string()))?;
     let config = recorded::describe(machine);
     let memory = machine.memory().clone();
     let text = |error| match error {
         WorkError::Failed(text) => fail(text),
         WorkError::Cancelled => fail("it was cancelled".to_owned()),
     };
-    let revival =
-        Revival::open(&nodes, &target, &config, &memory, machine.shape()).map_err(text)?;
+    let revival = Revival::open(&nodes, target, &config, &memory, machine.shape()).map_err(text)?;
     let ram = Ram { memory: &memory, fresh: true, presence: machine.devices().presence() };
     let missing =
         revival.revive(ram, lazy_host(mode), &Progress::default(), mailbox).map_err(text)?;
     revival.revert_disks().map_err(text)?;
     machine.restore(&revival.state, Some(revival.base()))?;
+    let lineage = revival.lineage();
     if let Some(missing) = missing {
         machine.set_missing(missing)?;
     }
-    Ok(())
+    Ok(lineage)
 }
 
 /// Sends a message when the guest pulls the line: one for each guest, as a guest that pulls it in a

@@ -109,6 +109,8 @@ pub(crate) struct ImageOptions {
     pub(crate) pass_discard_snapshot: Option<bool>,
     pub(crate) pass_discard_other: Option<bool>,
     pub(crate) discard_no_unref: Option<bool>,
+    /// Id of the internal snapshot that is shown.
+    pub(crate) snapshot: Option<String>,
 }
 
 impl ImageOptions {
@@ -130,6 +132,7 @@ impl ImageOptions {
                 other: self.pass_discard_other.unwrap_or(true),
             },
             discard_no_unref: self.discard_no_unref.unwrap_or(false),
+            snapshot: self.snapshot.clone(),
         }
     }
 }
@@ -443,6 +446,7 @@ fn image_options(all: &mut Members<'_>, depth: usize) -> Result<ImageOptions> {
         pass_discard_snapshot: all.bool("pass-discard-snapshot")?,
         pass_discard_other: all.bool("pass-discard-other")?,
         discard_no_unref: all.bool("discard-no-unref")?,
+        snapshot: all.string("x-snapshot-id")?,
     })
 }
 

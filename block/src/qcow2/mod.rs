@@ -28,7 +28,7 @@ use crate::bitmap::BitmapSet;
 use crate::format::Format;
 use crate::queue::Located;
 use crate::snapshot::{
-    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, VmStateRead,
+    DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, SnapshotSizes, VmStateRead,
 };
 use crate::status::StatusExtent;
 use crate::storage::Storage;
@@ -195,9 +195,12 @@ impl Qcow2 {
         if writable {
             header = make_writable(&storage, header)?;
         }
-        let (geometry, compression, size) = (header.geometry, header.compression, header.size);
+        let (geometry, compression, mut size) = (header.geometry, header.compression, header.size);
         let raw_data = geometry.external && header.autoclear & autoclear::RAW_DATA != 0;
-        let meta = Meta::open(storage.clone(), header, &options)?;
+        let mut meta = Meta::open(storage.clone(), header, &options)?;
+        if let Some(id) = &options.snapshot {
+            size = snapshot::view(&mut meta, id)?;
+        }
         let mut image = Self {
             data: options.data_file.unwrap_or_else(|| storage.clone()),
             raw_data,
@@ -215,7 +218,10 @@ impl Qcow2 {
             no_unref: options.discard_no_unref.then_some(options.pass_discard.request),
         };
         let meta = image.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
-        image.bitmaps = Arc::new(bitmaps::load(meta)?);
+        if options.snapshot.is_none() {
+            // They are the active disk's.
+            image.bitmaps = Arc::new(bitmaps::load(meta)?);
+        }
         if writable {
             image.clear_autoclear()?;
         }
@@ -511,6 +517,14 @@ impl Format for Qcow2 {
 
     fn open_vmstate(&self, id: &str) -> Result<Box<dyn VmStateRead + '_>> {
         Ok(Box::new(snapshot::VmState::open(self, id)?))
+    }
+
+    fn look_at_vmstate(&self, id: &str) -> Result<Box<dyn VmStateRead + '_>> {
+        Ok(Box::new(snapshot::VmState::look_at(self, id)?))
+    }
+
+    fn snapshot_sizes(&self, id: &str) -> Result<SnapshotSizes> {
+        snapshot::sizes(self, id)
     }
 
     fn open_snapshot(&self, id: &str) -> Result<Box<dyn DiskRead + '_>> {

@@ -35,6 +35,8 @@ pub struct Options {
     pub pass_discard: PassDiscard,
     /// Discarded clusters keep their place in the image.
     pub discard_no_unref: bool,
+    /// Shows the disk as it was at the snapshot of this id; read-only.
+    pub snapshot: Option<String>,
 }
 
 /// QMP's `pass-discard-*`. Unlike in QEMU all are on by default: freed space goes back to the host.

@@ -27,6 +27,8 @@ mod races;
 mod reopen;
 mod repair;
 mod resize;
+mod snapshot_sizes;
+mod snapshot_view;
 mod snapshots;
 mod space;
 mod switch;

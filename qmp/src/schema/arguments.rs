@@ -81,7 +81,7 @@ objects! {
         "bitmaps" bitmaps: Vec<Value>,
     }
 
-    /// Arguments of `snapshot-save` and `snapshot-load`.
+    /// Arguments of `snapshot-load`.
     SnapshotArguments {
         /// The job to create.
         "job-id" job_id: String,

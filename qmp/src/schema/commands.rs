@@ -2,6 +2,7 @@
 
 use super::CommandInfo;
 use super::arguments::*;
+use super::checkpoints::*;
 use super::macros::command_enum;
 use super::types::*;
 
@@ -74,13 +75,15 @@ command_enum! {
     /// Resets the machine: RESET before the reply.
     SystemReset = "system_reset" -> ();
     /// Starts a job that saves the machine and its disks as one checkpoint.
-    SnapshotSave(SnapshotArguments) = "snapshot-save" -> ();
+    SnapshotSave(SnapshotSaveArguments) = "snapshot-save" -> ();
     /// Starts a job that puts the machine and its disks back to a checkpoint.
     SnapshotLoad(SnapshotLoadArguments) = "snapshot-load" -> ();
     /// Starts a job that deletes a checkpoint.
     SnapshotDelete(SnapshotDeleteArguments) = "snapshot-delete" -> ();
     /// How much of RAM a lazy load has still to read.
     QueryMissing = "x-query-missing" -> MissingInfo;
+    /// The checkpoints on the machine's disks, the oldest first, with ancestry and sizes.
+    QueryCheckpoints(QueryCheckpointsArguments) = "x-query-checkpoints" -> Vec<CheckpointInfo>;
     /// The jobs, newest first.
     QueryJobs = "query-jobs" -> Vec<JobInfo>;
     /// Asks a job to end early.

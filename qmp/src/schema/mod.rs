@@ -7,6 +7,7 @@
 
 mod arguments;
 mod check;
+mod checkpoints;
 mod commands;
 mod events;
 mod macros;
@@ -19,6 +20,7 @@ pub use arguments::*;
 #[cfg(test)]
 pub(crate) use check::check;
 pub(crate) use check::check_arguments;
+pub use checkpoints::*;
 pub(crate) use commands::Control;
 pub use commands::{Command, commands, find};
 pub use events::{EVENTS, Event};

@@ -178,6 +178,7 @@ fn what_commands_return_is_read_back_from_what_the_table_says() {
     check_type::<Vec<BlockInfo>>();
     check_type::<Vec<BlockDeviceInfo>>();
     check_type::<Vec<JobInfo>>();
+    check_type::<Vec<CheckpointInfo>>();
 }
 
 #[test]

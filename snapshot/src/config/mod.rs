@@ -22,10 +22,13 @@ use serde::{Deserialize, Serialize};
 
 pub use cpuid::{CpuFacts, CpuidLeaf};
 
+use crate::about::About;
+use crate::format::FormatError;
+use crate::format::section::{Section, SectionReader};
 use crate::units::human;
 
 /// Version of the configuration section's payload.
-pub const CONFIG_VERSION: u32 = 1;
+pub const CONFIG_VERSION: u32 = 2;
 
 /// Kind of the configuration section; its instance is 0.
 pub const CONFIG_KIND: &str = "config";
@@ -45,6 +48,15 @@ pub struct MachineConfig {
     pub kernel: String,
     /// Kernel command line.
     pub command_line: String,
+    /// File name of the initial ramdisk; empty if there is none. Since version 2.
+    #[serde(default)]
+    pub initrd: String,
+    /// The machine's name; empty if it has none. Since version 2.
+    #[serde(default)]
+    pub name: String,
+    /// The machine's UUID; empty if it has none. Since version 2.
+    #[serde(default)]
+    pub uuid: String,
     /// Every device the guest sees.
     pub devices: Vec<DeviceConfig>,
 }
@@ -93,6 +105,9 @@ pub struct DiskConfig {
     pub format: String,
     /// File name of the image.
     pub filename: String,
+    /// Whether others may write to it meanwhile. Since version 2.
+    #[serde(default)]
+    pub share_rw: bool,
 }
 
 /// A node that a checkpoint is stored on.
@@ -111,6 +126,14 @@ pub struct CheckpointConfig {
     pub machine: MachineConfig,
     /// The nodes whose disks belong to the checkpoint.
     pub nodes: Vec<CheckpointNode>,
+    /// Ancestry and description. Since version 2.
+    #[serde(default)]
+    pub about: About,
+}
+
+/// Takes the configuration out of a checkpoint's sections.
+pub(crate) fn decode_config(sections: &[Section]) -> Result<CheckpointConfig, FormatError> {
+    SectionReader::new(sections).take(CONFIG_KIND, 0, 1..=CONFIG_VERSION)
 }
 
 /// One way in which a machine differs from a saved one.

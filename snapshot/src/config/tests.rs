@@ -1,7 +1,10 @@
 //! Each rule of the comparison, and its words.
 
+use std::collections::BTreeMap;
+
 use super::*;
-use crate::format::section::Section;
+use crate::about::Stamp;
+use crate::format::section::SectionName;
 
 fn disk(node: &str) -> DiskConfig {
     DiskConfig {
@@ -11,6 +14,7 @@ fn disk(node: &str) -> DiskConfig {
         serial: "S0".to_owned(),
         format: "qcow2".to_owned(),
         filename: "root.qcow2".to_owned(),
+        share_rw: false,
     }
 }
 
@@ -44,6 +48,9 @@ fn machine() -> MachineConfig {
         },
         kernel: "vmlinux".to_owned(),
         command_line: "console=ttyS0".to_owned(),
+        initrd: String::new(),
+        name: String::new(),
+        uuid: String::new(),
         devices: vec![device("disk0", 0xd000_0000), device("disk1", 0xd000_1000)],
     }
 }
@@ -182,14 +189,49 @@ fn each_device_property_that_the_guest_sees_blocks() {
     );
 }
 
+fn checkpoint(machine: MachineConfig, about: About) -> CheckpointConfig {
+    let nodes = vec![CheckpointNode { node: "disk0".to_owned(), size: 1 << 30 }];
+    CheckpointConfig { machine, nodes, about }
+}
+
+fn golden(version: u32, bytes: &[u8]) -> Section {
+    let name = SectionName::new(CONFIG_KIND, 0);
+    Section { name, version, bytes: bytes.to_vec() }
+}
+
 #[test]
-fn golden_version_1_payload_decodes_and_encodes_to_the_same_bytes() {
-    let golden = include_bytes!("../../tests/golden/config-v1.cbor");
-    let config = CheckpointConfig {
-        machine: machine(),
-        nodes: vec![CheckpointNode { node: "disk0".to_owned(), size: 1 << 30 }],
+fn golden_version_1_payload_decodes_with_nothing_said_of_ancestors() {
+    let bytes = include_bytes!("../../tests/golden/config-v1.cbor");
+    let config = decode_config(&[golden(1, bytes)]).unwrap();
+    assert_eq!(config, checkpoint(machine(), About::default()));
+}
+
+#[test]
+fn golden_version_2_payload_decodes_and_encodes_to_the_same_bytes() {
+    let bytes = include_bytes!("../../tests/golden/config-v2.cbor");
+    let stamp = |tag: &str, date_sec| Stamp {
+        tag: tag.to_owned(),
+        date_sec,
+        date_nsec: 5_000,
+        vm_clock_nsec: 77,
     };
+    let about = About {
+        description: "before the upgrade".to_owned(),
+        labels: BTreeMap::from([("job".to_owned(), "17".to_owned())]),
+        ancestors: vec![stamp("parent", 1_700_000_001), stamp("root", 1_700_000_000)],
+        vmstate: "disk0".to_owned(),
+        directory: "/srv/vm".to_owned(),
+    };
+    let mut machine = machine();
+    machine.initrd = "initrd".to_owned();
+    machine.name = "water bear".to_owned();
+    machine.uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8".to_owned();
+    if let Some(disk) = &mut machine.devices[1].disk {
+        disk.share_rw = true;
+    }
+    let config = checkpoint(machine, about);
     let section = Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config).unwrap();
-    assert_eq!(section.bytes, golden);
-    assert_eq!(section.decode::<CheckpointConfig>(1..=1).unwrap(), config);
+    assert_eq!(section, golden(2, bytes));
+    assert_eq!(decode_config(&[section]).unwrap(), config);
+    assert!(decode_config(&[golden(3, bytes)]).is_err(), "a version of the future");
 }

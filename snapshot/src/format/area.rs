@@ -5,7 +5,7 @@ use vm_memory::GuestAddress;
 use super::FormatError;
 use super::header::{FIXED_LEN, Header, MAX_PAYLOAD, MAX_SECTIONS, SectionEntry};
 use super::ram::{RamLayout, StateOffset};
-use super::section::Section;
+use super::section::{Section, SectionName};
 use crate::units::{align_up, index};
 
 /// Payloads start at multiples of this many bytes, so that tools can look at them in place.
@@ -86,38 +86,23 @@ impl StateArea {
         area_len: u64,
         read_at: impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
     ) -> Result<Self, FormatError> {
-        let read = |what: &dyn Fn() -> String, offset, buffer: &mut [u8]| {
-            read_at(offset, buffer)
-                .map_err(|source| FormatError::Read { what: what(), source: Box::new(source) })
-        };
-        if area_len < FIXED_LEN as u64 {
-            return Err(FormatError::Truncated {
-                what: "the header".to_owned(),
-                need: FIXED_LEN as u64,
-                have: area_len,
-            });
-        }
-        let header_name = || "the VM-state header".to_owned();
-        let mut fixed = [0; FIXED_LEN];
-        read(&header_name, StateOffset(0), &mut fixed)?;
-        let mut bytes = vec![0; Header::probe(&fixed, area_len)?];
-        read(&header_name, StateOffset(0), &mut bytes)?;
-        let header = Header::decode(&bytes, area_len)?;
+        let header = read_header(area_len, &read_at)?;
+        let sections = header.sections.into_iter().map(|entry| read_payload(entry, &read_at));
+        Ok(Self { sections: sections.collect::<Result<_, _>>()?, layout: header.layout })
+    }
 
-        let mut sections = Vec::with_capacity(header.sections.len());
-        for entry in header.sections {
-            let mut bytes = vec![0; index(entry.len)];
-            let what = || format!("VM-state section '{}'", entry.name);
-            read(&what, entry.offset, &mut bytes)?;
-            if crc32fast::hash(&bytes) != entry.crc {
-                return Err(FormatError::Section {
-                    name: entry.name,
-                    reason: "its checksum is wrong".to_owned(),
-                });
-            }
-            sections.push(Section { name: entry.name, version: entry.version, bytes });
+    /// As [`StateArea::read`], of the header and the first section of `kind` only.
+    pub fn read_section(
+        area_len: u64,
+        kind: &str,
+        read_at: impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
+    ) -> Result<Section, FormatError> {
+        let header = read_header(area_len, &read_at)?;
+        let name = SectionName::new(kind, 0);
+        match header.sections.into_iter().find(|entry| entry.name == name) {
+            Some(entry) => read_payload(entry, &read_at),
+            None => Err(FormatError::Missing(name)),
         }
-        Ok(Self { layout: header.layout, sections })
     }
 
     /// The stored bytes rounded up to whole clusters of the image.
@@ -127,4 +112,50 @@ impl StateArea {
         bytes.resize(index(len), 0);
         bytes
     }
+}
+
+/// Reads from the area; an error names what was being read.
+fn read_named(
+    read_at: &impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
+    what: impl Fn() -> String,
+    offset: StateOffset,
+    buffer: &mut [u8],
+) -> Result<(), FormatError> {
+    read_at(offset, buffer)
+        .map_err(|source| FormatError::Read { what: what(), source: Box::new(source) })
+}
+
+fn read_header(
+    area_len: u64,
+    read_at: &impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
+) -> Result<Header, FormatError> {
+    let name = || "the VM-state header".to_owned();
+    if area_len < FIXED_LEN as u64 {
+        return Err(FormatError::Truncated {
+            what: "the header".to_owned(),
+            need: FIXED_LEN as u64,
+            have: area_len,
+        });
+    }
+    let mut fixed = [0; FIXED_LEN];
+    read_named(read_at, name, StateOffset(0), &mut fixed)?;
+    let mut bytes = vec![0; Header::probe(&fixed, area_len)?];
+    read_named(read_at, name, StateOffset(0), &mut bytes)?;
+    Header::decode(&bytes, area_len)
+}
+
+fn read_payload(
+    entry: SectionEntry,
+    read_at: &impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
+) -> Result<Section, FormatError> {
+    let mut bytes = vec![0; index(entry.len)];
+    let what = || format!("VM-state section '{}'", entry.name);
+    read_named(read_at, what, entry.offset, &mut bytes)?;
+    if crc32fast::hash(&bytes) != entry.crc {
+        return Err(FormatError::Section {
+            name: entry.name,
+            reason: "its checksum is wrong".to_owned(),
+        });
+    }
+    Ok(Section { name: entry.name, version: entry.version, bytes })
 }

@@ -51,6 +51,7 @@ impl Machine {
             nodes: &self.nodes,
             vmstate: "d0",
             stamp: stamp(tag),
+            about: snapshot::About::default(),
             config: &self.config,
             sections: vec![Section::encode("vcpu", 0, 1, &0x1234_u64).unwrap()],
             ram: &self.ram,
@@ -106,6 +107,7 @@ fn config(ram: &GuestMemory, names: &[&str]) -> MachineConfig {
             serial: String::new(),
             format: "fake".to_owned(),
             filename: String::new(),
+            share_rw: false,
         }),
     };
     MachineConfig {

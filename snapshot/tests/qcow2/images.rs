@@ -97,6 +97,7 @@ impl Images {
                 date_nsec: 123_000,
                 vm_clock_nsec: 3_723_000_000_000,
             },
+            about: snapshot::About::default(),
             config: &MachineConfig::default(),
             sections: vec![Section::encode("vcpu", 0, 1, tag).unwrap()],
             ram,

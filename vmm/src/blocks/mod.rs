@@ -17,9 +17,12 @@ pub mod worker;
 use std::sync::Arc;
 
 use block::Graph;
-use qmp::schema::{BitmapArguments, BlockResizeArguments, Command, Event};
+use qmp::schema::{
+    BitmapArguments, BlockResizeArguments, Command, Event, QueryCheckpointsArguments,
+};
 use serde_json::{Value, json};
 
+use crate::checkpoints::{self, CurrentLineage};
 use exports::{ExportSpec, Exports, NbdServerSpec};
 
 /// What a command comes to.
@@ -29,6 +32,7 @@ pub type Answer = Result<Value, qmp::Error>;
 pub struct Blocks {
     graph: Arc<Graph>,
     exports: Exports,
+    lineage: Arc<CurrentLineage>,
 }
 
 /// Whether a command is for [`Blocks::execute`].
@@ -51,6 +55,7 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockDirtyBitmapEnable(_)
             | Command::BlockDirtyBitmapDisable(_)
             | Command::BlockDirtyBitmapMerge(_)
+            | Command::QueryCheckpoints(_)
     )
 }
 
@@ -69,12 +74,17 @@ impl Blocks {
             });
         });
         let exports = Exports::new(Arc::clone(&graph), events);
-        Self { graph, exports }
+        Self { graph, exports, lineage: Arc::default() }
     }
 
     /// The nodes.
     pub fn graph(&self) -> &Arc<Graph> {
         &self.graph
+    }
+
+    /// Where the machine's guest comes from.
+    pub fn lineage(&self) -> &Arc<CurrentLineage> {
+        &self.lineage
     }
 
     /// The NBD server and its exports.
@@ -141,8 +151,30 @@ impl Blocks {
             Command::BlockDirtyBitmapMerge(arguments) => {
                 self.merge_bitmaps(&arguments).and_then(|()| done())
             }
+            Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
             other => Err(qmp::Error::command_not_found(other.name())),
         }
+    }
+
+    /// The checkpoints on the nodes that are named, or on all that a save could be made to.
+    fn checkpoints(&self, arguments: &QueryCheckpointsArguments) -> Answer {
+        let nodes = match &arguments.devices {
+            Some(names) => snapshot::resolve(names, |name| self.graph.get(name))
+                .map_err(|error| text(error.to_string()))?,
+            None => {
+                let mut nodes = self.graph.list();
+                nodes.retain(|n| !n.read_only() && n.access().supports_snapshots());
+                // The list has the newest first.
+                nodes.reverse();
+                nodes
+            }
+        };
+        let query = checkpoints::Query {
+            tag: arguments.tag.as_deref(),
+            sizes: arguments.sizes.unwrap_or(true),
+        };
+        let found = checkpoints::query(&nodes, &self.lineage.get(), query).map_err(failed)?;
+        serde_json::to_value(found).map_err(|error| text(error.to_string()))
     }
 
     /// Backends have no names here, so `device` is never found, as in QEMU for such nodes.

@@ -19,7 +19,12 @@ Examples:
     tardigrade snapshot list   --qmp /tmp/vm.qmp
     tardigrade snapshot load   --qmp /tmp/vm.qmp before-upgrade
 
-  Revive a checkpoint in a new process: the command line it was saved with, and --loadvm TAG.
+  See what an image holds that no machine uses:
+    tardigrade snapshot list   --image disk.qcow2
+    tardigrade snapshot show   --image disk.qcow2 before-upgrade
+
+  Revive a checkpoint in a new process, as the machine that it records:
+    tardigrade --restore disk.qcow2#before-upgrade --qmp unix:/tmp/vm.qmp,server=on,wait=off
 
   Serve an image over NBD, without a guest and without /dev/kvm:
     tardigrade --machine none --qmp unix:/tmp/sd.qmp,server=on,wait=off \\
@@ -102,6 +107,16 @@ pub struct MachineArgs {
     /// the guest runs [default: lazy]
     #[arg(long, value_name = "MODE")]
     pub load_mode: Option<String>,
+    /// Revive a checkpoint from the image with its RAM alone: the machine is as it was recorded
+    #[arg(long, value_name = "IMAGE#TAG")]
+    pub restore: Option<String>,
+    /// Run a guest of its own from a checkpoint in an image that is only read; any number at once
+    #[arg(long, value_name = "IMAGE#TAG")]
+    pub fork: Option<String>,
+    /// The fork's clocks go on from the save (frozen), or are set forward to the host's time (host)
+    /// [default: frozen]
+    #[arg(long, value_name = "POLICY")]
+    pub fork_clock: Option<String>,
     /// End when the guest resets
     #[arg(long)]
     pub no_reboot: bool,
@@ -119,7 +134,7 @@ pub struct MachineArgs {
 /// What to do with a machine that runs already, over its QMP socket.
 #[derive(Debug, clap::Subcommand)]
 pub enum Subcommand {
-    /// Save, load, delete or list checkpoints of a running machine
+    /// Save, load, delete and list checkpoints of a running machine, or see those in an image
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
     /// Make, check, repair, resize and copy disk images, and their snapshots
@@ -154,25 +169,69 @@ pub struct QmpTarget {
     pub qmp: PathBuf,
 }
 
-/// Checkpoints of a running machine.
+/// Checkpoints of a running machine, or in images.
 #[derive(Debug, clap::Subcommand)]
 pub enum SnapshotCommand {
     /// Freeze the whole machine under a name; the guest goes on afterwards
-    Save(SnapshotArgs),
+    Save(SaveArgs),
     /// Take the machine back to a checkpoint
     Load(SnapshotArgs),
     /// Delete a checkpoint; its space can be used again
     Delete(SnapshotArgs),
-    /// List the checkpoints on all disks
+    /// Draw the tree of checkpoints
+    ///
+    /// ALONE is what deleting a checkpoint gives back, SHARED what others hold, too. "<-" marks the
+    /// one that the machine was saved to or loaded from last.
     List(ListArgs),
+    /// Tell all of one checkpoint: its machine, its parent, its labels, its size
+    Show(ShowArgs),
 }
 
-/// What to list, and how.
+/// `snapshot save`
+#[derive(Debug, Args)]
+pub struct SaveArgs {
+    #[command(flatten)]
+    /// The checkpoint.
+    pub snapshot: SnapshotArgs,
+    /// What the checkpoint is
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// A label for tools; may be given more than once
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
+}
+
+/// A running machine, or images that nobody uses.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct CheckpointSource {
+    /// The path given to --qmp unix:PATH
+    #[arg(long, value_name = "PATH")]
+    pub qmp: Option<PathBuf>,
+    /// A disk image; of a machine with several disks, each
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+}
+
+/// `snapshot list`
 #[derive(Debug, Args)]
 pub struct ListArgs {
     #[command(flatten)]
-    /// The machine.
-    pub target: QmpTarget,
+    /// Where they are.
+    pub source: CheckpointSource,
+    /// How to print
+    #[arg(long, value_name = "FMT", default_value = "human")]
+    pub output: Output,
+}
+
+/// `snapshot show`
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    #[command(flatten)]
+    /// Where it is.
+    pub source: CheckpointSource,
+    /// Name of the checkpoint
+    pub tag: String,
     /// How to print
     #[arg(long, value_name = "FMT", default_value = "human")]
     pub output: Output,

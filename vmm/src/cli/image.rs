@@ -163,8 +163,12 @@ pub struct ResizeArgs {
 /// `image snapshot`
 #[derive(Debug, clap::Subcommand)]
 pub enum ImageSnapshotCommand {
-    /// List the snapshots
+    /// List the snapshots, as qemu-img does
+    #[command(short_flag = 'l')]
     List {
+        /// Draw them as a tree, with sizes
+        #[arg(long)]
+        tree: bool,
         /// Also while somebody writes to the image
         #[arg(short = 'U', long)]
         force_share: bool,

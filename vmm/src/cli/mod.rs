@@ -9,7 +9,9 @@ pub use args::{Cli, MachineArgs, Subcommand};
 
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
+use crate::fork::ClockPolicy;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
+use crate::restore::RestoreSpec;
 use qmp::schema::LoadMode;
 use values::{MachineType, QmpSpec};
 
@@ -65,6 +67,15 @@ pub struct GuestOptions {
     pub loadvm: Option<String>,
     /// `--load-mode`: when its RAM is read.
     pub load_mode: LoadMode,
+    /// `--restore`: the checkpoint to revive as the machine that it records; `machine` has only what
+    /// the command line says besides.
+    pub restore: Option<RestoreSpec>,
+    /// The same as the user wrote it.
+    pub restore_text: String,
+    /// `--fork`: the checkpoint to fork, in the same way.
+    pub fork: Option<(RestoreSpec, ClockPolicy)>,
+    /// The same as the user wrote it.
+    pub fork_text: String,
     /// `--no-reboot`: a reset of the guest ends the machine.
     pub no_reboot: bool,
 }
@@ -115,17 +126,53 @@ fn guest_options(args: &MachineArgs, dirty_tracking: bool) -> Result<GuestOption
         start_paused: args.start_paused,
         loadvm: args.loadvm.clone(),
         load_mode: load_mode(args)?,
+        restore: recorded(args, "restore", args.restore.as_deref())?,
+        fork: match recorded(args, "fork", args.fork.as_deref())? {
+            Some(spec) => Some((spec, values::fork_clock(args.fork_clock.as_deref())?)),
+            None => None,
+        },
+        fork_text: args.fork.clone().unwrap_or_default(),
+        restore_text: args.restore.clone().unwrap_or_default(),
         no_reboot: args.no_reboot,
     })
 }
 
 fn load_mode(args: &MachineArgs) -> Result<LoadMode, Error> {
     let Some(text) = &args.load_mode else { return Ok(LoadMode::Lazy) };
-    if args.loadvm.is_none() {
-        return Err(Error::new("load-mode", text, "needs --loadvm"));
+    if args.loadvm.is_none() && args.restore.is_none() {
+        return Err(Error::new("load-mode", text, "needs --loadvm or --restore"));
     }
     let mode = LoadMode::ALL.iter().find(|mode| mode.as_str() == text);
     mode.copied().ok_or_else(|| Error::new("load-mode", text, "must be lazy or eager"))
+}
+
+/// The checkpoint of `--restore` or `--fork`. What it records of the machine cannot be said another
+/// time.
+fn recorded(
+    args: &MachineArgs,
+    option: &'static str,
+    text: Option<&str>,
+) -> Result<Option<RestoreSpec>, Error> {
+    let Some(text) = text else {
+        return match (option, &args.fork_clock) {
+            ("fork", Some(clock)) => Err(Error::new("fork-clock", clock, "needs --fork")),
+            _ => Ok(None),
+        };
+    };
+    let said = [
+        ("m", args.memory.clone()),
+        ("smp", args.smp.clone()),
+        ("device", args.device.first().cloned()),
+        ("loadvm", args.loadvm.clone()),
+        ("restore", args.restore.clone().filter(|_| option != "restore")),
+    ];
+    for (said, value) in said {
+        if let Some(value) = value {
+            let reason = format!("--{option} takes it from the checkpoint");
+            return Err(Error::new(said, &value, reason));
+        }
+    }
+    values::checkpoint(option, text).map(Some)
 }
 
 /// Without a guest, what is said of one would have no effect.
@@ -146,6 +193,8 @@ fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
         ("S", flag(args.start_paused)),
         ("loadvm", args.loadvm.clone()),
         ("load-mode", args.load_mode.clone()),
+        ("restore", args.restore.clone()),
+        ("fork", args.fork.clone()),
         ("no-reboot", flag(args.no_reboot)),
         ("name", args.name.clone()),
         ("uuid", args.uuid.clone()),
@@ -163,11 +212,13 @@ fn machine_spec(
     devices: Vec<DeviceSpec>,
     dirty_tracking: bool,
 ) -> Result<MachineSpec, Error> {
-    if args.kernel.is_none() && args.loadvm.is_none() {
+    let revived = args.loadvm.is_some() || args.restore.is_some() || args.fork.is_some();
+    if args.kernel.is_none() && !revived {
         return Err(Error::new(
             "kernel",
             "FILE",
-            "is missing: name a kernel to boot, or a checkpoint to revive with --loadvm TAG",
+            "is missing: name a kernel to boot, or a checkpoint to revive with --restore IMAGE#TAG, \
+             --fork IMAGE#TAG or --loadvm TAG",
         ));
     }
     if args.initrd.is_some() && args.kernel.is_none() {
@@ -183,6 +234,7 @@ fn machine_spec(
         initrd: args.initrd.clone(),
         cmdline: args.append.clone().unwrap_or_default(),
         dirty_tracking,
+        forked: false,
         devices,
     })
 }

@@ -1,6 +1,6 @@
 //! Values of single options.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use block::graph::text;
 use serde_json::{Map, Value};
@@ -9,7 +9,9 @@ use uuid::Uuid;
 use super::Error;
 use crate::boot::layout;
 use crate::console::ConsoleSpec;
+use crate::fork::ClockPolicy;
 use crate::machine::spec::{DeviceKind, DeviceSpec};
+use crate::restore::RestoreSpec;
 
 /// The type of machine that there is.
 pub const MACHINE_TYPE: &str = "microvm";
@@ -108,6 +110,30 @@ pub fn smp(text: &str) -> Result<u8, Error> {
     match number.parse() {
         Ok(count @ 1..=MAX_VCPUS) => Ok(count),
         _ => Err(Error::new("smp", text, format!("is not a number from 1 to {MAX_VCPUS}"))),
+    }
+}
+
+/// `--restore` and `--fork`: `IMAGE#TAG`. Both may have a `#`: the longest file name that there is
+/// counts.
+pub fn checkpoint(option: &'static str, text: &str) -> Result<RestoreSpec, Error> {
+    let error = |reason: &str| Error::new(option, text, reason);
+    let split = |(at, _): (usize, _)| (Path::new(&text[..at]), &text[at + 1..]);
+    let ways: Vec<_> = text.rmatch_indices('#').map(split).collect();
+    let there = ways.iter().find(|(image, _)| image.is_file()).or(ways.first());
+    match there {
+        Some((image, tag)) if !image.as_os_str().is_empty() && !tag.is_empty() => {
+            Ok(RestoreSpec { image: image.to_path_buf(), tag: (*tag).to_owned() })
+        }
+        _ => Err(error("is not IMAGE#TAG")),
+    }
+}
+
+/// `--fork-clock`
+pub fn fork_clock(text: Option<&str>) -> Result<ClockPolicy, Error> {
+    match text {
+        None | Some("frozen") => Ok(ClockPolicy::Frozen),
+        Some("host") => Ok(ClockPolicy::Host),
+        Some(text) => Err(Error::new("fork-clock", text, "is frozen or host")),
     }
 }
 
@@ -241,8 +267,8 @@ mod tests {
         assert_eq!(machine_type("type=microvm,dirty-tracking=off").unwrap(), microvm(false));
         assert_eq!(machine_type("microvm,dirty-tracking=on").unwrap(), microvm(true));
         assert_eq!(machine_type("none").unwrap(), MachineType::None);
-        for bad in ["q35", "", "microvm,dirty-tracking=1", "none,dirty-tracking=on", "microvm,x=y"]
-        {
+        assert!(machine_type("").unwrap_err().to_string().starts_with("--machine: "));
+        for bad in ["q35", "microvm,dirty-tracking=1", "none,dirty-tracking=on", "microvm,x=y"] {
             let error = machine_type(bad).unwrap_err().to_string();
             assert!(error.starts_with(&format!("--machine {bad}: ")), "{error}");
         }
@@ -255,6 +281,23 @@ mod tests {
         for bad in ["0", "255", "x", "-1"] {
             assert!(smp(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_checkpoint_is_named_after_its_image() {
+        let spec = |image: &Path, tag: &str| RestoreSpec { image: image.into(), tag: tag.into() };
+        let restore = |text: &str| checkpoint("restore", text);
+        assert_eq!(restore("a.qcow2#t").unwrap(), spec(Path::new("a.qcow2"), "t"));
+        assert_eq!(restore("").unwrap_err().to_string(), "--restore: is not IMAGE#TAG");
+        for bad in ["a.qcow2", "#t", "a.qcow2#"] {
+            let error = restore(bad).unwrap_err().to_string();
+            assert_eq!(error, format!("--restore {bad}: is not IMAGE#TAG"));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("a#b");
+        std::fs::write(&image, "").unwrap();
+        let text = format!("{}#c#d", image.display());
+        assert_eq!(restore(&text).unwrap(), spec(&image, "c#d"));
     }
 
     #[test]

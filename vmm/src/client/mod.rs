@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 pub use demo::DemoError;
 
 use crate::cli::args::{QmpTarget, SnapshotCommand, Subcommand};
+use crate::image;
 
 /// Why a subcommand failed.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,20 @@ pub enum Error {
         /// What is missing.
         member: &'static str,
     },
+    /// The machine answers something of another type.
+    #[error("the machine's answer to {command} is not understood: {source}")]
+    Unread {
+        /// What was asked.
+        command: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// An image cannot be used.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// A label without a value.
+    #[error("--label {0}: is not KEY=VALUE")]
+    Label(String),
     /// The machine has nothing to keep a checkpoint on.
     #[error("the machine has no writable disk that could hold a checkpoint")]
     NoDisk,
@@ -77,6 +92,7 @@ pub fn run(subcommand: &Subcommand) -> Result<(), Error> {
         Subcommand::Snapshot(SnapshotCommand::Load(args)) => snapshots::load(args),
         Subcommand::Snapshot(SnapshotCommand::Delete(args)) => snapshots::delete(args),
         Subcommand::Snapshot(SnapshotCommand::List(args)) => snapshots::list(args),
+        Subcommand::Snapshot(SnapshotCommand::Show(args)) => snapshots::show(args),
         Subcommand::Image(_) => Err(Error::NotAClient),
         Subcommand::Status(target) => status(target),
         Subcommand::Console { socket } => console::attach(socket),

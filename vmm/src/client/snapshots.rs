@@ -1,27 +1,40 @@
 //! `tardigrade snapshot`
 
-use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use qmp::client::{Client, ClientError};
-use serde_json::{Value, json};
-use time::OffsetDateTime;
-use time::macros::format_description;
+use qmp::schema::CheckpointInfo;
+use serde_json::{Map, Value, json};
 
 use super::{Error, connect_to_guest, text};
-use crate::cli::args::{ListArgs, SnapshotArgs};
+use crate::checkpoints::text::size;
+use crate::checkpoints::{draw, show};
+use crate::cli::args::{CheckpointSource, ListArgs, SaveArgs, ShowArgs, SnapshotArgs};
 use crate::cli::image::Output;
+use crate::image;
 
 /// How often progress is asked for.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-pub(super) fn save(args: &SnapshotArgs) -> Result<(), Error> {
-    run_job(args, "snapshot-save", "saved")
+pub(super) fn save(args: &SaveArgs) -> Result<(), Error> {
+    let mut more = Map::new();
+    if !args.description.is_empty() {
+        more.insert("x-description".to_owned(), json!(args.description));
+    }
+    if !args.labels.is_empty() {
+        let labels = args.labels.iter().map(|text| match text.split_once('=') {
+            Some((key, value)) => Ok(json!({ "key": key, "value": value })),
+            None => Err(Error::Label(text.clone())),
+        });
+        let labels = labels.collect::<Result<Vec<_>, _>>()?;
+        more.insert("x-labels".to_owned(), Value::Array(labels));
+    }
+    run_job(&args.snapshot, "snapshot-save", "saved", more)
 }
 
 pub(super) fn load(args: &SnapshotArgs) -> Result<(), Error> {
-    run_job(args, "snapshot-load", "loaded")
+    run_job(args, "snapshot-load", "loaded", Map::new())
 }
 
 pub(super) fn delete(args: &SnapshotArgs) -> Result<(), Error> {
@@ -33,73 +46,54 @@ pub(super) fn delete(args: &SnapshotArgs) -> Result<(), Error> {
     if !disks(&mut connect_to_guest(&args.target)?)?.iter().any(has_tag) {
         return Err(Error::NoCheckpoint(args.tag.clone()));
     }
-    run_job(args, "snapshot-delete", "deleted")
+    run_job(args, "snapshot-delete", "deleted", Map::new())
 }
 
-/// Lists each checkpoint once, with the disks it is on, oldest first.
+/// Draws the tree of checkpoints.
 pub(super) fn list(args: &ListArgs) -> Result<(), Error> {
-    let mut client = connect_to_guest(&args.target)?;
-    let rows = checkpoints(&disks(&mut client)?);
+    let found = checkpoints(&args.source, None)?;
     match args.output {
-        Output::Human => print_table(&rows),
-        Output::Json => print_json(&rows)?,
+        Output::Human => print(&draw::tree(&found)),
+        Output::Json => print_json(&found),
     }
-    Ok(())
 }
 
-/// All checkpoints by date and tag.
-type Rows = BTreeMap<(u64, String), Row>;
-
-fn checkpoints(disks: &[Disk]) -> Rows {
-    let mut rows = Rows::new();
-    for disk in disks {
-        for snapshot in disk.snapshots.as_array().into_iter().flatten() {
-            let date = snapshot["date-sec"].as_u64().unwrap_or(0);
-            let row = rows.entry((date, text(&snapshot["name"]).to_owned())).or_default();
-            row.vm_state = row.vm_state.max(snapshot["vm-state-size"].as_u64().unwrap_or(0));
-            row.clock = snapshot["vm-clock-sec"].as_u64().unwrap_or(0);
-            row.disks.push(disk.node.clone());
+/// Tells all of the checkpoints of a tag; there may be more than one in a table that QEMU wrote.
+pub(super) fn show(args: &ShowArgs) -> Result<(), Error> {
+    let found = checkpoints(&args.source, Some(&args.tag))?;
+    if found.is_empty() {
+        return Err(Error::NoCheckpoint(args.tag.clone()));
+    }
+    match args.output {
+        Output::Human => {
+            let texts: Vec<_> = found.iter().map(show::checkpoint).collect();
+            print(&texts.join("\n"))
         }
+        Output::Json => print_json(&found),
     }
-    rows
 }
 
-/// The names are those of QMP's SnapshotInfo, and of snapshot-save's arguments.
-fn print_json(rows: &Rows) -> Result<(), Error> {
-    let object = |((date, tag), row): (&(u64, String), &Row)| {
-        json!({
-            "name": tag,
-            "date-sec": date,
-            "vm-state-size": row.vm_state,
-            "vm-clock-sec": row.clock,
-            "devices": row.disks,
-        })
+fn checkpoints(source: &CheckpointSource, tag: Option<&str>) -> Result<Vec<CheckpointInfo>, Error> {
+    const COMMAND: &str = "x-query-checkpoints";
+    let Some(qmp) = &source.qmp else {
+        return Ok(image::checkpoints(&source.image, tag, false)?);
     };
-    let list: Vec<Value> = rows.iter().map(object).collect();
+    let arguments = match tag {
+        Some(tag) => json!({ "tag": tag }),
+        None => json!({}),
+    };
+    let answer = Client::connect(qmp)?.execute(COMMAND, arguments)?;
+    serde_json::from_value(answer).map_err(|source| Error::Unread { command: COMMAND, source })
+}
+
+fn print(text: &str) -> Result<(), Error> {
     let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, &list).map_err(|e| Error::Output(e.into()))?;
-    writeln!(out).map_err(Error::Output)
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::Output)
 }
 
-fn print_table(rows: &Rows) {
-    if rows.is_empty() {
-        println!("No checkpoints.");
-        return;
-    }
-    println!("{:<24} {:<20} {:>10} {:>10}  DISKS", "TAG", "DATE (UTC)", "STATE", "CLOCK");
-    for ((date, tag), row) in rows {
-        let state = if row.vm_state == 0 { "disk only".into() } else { size(row.vm_state) };
-        let clock =
-            format!("{}:{:02}:{:02}", row.clock / 3600, row.clock / 60 % 60, row.clock % 60);
-        println!("{tag:<24} {:<20} {state:>10} {clock:>10}  {}", utc(*date), row.disks.join(", "));
-    }
-}
-
-#[derive(Default)]
-struct Row {
-    vm_state: u64,
-    clock: u64,
-    disks: Vec<String>,
+fn print_json(found: &[CheckpointInfo]) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(found).map_err(|e| Error::Output(e.into()))?;
+    print(&format!("{text}\n"))
 }
 
 /// A disk that the machine can write to.
@@ -124,7 +118,12 @@ fn disks(client: &mut Client) -> Result<Vec<Disk>, Error> {
 }
 
 /// Runs a snapshot job to its end, with progress on a terminal.
-fn run_job(args: &SnapshotArgs, command: &'static str, done: &str) -> Result<(), Error> {
+fn run_job(
+    args: &SnapshotArgs,
+    command: &'static str,
+    done: &str,
+    more: Map<String, Value>,
+) -> Result<(), Error> {
     if args.tag.is_empty() {
         return Err(Error::EmptyTag);
     }
@@ -143,6 +142,9 @@ fn run_job(args: &SnapshotArgs, command: &'static str, done: &str) -> Result<(),
     let mut arguments = json!({ "job-id": id, "tag": args.tag, "devices": devices });
     if command != "snapshot-delete" {
         arguments["vmstate"] = json!(vmstate);
+    }
+    for (name, value) in more {
+        arguments[name] = value;
     }
     let started = Instant::now();
     client.execute(command, arguments)?;
@@ -196,39 +198,4 @@ fn print_progress(job: &Value) -> Result<(), Error> {
     let percent = current.min(total) * 100 / total;
     eprint!("\r{percent:3} %  {} of {}", size(current), size(total));
     std::io::stderr().flush().map_err(Error::Output)
-}
-
-fn size(bytes: u64) -> String {
-    let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
-    match units.into_iter().find(|(_, shift)| bytes >> shift > 0) {
-        Some((unit, shift)) => format!("{:.1} {unit}", bytes as f64 / (1_u64 << shift) as f64),
-        None => format!("{bytes} B"),
-    }
-}
-
-/// `YYYY-MM-DD HH:MM:SS` of seconds since the epoch.
-fn utc(seconds: u64) -> String {
-    let format = format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
-    let date =
-        i64::try_from(seconds).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
-    date.and_then(|date| date.format(format).ok()).unwrap_or_else(|| seconds.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        assert_eq!(utc(0), "1970-01-01 00:00:00");
-        assert_eq!(utc(951_782_400), "2000-02-29 00:00:00");
-        assert_eq!(utc(1_735_689_599), "2024-12-31 23:59:59");
-    }
-
-    #[test]
-    fn sizes_have_the_largest_fitting_unit() {
-        assert_eq!(size(0), "0 B");
-        assert_eq!(size(1536), "1.5 KiB");
-        assert_eq!(size(4 << 30), "4.0 GiB");
-    }
 }

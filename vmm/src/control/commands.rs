@@ -1,11 +1,14 @@
 //! QMP commands. Each either does its thing and answers, or answers with an error.
 
+use std::collections::BTreeMap;
+
 use qmp::schema::{
     Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadMode, MissingInfo, NameInfo,
-    ShutdownCause, StatusInfo, UuidInfo,
+    ShutdownCause, SnapshotSaveArguments, StatusInfo, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
+use snapshot::About;
 
 use super::work::{Target, Task};
 use super::{Controller, RunState};
@@ -42,12 +45,13 @@ impl Controller {
                 done()
             }
             Command::SnapshotSave(arguments) => {
+                let about = about(&arguments)?;
                 let target = Target {
                     tag: arguments.tag,
                     vmstate: arguments.vmstate,
                     devices: arguments.devices,
                 };
-                self.add_job(arguments.job_id, Task::Save(target))
+                self.add_job(arguments.job_id, Task::Save(target, about))
             }
             Command::SnapshotLoad(arguments) => {
                 let target = Target {
@@ -111,6 +115,27 @@ impl Controller {
             })
             .collect()
     }
+}
+
+/// What is said of a checkpoint to be made.
+fn about(arguments: &SnapshotSaveArguments) -> Result<About, qmp::Error> {
+    let mut labels = BTreeMap::new();
+    for label in arguments.labels.iter().flatten() {
+        if labels.insert(label.key.clone(), label.value.clone()).is_some() {
+            let words = format!("label '{}' is given twice", label.key.escape_debug());
+            return Err(qmp::Error::generic(words));
+        }
+    }
+    // Where it is gone, file names are of no use to anyone anyway.
+    let directory = std::env::current_dir().unwrap_or_default();
+    let about = About {
+        description: arguments.description.clone().unwrap_or_default(),
+        labels,
+        directory: directory.display().to_string(),
+        ..About::default()
+    };
+    about.check().map_err(|error| qmp::Error::generic(error.to_string()))?;
+    Ok(about)
 }
 
 fn done() -> Answer {

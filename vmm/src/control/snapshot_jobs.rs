@@ -115,7 +115,7 @@ impl Controller {
     /// Adds a job, and starts it if no other works.
     pub(super) fn create_job(&mut self, id: String, task: Task) -> Result<(), qmp::Error> {
         let kind = match &task {
-            Task::Save(_) => JobType::SnapshotSave,
+            Task::Save(..) => JobType::SnapshotSave,
             Task::Load(..) => JobType::SnapshotLoad,
             Task::Delete { .. } => JobType::SnapshotDelete,
         };
@@ -143,6 +143,7 @@ impl Controller {
                 shape: self.machine.shape(),
                 presence: self.machine.devices().presence().clone(),
                 missing: self.machine.missing().cloned(),
+                lineage: Arc::clone(self.blocks.lineage()),
                 progress: Arc::clone(&handle.progress),
                 memory_lost: Arc::clone(&handle.memory_lost),
                 mailbox: self.mailbox.clone(),

@@ -13,14 +13,17 @@ mod text;
 mod watch;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use block::storage::{FileOptions, FileStorage, Locking, Storage};
 use block::{Attachment, Graph, Node, Perm, ReadBuf, User};
+use qmp::schema::CheckpointInfo;
 use serde_json::{Value, json};
+use snapshot::Lineage;
 
+use crate::checkpoints::{self, Query};
 use crate::cli::image::ImageCommand;
 
 /// The exit status of a check of a format that has none.
@@ -123,6 +126,51 @@ struct Access {
     force_share: bool,
     /// Leave the backing file alone.
     alone: bool,
+}
+
+/// Opens an image read-only and without its backing file, for a look at its snapshots; until the use
+/// that comes with it is dropped nobody writes to it.
+///
+/// # Errors
+/// It is not an image, or somebody writes to it.
+pub fn look(file: &Path) -> Result<(Attachment, Arc<Node>)> {
+    open(file, None, Access { alone: true, ..Access::default() })
+}
+
+/// The checkpoints in images that nobody writes to, each image a disk of the same machine; with their
+/// machines where a `tag` is asked for. Their nodes are called by the names of the files.
+///
+/// # Errors
+/// An image cannot be opened or read.
+pub fn checkpoints(
+    files: &[PathBuf],
+    tag: Option<&str>,
+    force_share: bool,
+) -> Result<Vec<CheckpointInfo>> {
+    let access = Access { force_share, alone: true, ..Access::default() };
+    let graph = Graph::new();
+    let open_one =
+        |(at, file): (usize, &PathBuf)| open_in(&graph, &node_name(at), file, None, access);
+    let opened = files.iter().enumerate().map(open_one).collect::<Result<Vec<_>>>()?;
+    let nodes: Vec<_> = opened.iter().map(|(_, node)| Arc::clone(node)).collect();
+    let query = Query { tag, sizes: true };
+    let mut found = checkpoints::query(&nodes, &Lineage::default(), query)
+        .map_err(|error| Error::Usage(error.to_string()))?;
+    let file_of = |name: &str| {
+        let at = (0..files.len()).find(|at| node_name(*at) == name);
+        at.map_or_else(|| name.to_owned(), |at| files[at].display().to_string())
+    };
+    for info in &mut found {
+        info.vmstate = info.vmstate.as_deref().map(file_of);
+        for place in &mut info.places {
+            place.node_name = file_of(&place.node_name);
+        }
+    }
+    Ok(found)
+}
+
+fn node_name(at: usize) -> String {
+    format!("image{at}")
 }
 
 /// Opens an image as a node of a graph of its own, which ends with the use that is given back: until

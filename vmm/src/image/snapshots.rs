@@ -8,17 +8,25 @@ use block::{Format, NewSnapshot, SnapshotChange, SnapshotInfo};
 
 use super::text::{clock, date, size};
 use super::{Access, Error, Result, of, open, say, say_json};
+use crate::checkpoints::draw;
 use crate::cli::image::{ImageSnapshotArgs, ImageSnapshotCommand, Output};
 
 pub(super) fn run(command: &ImageSnapshotCommand) -> Result<u8> {
     match command {
-        ImageSnapshotCommand::List { force_share, output, file } => {
+        ImageSnapshotCommand::List { tree: false, force_share, output, file } => {
             let access = Access { force_share: *force_share, alone: true, ..Access::default() };
             let (_user, node) = open(file, None, access)?;
             let all = node.snapshots();
             match output {
                 Output::Human => say(&table(&all))?,
                 Output::Json => say_json(&all.iter().map(snapshot_json).collect())?,
+            }
+        }
+        ImageSnapshotCommand::List { tree: true, force_share, output, file } => {
+            let found = super::checkpoints(std::slice::from_ref(file), None, *force_share)?;
+            match output {
+                Output::Human => say(&draw::tree(&found))?,
+                Output::Json => say_json(&serde_json::json!(found))?,
             }
         }
         ImageSnapshotCommand::Create(args) => change(args, "create", |format| {

@@ -85,7 +85,8 @@ impl Machine {
         let tss = usize::try_from(boot::layout::KVM_TSS_ADDR).unwrap_or_default();
         vm.set_tss_address(tss).ioctl("KVM_SET_TSS_ADDR")?;
         irqchip::create(&vm)?;
-        let memory = memory::allocate(spec.ram_bytes)?;
+        let kind = if spec.forked { memory::Kind::Mixed } else { memory::Kind::Anonymous };
+        let memory = memory::allocate(spec.ram_bytes, kind)?;
         memory::register(&vm, &memory)?;
         let log = DirtyLog::new(&kvm);
         let tracker = Tracker::new(&PageSet::of(&memory));

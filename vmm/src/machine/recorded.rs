@@ -1,11 +1,13 @@
 //! The machine as a checkpoint records it, to be compared with the machine of a later load.
 
+use std::path::Path;
+
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use snapshot::config::{Bus, CpuFacts, CpuidLeaf, DeviceConfig, DiskConfig, MachineConfig};
 
 use super::Machine;
 use super::devices::{self, VirtioSlot};
-use super::spec::{DeviceKind, MachineSpec};
+use super::spec::DeviceKind;
 use crate::cli::values::MACHINE_TYPE;
 
 /// Describes `machine`.
@@ -16,14 +18,17 @@ pub fn describe(machine: &Machine) -> MachineConfig {
         ram_bytes: spec.ram_bytes,
         vcpus: u32::from(spec.vcpus),
         cpu: cpu_facts(machine.cpuid()),
-        kernel: kernel_name(spec),
+        kernel: path_text(spec.kernel.as_deref()),
         command_line: spec.cmdline.clone(),
+        initrd: path_text(spec.initrd.as_deref()),
+        name: spec.name.clone().unwrap_or_default(),
+        uuid: if spec.uuid.is_nil() { String::new() } else { spec.uuid.hyphenated().to_string() },
         devices: describe_devices(machine),
     }
 }
 
-fn kernel_name(spec: &MachineSpec) -> String {
-    spec.kernel.as_ref().map(|path| path.display().to_string()).unwrap_or_default()
+fn path_text(path: Option<&Path>) -> String {
+    path.map(|path| path.display().to_string()).unwrap_or_default()
 }
 
 fn describe_devices(machine: &Machine) -> Vec<DeviceConfig> {
@@ -63,6 +68,7 @@ fn describe_virtio(slot: &VirtioSlot) -> DeviceConfig {
             serial: serial.to_owned(),
             format: node.driver().to_owned(),
             filename: node.filename().to_owned(),
+            share_rw: matches!(&slot.spec.kind, DeviceKind::Block { share_rw: true, .. }),
         }),
     }
 }

@@ -2,9 +2,14 @@
 
 pub mod dirty_log;
 
+use std::fs::File;
+use std::mem::ManuallyDrop;
+use std::os::fd::AsRawFd;
+
 use devices::GuestMemory;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use snapshot::Piece;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -40,19 +45,34 @@ pub enum Error {
     Kvm(#[from] kvm::Error),
 }
 
-/// Maps `size` bytes of guest RAM: private and anonymous, given by the host as the guest touches it,
-/// in huge pages where the host has them, and not part of a core dump or of a child process.
-pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
+/// What guest RAM is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Private anonymous memory.
+    Anonymous,
+    /// The same, over which pieces of a file may be mapped by [`map_piece`]. It does not say of itself
+    /// that it is anonymous: untouched pages may hold data, and dropped ones come back.
+    Mixed,
+}
+
+/// Maps `size` bytes of guest RAM: private, given by the host as the guest touches it, in huge pages
+/// where the host has them, and not part of a core dump or of a child process.
+pub fn allocate(size: u64, kind: Kind) -> Result<GuestMemory, Error> {
+    const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
+    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
     let mut regions = Vec::new();
     for (start, size) in layout::ram_regions(size)? {
-        let mapping = MmapRegion::build(
-            None,
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        )
-        .map_err(|source| Error::Map { size, source })?;
-        advise(&mapping);
+        let failed = |source| Error::Map { size, source };
+        let anonymous = MmapRegion::build(None, size, PROT, FLAGS | libc::MAP_ANONYMOUS);
+        let mut mapping = anonymous.map_err(failed)?;
+        advise(&mapping, kind);
+        if kind == Kind::Mixed {
+            let memory = ManuallyDrop::new(mapping);
+            // SAFETY: the range is the mapping just made, which is never unmapped: guest RAM lives
+            // as long as the process.
+            mapping = unsafe { MmapRegion::build_raw(memory.as_ptr(), size, PROT, FLAGS) }
+                .map_err(failed)?;
+        }
         let region = GuestRegion::new(mapping, start)
             .ok_or(Error::Map { size, source: vm_memory::mmap::MmapRegionError::InvalidPointer })?;
         regions.push(region);
@@ -60,10 +80,73 @@ pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
     Ok(GuestMemory::from_regions(regions)?)
 }
 
+/// Whether all of RAM is of [`Kind::Anonymous`], so that its pages can be dropped and served.
+pub fn is_anonymous(memory: &GuestMemory) -> bool {
+    memory.iter().all(|region| region.flags() & libc::MAP_ANONYMOUS != 0)
+}
+
+/// Maps a piece of a file into RAM of [`Kind::Mixed`], private: what the guest writes stays its own.
+/// The guest must not have run yet.
+///
+/// # Errors
+/// The piece is not inside one region or not inside the file, or the host refuses.
+pub fn map_piece(memory: &GuestMemory, file: &File, piece: Piece) -> std::io::Result<()> {
+    let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
+    let end = piece.host.checked_add(piece.len).ok_or_else(|| invalid("it ends nowhere"))?;
+    // A page past the end of the file would be a SIGBUS.
+    if end > file.metadata()?.len() {
+        return Err(invalid("it goes past the end of the file"));
+    }
+    let region = memory.find_region(piece.guest).ok_or_else(|| invalid("it is not in RAM"))?;
+    let offset = piece.guest.0 - region.start_addr().0;
+    if region.flags() & libc::MAP_ANONYMOUS != 0 || region.len() - offset < piece.len {
+        return Err(invalid("it is not inside a region for it"));
+    }
+    let len = usize::try_from(piece.len).map_err(|_| invalid("it is too long"))?;
+    let host = i64::try_from(piece.host).map_err(|_| invalid("it is too far in the file"))?;
+    let at = region.as_ptr().wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX));
+    // SAFETY: the range was just checked to be inside a region of RAM, which is mapped as long as the
+    // process lives and to which there are no Rust references; the guest does not use it yet.
+    unsafe { remap(at, len, 0, Some((file, host))) }
+}
+
+/// Maps private memory over what is there: of a file, or anonymous.
+///
+/// # Safety
+/// The range must be memory that may be replaced at any time, such as guest RAM.
+unsafe fn remap(
+    at: *mut u8,
+    len: usize,
+    flags: i32,
+    file: Option<(&File, i64)>,
+) -> std::io::Result<()> {
+    let (fd, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the caller's promise.
+    let answer = unsafe {
+        libc::mmap(at.cast(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset)
+    };
+    if answer == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+        // SAFETY: the range was just mapped; neither advice changes its contents.
+        if unsafe { libc::madvise(at.cast(), len, advice) } != 0 {
+            tracing::debug!("madvise {advice}: {}", std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Asks for huge pages, and for no copy in dumps and children. These are wishes: a host that has
 /// none of it runs the guest all the same.
-fn advise(mapping: &MmapRegion) {
-    for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+fn advise(mapping: &MmapRegion, kind: Kind) {
+    let pages = match kind {
+        Kind::Anonymous => libc::MADV_HUGEPAGE,
+        // Forks are many, and each is to take no more memory than it writes.
+        Kind::Mixed => libc::MADV_NOHUGEPAGE,
+    };
+    for advice in [pages, libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
         // SAFETY: the range is the mapping just made; none of these advices changes its contents.
         let answer = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
         if answer != 0 {
@@ -139,6 +222,13 @@ fn set_slots(
 /// Makes all RAM read as zeroes by giving it back to the host. The vCPUs must be paused.
 pub fn discard(memory: &GuestMemory) -> Result<(), Error> {
     for region in memory.iter() {
+        if region.flags() & libc::MAP_ANONYMOUS == 0 {
+            // What is mapped of a file would come back.
+            // SAFETY: the range is guest RAM, whose contents are about to be replaced.
+            unsafe { remap(region.as_ptr(), region.size(), libc::MAP_ANONYMOUS, None) }
+                .map_err(Error::Discard)?;
+            continue;
+        }
         // SAFETY: the range is a live private anonymous mapping, to which no Rust reference exists;
         // the guest, which alone relies on its contents, is paused and about to be reset.
         let answer =

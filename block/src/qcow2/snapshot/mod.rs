@@ -9,9 +9,11 @@ mod delete;
 mod disk;
 mod point;
 mod revert;
+mod sizes;
 mod table;
 mod tables;
 mod tree;
+mod view;
 mod vmstate;
 
 pub(super) use create::Create;
@@ -19,8 +21,10 @@ pub(super) use delete::Delete;
 pub(super) use disk::SnapshotDisk;
 pub(super) use point::Point;
 pub(super) use revert::{Revert, write_disk_place};
+pub(super) use sizes::sizes;
 pub(super) use table::{Entry, read_table};
 pub(super) use tree::{runs_of, set_copied};
+pub(super) use view::view;
 pub(super) use vmstate::VmState;
 
 use crate::{Error, Result};

@@ -3,7 +3,7 @@
 use crate::iobuf;
 use crate::qcow2::Qcow2;
 use crate::qcow2::read::{Extent, Source};
-use crate::snapshot::{VmStateExtent, VmStateRead};
+use crate::snapshot::{SnapshotInfo, VmStateExtent, VmStatePlace, VmStateRead};
 use crate::{Error, ReadBuf, Result};
 
 use super::tables::Tables;
@@ -22,9 +22,22 @@ pub(in crate::qcow2) struct VmState<'a> {
 impl<'a> VmState<'a> {
     /// Opens the VM state of snapshot `id`.
     pub(crate) fn open(image: &'a Qcow2, id: &str) -> Result<Self> {
-        let (tables, info) = Tables::open(image, id)?;
+        Ok(Self::of(image, Tables::open(image, id)?))
+    }
+
+    /// Opens it without keeping the snapshot from being deleted: a read of one that has gone fails.
+    pub(crate) fn look_at(image: &'a Qcow2, id: &str) -> Result<Self> {
+        Ok(Self::of(image, Tables::look_at(image, id)?))
+    }
+
+    fn of(image: &Qcow2, (tables, info): (Tables<'a>, SnapshotInfo)) -> Self {
         let base = image.geometry.l1_entries(info.disk_size) * image.geometry.l2_coverage();
-        Ok(Self { tables, base, size: info.vm_state_size })
+        Self { tables, base, size: info.vm_state_size }
+    }
+
+    fn place(&self, extent: &Extent) -> Option<VmStatePlace> {
+        let Source::Host(host) = extent.source else { return None };
+        Some(VmStatePlace { offset: extent.guest - self.base, len: extent.len, host: host.0 })
     }
 
     /// The L1 entry of a table, counted from the start of the VM state; 0 for one that is not there.
@@ -74,7 +87,30 @@ impl VmStateRead for VmState<'_> {
             self.tables.image.read_extents(&extents, &part, true)?;
             done += n;
         }
-        Ok(())
+        // What was read of one that has gone may be somebody else's.
+        self.tables.check_there()
+    }
+
+    fn places(&self, offset: u64, len: u64) -> Result<Vec<VmStatePlace>> {
+        self.check(offset, len)?;
+        let mut out: Vec<VmStatePlace> = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(PIECE);
+            for place in self.map(offset + done, n)?.iter().filter_map(|e| self.place(e)) {
+                match out.last_mut() {
+                    Some(last)
+                        if last.offset + last.len == place.offset
+                            && last.host + last.len == place.host =>
+                    {
+                        last.len += place.len;
+                    }
+                    _ => out.push(place),
+                }
+            }
+            done += n;
+        }
+        Ok(out)
     }
 
     fn extents(&self, offset: u64, len: u64) -> Result<Vec<VmStateExtent>> {

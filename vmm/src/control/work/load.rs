@@ -6,18 +6,19 @@ use std::sync::atomic::Ordering;
 use block::{Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{Base, Checkpoint, LazyHost, MachineConfig};
+use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig};
 use tracing::{info, warn};
 
 use super::{Freeze, IO_THREADS, Outcome, Target, WorkContext, WorkError};
 use crate::control::mailbox::Mailbox;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
+use crate::memory;
 
 pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Outcome {
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
-    let host = lazy_host(mode);
+    let host = lazy_host(mode).filter(|_| memory::is_anonymous(&context.memory));
     context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
     // From here on a cancel is refused; this is the last one to be heard.
     if context.progress.check().is_err() {
@@ -31,8 +32,10 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let ram = Ram { memory: &context.memory, fresh: false, presence: &context.presence };
     let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
     disks.revert()?;
-    let base = revival.base();
-    context.restore(revival.state, base, missing)
+    let (base, lineage) = (revival.base(), revival.lineage());
+    context.restore(revival.state, base, missing)?;
+    context.lineage.set(lineage);
+    Ok(())
 }
 
 /// What lets RAM be read lazily; none if that is not wanted or not allowed.
@@ -69,6 +72,11 @@ pub struct Revival {
 }
 
 impl Revival {
+    /// Where a guest comes from that was revived from it.
+    pub fn lineage(&self) -> Lineage {
+        self.checkpoint.lineage()
+    }
+
     /// Finds the checkpoint and checks all that can be checked without touching the guest.
     ///
     /// # Errors

@@ -28,22 +28,23 @@ use std::thread::JoinHandle;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{Base, MachineConfig};
+use snapshot::{About, Base, MachineConfig};
 use tracing::info;
 
 pub use self::load::{Ram, Revival, lazy_host};
 use super::mailbox::{Mailbox, Message};
+use crate::checkpoints::CurrentLineage;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
 
 /// Threads that move RAM. More do not help one disk.
-const IO_THREADS: usize = 4;
+pub(crate) const IO_THREADS: usize = 4;
 
 /// What a job is to do.
 #[derive(Debug, Clone)]
 pub enum Task {
-    /// snapshot-save
-    Save(Target),
+    /// snapshot-save, with what is said of the checkpoint
+    Save(Target, About),
     /// snapshot-load
     Load(Target, LoadMode),
     /// snapshot-delete
@@ -136,6 +137,8 @@ pub struct WorkContext {
     pub presence: Presence,
     /// What an earlier load has still to read.
     pub missing: Option<Arc<Missing>>,
+    /// Where its guest comes from.
+    pub lineage: Arc<CurrentLineage>,
     /// Counts bytes, and tells of a cancel.
     pub progress: Arc<Progress>,
     /// Set when guest memory is overwritten: from then on a failure leaves nothing to run.
@@ -157,7 +160,7 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
-        Task::Save(target) => save::save(target, context),
+        Task::Save(target, about) => save::save(target, about, context),
         Task::Load(target, mode) => load::load(&target, mode, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;

@@ -2,12 +2,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use snapshot::{SaveRequest, Stamp};
+use snapshot::{About, Lineage, SaveRequest, Stamp};
 use tracing::info;
 
 use super::{Freeze, Frozen, IO_THREADS, Outcome, Target, WorkContext, WorkError};
 
-pub(super) fn save(target: Target, context: &WorkContext) -> Outcome {
+pub(super) fn save(target: Target, about: About, context: &WorkContext) -> Outcome {
     let Target { tag, vmstate, devices } = target;
     let nodes = context.resolve(&devices)?;
     snapshot::preflight_save(&nodes, &vmstate, &tag)?;
@@ -15,10 +15,13 @@ pub(super) fn save(target: Target, context: &WorkContext) -> Outcome {
     context.read_missing()?;
     let Frozen { state } = context.freeze(Freeze::Save)?;
     let stamp = stamp(tag, state.clock.kvmclock_ns);
+    let ancestors = context.lineage.get();
+    let about = About { ancestors: ancestors.stamps().to_vec(), ..about };
     let request = SaveRequest {
         nodes: &nodes,
         vmstate: &vmstate,
-        stamp,
+        stamp: stamp.clone(),
+        about,
         config: &context.config,
         sections: state.to_sections()?,
         ram: &context.memory,
@@ -28,6 +31,7 @@ pub(super) fn save(target: Target, context: &WorkContext) -> Outcome {
     match snapshot::save(request) {
         Ok(report) => {
             info!("saved {report:?}");
+            context.lineage.set(Lineage::at(stamp, ancestors.stamps()));
             Ok(())
         }
         Err(snapshot::SaveError::Cancelled) => Err(WorkError::Cancelled),

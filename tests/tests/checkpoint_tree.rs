@@ -1,0 +1,312 @@
+//! What checkpoints tell of themselves: parents, descriptions, sizes, machines; and machines revived
+//! from that alone.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use tardigrade_tests::baremetal::layout::FREE;
+use tardigrade_tests::baremetal::{machine, machine_with_disk, monitor};
+use tardigrade_tests::disk::{Disk, qemu_img};
+use tardigrade_tests::require;
+use tardigrade_tests::vm::{Vm, VmSpec, binary};
+
+const DISK: &[&str] = &["disk0"];
+const MIB: u64 = 1 << 20;
+
+fn run(args: &[&str]) -> Output {
+    Command::new(binary()).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "tardigrade {args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fail(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!(output.status.code(), Some(1), "tardigrade {args:?} did not fail");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// The first column of a drawn tree, without its header.
+fn drawn(list: &str) -> Vec<String> {
+    let name = |line: &str| line.split_once("  20").unwrap().0.trim_end().to_owned();
+    list.lines().skip(1).map(name).collect()
+}
+
+fn query(vm: &Vm, arguments: Value) -> Vec<Value> {
+    let answer = vm.qmp().execute("x-query-checkpoints", arguments).unwrap();
+    answer.as_array().unwrap().clone()
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_tree_is_drawn_of_a_running_machine_and_of_its_image() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "64M", 1).start();
+    let qmp = path(vm.qmp_path()).to_owned();
+    let list = || succeed(&["snapshot", "list", "--qmp", &qmp]);
+    assert_eq!(list(), "No checkpoints.\n");
+    let mut guest = monitor(&vm);
+    guest.fill(FREE..32 * MIB, 1);
+    vm.save("booted", DISK);
+    let save = ["snapshot", "save", "--qmp", &qmp, "try-1", "--description", "the old driver"];
+    succeed(&[&save[..], &["--label", "job=17", "--label", "empty="]].concat());
+    vm.save("later", DISK);
+    vm.load("booted", DISK);
+    vm.save("try-2", DISK);
+    let wanted = ["● booted", "├─○ try-1", "│ ○ later", "└─○ try-2  <-"];
+    let listed = list();
+    assert_eq!(drawn(&listed), wanted, "{listed}");
+    assert!(listed.contains("the old driver [empty=] [job=17]"), "{listed}");
+
+    let try_1 = query(&vm, json!({ "tag": "try-1" })).remove(0);
+    assert_eq!(try_1["parent"]["tag"], "booted");
+    assert_eq!(try_1["parent"], try_1["nearest"]);
+    assert_eq!(try_1["labels"][1], json!({ "key": "job", "value": "17" }));
+    assert_eq!(try_1["machine"]["ram-bytes"], 64 * MIB);
+    assert_eq!(try_1["machine"]["devices"][2]["disk"]["node-name"], "disk0");
+    assert!(try_1["places"][0]["vm-state"]["alone"].as_u64().unwrap() > 0);
+    let quick = query(&vm, json!({ "sizes": false }));
+    assert!(quick.iter().all(|one| one["places"][0].get("vm-state").is_none()), "{quick:?}");
+
+    vm.delete("try-1", DISK);
+    let listed = list();
+    assert_eq!(drawn(&listed), ["● booted", "├─○ later", "└─○ try-2  <-"], "{listed}");
+    assert!(listed.contains("(from 'try-1', deleted)"), "{listed}");
+    let locked = fail(&["snapshot", "list", "--image", path(&image)]);
+    assert!(locked.contains("lock"), "{locked}");
+    vm.quit();
+
+    let offline = succeed(&["snapshot", "list", "--image", path(&image)]);
+    assert_eq!(drawn(&offline), ["● booted", "├─○ later", "└─○ try-2"], "{offline}");
+    assert_eq!(succeed(&["image", "snapshot", "list", "--tree", path(&image)]), offline);
+    let table = succeed(&["image", "snapshot", "-l", path(&image)]);
+    assert!(table.starts_with("Snapshot list:\n"), "{table}");
+    let json = succeed(&["snapshot", "list", "--image", path(&image), "--output", "json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json[1]["checkpoint"]["tag"], "later");
+    assert_eq!(json[1]["nearest"]["tag"], "booted");
+    Disk { path: image, format: "qcow2" }.check();
+}
+
+#[test]
+fn a_tag_that_is_used_again_is_not_taken_for_the_parent_of_what_was_saved_before() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = machine_with_disk(dir.path(), "64M", 1).start();
+    vm.save("a", DISK);
+    vm.save("b", DISK);
+    vm.delete("a", DISK);
+    vm.save("a", DISK);
+    let list = succeed(&["snapshot", "list", "--qmp", path(vm.qmp_path())]);
+    assert_eq!(drawn(&list), ["● b", "○ a  <-"], "{list}");
+    assert!(list.contains("(from 'a', which is not here)"), "{list}");
+    vm.quit();
+}
+
+#[test]
+fn descriptions_and_labels_that_cannot_be_kept_are_refused_before_anything_is_done() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = machine_with_disk(dir.path(), "64M", 1).start();
+    let save = |more: Value| {
+        let mut arguments =
+            json!({ "job-id": "j", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        vm.qmp().execute("snapshot-save", arguments).unwrap_err().to_string()
+    };
+    let error = save(json!({ "x-description": "x".repeat(5000) }));
+    assert!(error.contains("the description has 5000 bytes"), "{error}");
+    let label = json!({ "key": "k", "value": "v" });
+    let error = save(json!({ "x-labels": [label, label] }));
+    assert!(error.contains("label 'k' is given twice"), "{error}");
+    let error = save(json!({ "x-labels": [{ "key": "a=b", "value": "" }] }));
+    assert!(error.contains("label 'a=b'"), "{error}");
+    let jobs = vm.qmp().execute("query-jobs", json!({})).unwrap();
+    assert_eq!(jobs, json!([]));
+    let qmp = path(vm.qmp_path());
+    let error = fail(&["snapshot", "save", "--qmp", qmp, "t", "--label", "novalue"]);
+    assert!(error.contains("--label novalue: is not KEY=VALUE"), "{error}");
+    vm.quit();
+}
+
+#[test]
+fn show_tells_the_machine_of_a_checkpoint() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "64M", 2)
+        .args(&["--device", "virtio-rng-device,id=entropy", "--name", "water bear"])
+        .start();
+    vm.save("first", DISK);
+    vm.save("second", DISK);
+    let shown = succeed(&["snapshot", "show", "--qmp", path(vm.qmp_path()), "second"]);
+    for wanted in [
+        "checkpoint:   second\n",
+        "parent:       first\n",
+        "machine:      microvm, 64.0 MiB of RAM, 2 vCPUs\n",
+        "name:         water bear\n",
+        "guest.elf\n",
+        "device:       serial at port 0x3f8, interrupt 4\n",
+        "device:       virtio-rng 'entropy' at 0xd0001000, interrupt 6\n",
+        "disk0: qcow2 16.0 MiB writable, serial 'disk0', ",
+        "disk0.qcow2, with RAM and devices\n",
+        "RAM and devices ",
+    ] {
+        assert!(shown.contains(wanted), "'{wanted}' is missing:\n{shown}");
+    }
+    vm.quit();
+    qemu_img(&["snapshot", "-c", "disks", path(&image)]);
+    let show = |tag: &str| succeed(&["snapshot", "show", "--image", path(&image), tag]);
+    assert!(show("second").contains("parent:       first\n"), "{}", show("second"));
+    assert!(show("disks").contains("none: a snapshot of disks only"), "{}", show("disks"));
+    let error = fail(&["snapshot", "show", "--image", path(&image), "third"]);
+    assert!(error.contains("no disk has a checkpoint 'third'"), "{error}");
+}
+
+/// A machine revived with these options and nothing else.
+fn restore(checkpoint: &str) -> VmSpec {
+    VmSpec::bare().args(&["--restore", checkpoint])
+}
+
+#[test]
+fn a_machine_is_revived_from_its_image_alone() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "160M", 2)
+        .args(&["--device", "virtio-rng-device,id=entropy", "--name", "water bear"])
+        .start();
+    monitor(&vm).fill(FREE..96 * MIB, 7);
+    vm.save("here", DISK);
+    monitor(&vm).fill(FREE..96 * MIB, 8);
+    vm.quit();
+    // Nothing of it is needed any more, and the image has another name.
+    std::fs::remove_file(dir.path().join("guest.elf")).unwrap();
+    let moved = dir.path().join("elsewhere#2.qcow2");
+    std::fs::rename(&image, &moved).unwrap();
+
+    let checkpoint = format!("{}#here", moved.display());
+    let mut vm = restore(&checkpoint).start();
+    monitor(&vm).verify(FREE..96 * MIB, 7);
+    let name = vm.qmp().execute("query-name", json!({})).unwrap();
+    assert_eq!(name["name"], "water bear");
+    assert_eq!(
+        vm.qmp().execute("query-cpus-fast", json!({})).unwrap().as_array().unwrap().len(),
+        2
+    );
+    vm.save("again", DISK);
+    let list = succeed(&["snapshot", "list", "--qmp", path(vm.qmp_path())]);
+    assert_eq!(drawn(&list), ["● here", "○ again  <-"], "{list}");
+    // The kernel it was booted from is gone: a reset says so.
+    let reset = vm.qmp().execute("system_reset", json!({}));
+    let error = reset.map(|_| vm.stderr()).unwrap_or_else(|error| error.to_string());
+    assert!(error.contains("guest.elf"), "{error}");
+    vm.quit();
+    // What was revived can be revived, and --loadvm takes it with the same options said by hand.
+    let again = format!("{}#again", moved.display());
+    let vm = restore(&again).start();
+    monitor(&vm).verify(FREE..96 * MIB, 7);
+    vm.quit();
+    Disk { path: moved, format: "qcow2" }.check();
+}
+
+#[test]
+fn the_other_disks_are_found_beside_the_image_or_given() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+    std::fs::create_dir_all(old.join("more")).unwrap();
+    std::fs::create_dir_all(new.join("more")).unwrap();
+    let second = Disk::qcow2(old.join("more/second.qcow2"), "8M");
+    let first = Disk::qcow2(old.join("first.qcow2"), "16M");
+    let mut vm = machine(&old, "64M", 1).disk(&second).disk(&first).start();
+    monitor(&vm).fill(FREE..20 * MIB, 3);
+    // The VM state is on the second disk of the machine.
+    vm.job("snapshot-save", "both", &["disk1", "disk0"]).unwrap();
+    vm.quit();
+
+    let in_place = restore(&format!("{}#both", first.file()));
+    let vm = in_place.start();
+    monitor(&vm).verify(FREE..20 * MIB, 3);
+    vm.quit();
+
+    let copy = new.join("first.qcow2");
+    std::fs::copy(&first.path, &copy).unwrap();
+    let checkpoint = format!("{}#both", copy.display());
+    // The original is no copy.
+    let (status, error) = restore(&checkpoint).run();
+    assert!(!status.success());
+    assert!(error.contains("--restore ") && error.contains("disk 'disk0' was '"), "{error}");
+    assert!(error.contains("--blockdev driver=qcow2,node-name=disk0"), "{error}");
+    std::fs::copy(&second.path, new.join("more/second.qcow2")).unwrap();
+    let vm = restore(&checkpoint).start();
+    monitor(&vm).verify(FREE..20 * MIB, 3);
+    vm.quit();
+    std::fs::rename(new.join("more/second.qcow2"), new.join("third.qcow2")).unwrap();
+    let given = format!(
+        "driver=qcow2,node-name=disk0,file.driver=file,file.filename={}",
+        new.join("third.qcow2").display()
+    );
+    let vm = restore(&checkpoint).args(&["--blockdev", &given]).start();
+    monitor(&vm).verify(FREE..20 * MIB, 3);
+    vm.quit();
+    // The other image has the disk only.
+    let (_, error) = restore(&format!("{}#both", second.file())).run();
+    assert!(error.contains("name the image with RAM and devices"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_restored_is_told_with_what_there_is() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "64M", 1).start();
+    vm.save("one", DISK);
+    vm.save("two", DISK);
+    let (_, error) = restore(&format!("{}#one", image.display())).run();
+    assert!(error.contains("lock"), "somebody uses it: {error}");
+    vm.quit();
+    let refused = |checkpoint: &str, more: &[&str]| {
+        let (status, error) = restore(checkpoint).args(more).run();
+        assert_eq!(status.code(), Some(1), "{checkpoint} {more:?}");
+        error
+    };
+    let error = refused(&format!("{}#three", image.display()), &[]);
+    assert!(error.contains("no checkpoint 'three'; there are: one, two"), "{error}");
+    let error = refused("/nonexistent#one", &[]);
+    assert!(error.contains("/nonexistent"), "{error}");
+    assert!(refused("one", &[]).contains("--restore one: is not IMAGE#TAG"));
+    let there = format!("{}#one", image.display());
+    for option in
+        [["-m", "64M"], ["--smp", "1"], ["--device", "virtio-rng-device"], ["--loadvm", "x"]]
+    {
+        let error = refused(&there, &option);
+        assert!(error.contains("--restore takes it from the checkpoint"), "{option:?}: {error}");
+    }
+    assert!(refused(&there, &["--machine", "none"]).contains("no guest with --machine none"));
+}
