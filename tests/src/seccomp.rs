@@ -23,19 +23,25 @@ const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
 
 /// `io_uring_setup` fails with EPERM in what the command runs.
 pub fn refuse_io_uring(command: &mut Command) {
-    // SAFETY: between fork and exec the closure only makes system calls: it allocates nothing and
+    // SAFETY: between fork and exec the function only makes system calls: it allocates nothing and
     // takes no lock.
-    unsafe {
-        command.pre_exec(|| {
-            let mut filter = PROGRAM;
-            let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
-            if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
-                    != 0
-            {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
+    unsafe { command.pre_exec(install) };
+}
+
+/// Puts the program in force for this process and those it becomes.
+fn install() -> io::Result<()> {
+    let mut filter = PROGRAM;
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: this call takes numbers only.
+    let no_new = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    if no_new != 0 {
+        return Err(io::Error::last_os_error());
     }
+    // SAFETY: `program` and the instructions it points to live until the call is over.
+    let set =
+        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    if set != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
