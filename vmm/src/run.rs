@@ -94,7 +94,7 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
     match &mut start {
         Start::Boot(_) | Start::Load { .. } => {}
         Start::Restore { plan, text, .. } => {
-            open_recorded(&graph, &plan.blockdevs, "restore", text)?
+            open_recorded(&graph, &plan.blockdevs, "restore", text)?;
         }
         Start::Fork { fork, text } => {
             open_recorded(&graph, &fork.blockdevs, "fork", text)?;
