@@ -8,7 +8,6 @@
 //! `docs/vm-state-format.md` what is stored.
 
 pub mod about;
-mod capture;
 pub mod config;
 pub mod delete;
 pub mod fault;
@@ -41,5 +40,5 @@ pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
 pub use map::{MapReport, Piece};
 pub use nodes::{NodesError, resolve};
-pub use save::{SaveError, SaveReport, SaveRequest, preflight_save, save};
+pub use save::{Save, SaveError, SaveImages, SaveReport, SaveRequest, preflight_save, save};
 pub use track::{Base, PageRun, PageSet, Tracker};

@@ -227,7 +227,9 @@ impl Damaged {
         let mut damaged = Self { spec, image, place, contents };
         // Compressed (bit 62), 255 more sectors from bit 54: see qcow2's "compressed cluster".
         state.map(at, 1 << 62 | 255 << 54 | damaged.place);
-        damaged.spec = damaged.spec.args(&["--loadvm", "one"]);
+        // What is made to look damaged has no count either: nothing may be built upon it.
+        let untracked = damaged.spec.args(&["--machine", "microvm,dirty-tracking=off"]);
+        damaged.spec = untracked.args(&["--loadvm", "one"]);
         damaged
     }
 

@@ -26,4 +26,4 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 
-pub use registry::{AutoFlags, Jobs, Outcome, StateError, Work};
+pub use registry::{AutoFlags, Jobs, Outcome, StateError, Work, WorkReport};

@@ -6,10 +6,26 @@ use super::state;
 use crate::Error;
 use crate::schema::{Event, JobInfo, JobStatus, JobType, JobVerb};
 
+/// What query-jobs tells of work beyond QEMU's schema.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkReport {
+    /// Nanoseconds that it kept the guest standing, the longest time in one piece.
+    pub longest_pause: Option<i64>,
+    /// Bytes written.
+    pub written: Option<i64>,
+    /// Whether it wrote only what changed.
+    pub incremental: Option<bool>,
+}
+
 /// A job's work, as the list sees it. Its methods only ask; they return at once.
 pub trait Work: Send {
     /// Done so far, and the expected sum; in any unit.
     fn progress(&self) -> (u64, u64);
+
+    /// What else is known of it.
+    fn report(&self) -> WorkReport {
+        WorkReport::default()
+    }
 
     /// Asks the work to end early, if it can at this moment; whether it can. The outcome is still
     /// told by [`Jobs::finish`]: it may be a success, when there was no more time to stop.
@@ -86,6 +102,8 @@ struct Job {
     work: Option<Box<dyn Work>>,
     /// The last progress of work that is gone.
     progress: (u64, u64),
+    /// The last report of work that is gone.
+    report: WorkReport,
     error: Option<String>,
     user_paused: bool,
     cancelled: bool,
@@ -130,6 +148,7 @@ impl Jobs {
             auto,
             work: Some(work),
             progress: (0, 0),
+            report: WorkReport::default(),
             error: None,
             user_paused: false,
             cancelled: false,
@@ -373,6 +392,7 @@ impl Job {
     fn conclude(&mut self, sink: &mut Sink) -> Result<(), StateError> {
         if let Some(work) = self.work.take() {
             self.progress = work.progress();
+            self.report = work.report();
         }
         self.become_(JobStatus::Concluded, sink)?;
         if self.auto.dismiss { self.become_(JobStatus::Null, sink) } else { Ok(()) }
@@ -384,6 +404,7 @@ impl Job {
 
     fn info(&self) -> JobInfo {
         let (current, total) = self.work.as_ref().map_or(self.progress, |work| work.progress());
+        let report = self.work.as_ref().map_or(self.report, |work| work.report());
         let clamp = |progress| i64::try_from(progress).unwrap_or(i64::MAX);
         JobInfo {
             id: self.id.clone(),
@@ -392,6 +413,9 @@ impl Job {
             current_progress: clamp(current),
             total_progress: clamp(total),
             error: self.error.clone(),
+            pause_ns: report.longest_pause,
+            bytes_written: report.written,
+            incremental: report.incremental,
         }
     }
 }

@@ -82,18 +82,6 @@ objects! {
     }
 
     /// Arguments of `snapshot-load`.
-    SnapshotArguments {
-        /// The job to create.
-        "job-id" job_id: String,
-        /// The checkpoint.
-        "tag" tag: String,
-        /// The node that holds the machine's state: one of `devices`.
-        "vmstate" vmstate: String,
-        /// The nodes whose disks are in the checkpoint.
-        "devices" devices: Vec<String>,
-    }
-
-    /// Arguments of `snapshot-load`.
     SnapshotLoadArguments {
         /// The job to create.
         "job-id" job_id: String,

@@ -2,6 +2,7 @@
 //! no such types: commands and members have names with `x-`.
 
 use super::macros::objects;
+use super::types::SnapshotSaveMode;
 
 objects! {
     /// A label of a checkpoint.
@@ -22,6 +23,8 @@ objects! {
         "vmstate" vmstate: String,
         /// The nodes whose disks are in the checkpoint.
         "devices" devices: Vec<String>,
+        /// Whether the guest runs meanwhile; `live` if left out.
+        "x-mode" mode: Option<SnapshotSaveMode>,
         /// What the checkpoint is, for people; at most 4096 bytes.
         "x-description" description: Option<String>,
         /// What tools know it by: at most 64, keys of 1 to 63 bytes, values of up to 255.

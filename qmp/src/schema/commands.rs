@@ -84,6 +84,8 @@ command_enum! {
     QueryMissing = "x-query-missing" -> MissingInfo;
     /// The checkpoints on the machine's disks, the oldest first, with ancestry and sizes.
     QueryCheckpoints(QueryCheckpointsArguments) = "x-query-checkpoints" -> Vec<CheckpointInfo>;
+    /// How long saves kept the guest standing.
+    QueryCheckpointStats = "x-query-checkpoint-stats" -> CheckpointStats;
     /// The jobs, newest first.
     QueryJobs = "query-jobs" -> Vec<JobInfo>;
     /// Asks a job to end early.

@@ -148,6 +148,14 @@ enums! {
         Null = "null",
     }
 
+    /// Whether the guest runs while it is saved.
+    SnapshotSaveMode {
+        /// It does, but for a moment.
+        Live = "live",
+        /// It stands still.
+        Stop = "stop",
+    }
+
     /// How a node is exported.
     BlockExportType {
         /// Over NBD.
@@ -288,6 +296,34 @@ objects! {
         "total-progress" total_progress: i64,
         /// Why it failed; left out while it did not.
         "error" error: Option<String>,
+        /// Of a save: nanoseconds that it kept a running guest standing, the longest time in one piece.
+        "x-pause-ns" pause_ns: Option<i64>,
+        /// Of a save that succeeded: bytes of RAM and machine state that were written.
+        "x-bytes-written" bytes_written: Option<i64>,
+        /// Of a save that succeeded: whether the rest of RAM is shared with an earlier checkpoint.
+        "x-incremental" incremental: Option<bool>,
+    }
+
+    /// How long saves kept the guest standing, from `x-query-checkpoint-stats`.
+    CheckpointStats {
+        /// How many pauses there were.
+        "saves" saves: i64,
+        /// Nanoseconds of the last one.
+        "last-pause-ns" last_pause_ns: i64,
+        /// Nanoseconds of the longest.
+        "longest-pause-ns" longest_pause_ns: i64,
+        /// Nanoseconds of all together.
+        "total-pause-ns" total_pause_ns: i64,
+        /// How many had which length, the shortest first; where there were none is left out.
+        "pauses" pauses: Vec<PauseBucket>,
+    }
+
+    /// Pauses of about one length: longer than the bucket before this has, its bound doubled.
+    PauseBucket {
+        /// Microseconds that no pause of these was longer than; left out where there is no bound.
+        "up-to-us" up_to_us: Option<i64>,
+        /// How many.
+        "count" count: i64,
     }
 
     /// An internal snapshot of an image.

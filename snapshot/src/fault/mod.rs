@@ -19,6 +19,7 @@
 //! long: a page that cannot be read becomes zero then, and RAM counts as lost. In between a page
 //! that cannot be read stays missing, and who needs it waits.
 
+pub mod guard;
 mod scratch;
 mod service;
 mod uffd;

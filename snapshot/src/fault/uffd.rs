@@ -18,8 +18,14 @@ const IOC_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const IOC_WAKE: libc::c_ulong = 0x8010_aa02;
 const IOC_COPY: libc::c_ulong = 0xc028_aa03;
 const IOC_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+const IOC_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 
 const MODE_MISSING: u64 = 1;
+const MODE_WRITEPROTECT: u64 = 2;
+/// Faults at write-protected pages, and protection of pages that are not there (Linux 6.4).
+const FEATURES_WRITES: u64 = 1 | 1 << 13;
+/// Of a write-protect request: protect. Without it the pages are let go, and who waits is woken.
+const PROTECT: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const DEVICE: &str = "/dev/userfaultfd";
 
@@ -63,6 +69,12 @@ struct ZeroRequest {
     zeroed: i64,
 }
 
+#[repr(C)]
+struct ProtectRequest {
+    range: RangeRequest,
+    mode: u64,
+}
+
 /// `struct uffd_msg` of a page fault.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -88,6 +100,18 @@ impl Uffd {
     /// The host does not allow it: it takes CAP_SYS_PTRACE, access to `/dev/userfaultfd`, or the
     /// sysctl `vm.unprivileged_userfaultfd`.
     pub(crate) fn open() -> io::Result<Self> {
+        Self::open_with(0)
+    }
+
+    /// The same for [`Uffd::register_writes`].
+    ///
+    /// # Errors
+    /// Also where the kernel is older than 6.4.
+    pub(crate) fn open_for_writes() -> io::Result<Self> {
+        Self::open_with(FEATURES_WRITES)
+    }
+
+    fn open_with(features: u64) -> io::Result<Self> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: no memory is passed; a descriptor that is returned is new and ours.
         let fd = match owned(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }) {
@@ -100,7 +124,7 @@ impl Uffd {
             other => other?,
         };
         let uffd = Self(fd);
-        let mut api = ApiRequest { api: API, features: 0, ioctls: 0 };
+        let mut api = ApiRequest { api: API, features, ioctls: 0 };
         // SAFETY: the kernel reads and writes a structure of the size that the number names.
         unsafe { uffd.call(IOC_API, &mut api) }?;
         Ok(uffd)
@@ -114,7 +138,29 @@ impl Uffd {
         unsafe { self.call(IOC_REGISTER, &mut request) }
     }
 
-    /// Ends that, and wakes who waits: a page that is still missing is zero from now on.
+    /// Has writes to protected pages of the range wait for [`Uffd::protect`].
+    pub(crate) fn register_writes(&self, start: usize, len: u64) -> io::Result<()> {
+        let mut request =
+            RegisterRequest { range: range(start, len), mode: MODE_WRITEPROTECT, ioctls: 0 };
+        // SAFETY: as for `register`.
+        unsafe { self.call(IOC_REGISTER, &mut request) }
+    }
+
+    /// Protects pages, or lets writes to them through and wakes who waits.
+    pub(crate) fn protect(&self, start: usize, len: u64, on: bool) -> io::Result<()> {
+        let mode = if on { PROTECT } else { 0 };
+        let mut request = ProtectRequest { range: range(start, len), mode };
+        loop {
+            // SAFETY: as for the API; protection changes no contents.
+            match unsafe { self.call(IOC_WRITEPROTECT, &mut request) } {
+                // The address space changed meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Ends either, and wakes who waits: a page that is still missing is zero from now on.
     pub(crate) fn unregister(&self, start: usize, len: u64) -> io::Result<()> {
         // SAFETY: as for the API. What the pages are to whoever registered them is the caller's.
         unsafe { self.call(IOC_UNREGISTER, &mut range(start, len)) }

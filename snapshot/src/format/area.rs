@@ -53,6 +53,21 @@ impl StateArea {
         Ok(Self { layout, sections })
     }
 
+    /// The same with RAM in a place that was decided before the sections were known.
+    pub fn with_ram_at(
+        start: StateOffset,
+        regions: &[(GuestAddress, u64)],
+        sections: Vec<Section>,
+    ) -> Result<Self, FormatError> {
+        let mut area = Self::new(regions, sections)?;
+        if area.layout.start() > start {
+            let text = format!("the sections reach into RAM, which starts at {:#x}", start.0);
+            return Err(FormatError::Header(text));
+        }
+        area.layout = RamLayout::new(start, regions.iter().copied())?;
+        Ok(area)
+    }
+
     /// The bytes to store from offset 0. What lies between their end and RAM reads as zeroes.
     pub fn encode(&self) -> Vec<u8> {
         let regions = self.layout.regions().len();

@@ -246,6 +246,48 @@ impl Change<'_> {
     }
 }
 
+impl Change<'_> {
+    fn new_snapshot(&mut self) -> &mut Snapshot {
+        match &mut self.kind {
+            Kind::Create(snapshot) => snapshot.get_mut().unwrap(),
+            _ => unreachable!("only a new snapshot takes VM state"),
+        }
+    }
+
+    /// Puts bytes in clusters, which come to be when they are written and go when all of them is
+    /// zeroed. `source` gives the bytes from a position on, or none for zeroes.
+    fn put<'b>(&self, offset: u64, len: usize, source: impl Fn(usize) -> Option<&'b [u8]>) {
+        let cluster = usize::try_from(self.image.cluster).unwrap();
+        let unit = cluster.min(4096);
+        let offset = usize::try_from(offset).unwrap();
+        assert!(offset.is_multiple_of(unit), "offset {offset:#x}");
+        assert!(len.is_multiple_of(unit), "length {len:#x}");
+        let Kind::Create(snapshot) = &self.kind else {
+            unreachable!("only a new snapshot takes VM state")
+        };
+        let vmstate = &mut snapshot.lock().unwrap().vmstate;
+        let mut done = 0;
+        while done < len {
+            let inside = (offset + done) % cluster;
+            let count = (cluster - inside).min(len - done);
+            let index = ((offset + done) / cluster) as u64;
+            match source(done) {
+                Some(bytes) => {
+                    let to = vmstate.entry(index).or_insert_with(|| vec![0; cluster]);
+                    to[inside..inside + count].copy_from_slice(&bytes[..count]);
+                }
+                None if count == cluster => drop(vmstate.remove(&index)),
+                None => {
+                    if let Some(to) = vmstate.get_mut(&index) {
+                        to[inside..inside + count].fill(0);
+                    }
+                }
+            }
+            done += count;
+        }
+    }
+}
+
 impl SnapshotCreate for Change<'_> {
     fn write_vmstate(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         self.image.step("write_vmstate")?;
@@ -257,17 +299,23 @@ impl SnapshotCreate for Change<'_> {
             // SAFETY: the buffer's maker vouched for it, and the test does not change it now.
             bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(buf.as_ptr(), buf.len()) });
         }
-        let cluster = self.image.cluster;
-        assert!(offset.is_multiple_of(cluster), "offset {offset:#x}");
-        assert!((bytes.len() as u64).is_multiple_of(cluster), "length {:#x}", bytes.len());
-        let Kind::Create(snapshot) = &self.kind else {
-            unreachable!("only a new snapshot takes VM state")
-        };
-        let vmstate = &mut snapshot.lock().unwrap().vmstate;
-        let chunks = bytes.chunks(usize::try_from(cluster).unwrap());
-        for (index, chunk) in (offset / cluster..).zip(chunks) {
-            assert!(vmstate.insert(index, chunk.to_vec()).is_none(), "written twice");
-        }
+        self.put(offset, bytes.len(), |at| Some(&bytes[at..]));
+        Ok(())
+    }
+
+    fn inherit_vmstate(&mut self, id: &str) -> Result<u64> {
+        self.image.step("inherit_vmstate")?;
+        let base = self.image.snapshot(id)?;
+        let snapshot = self.new_snapshot();
+        assert!(snapshot.vmstate.is_empty(), "VM state was written before it was inherited");
+        snapshot.vmstate = base.vmstate;
+        snapshot.info.vm_state_size = base.info.vm_state_size;
+        Ok(base.info.vm_state_size)
+    }
+
+    fn zero_vmstate(&self, offset: u64, len: u64) -> Result<()> {
+        self.image.step("zero_vmstate")?;
+        self.put(offset, usize::try_from(len).unwrap(), |_| None);
         Ok(())
     }
 

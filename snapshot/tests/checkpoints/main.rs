@@ -6,6 +6,7 @@
 mod fake;
 mod faults;
 mod lazy;
+mod live;
 mod refusals;
 mod round_trip;
 mod support;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod images;
+mod incremental;
 
 use block::Progress;
 use serde::Deserialize;

@@ -44,6 +44,9 @@ routines:                               # in the order of `Routine` in monitor.r
     .long interrupts_off - header
     .long clock - header
     .long transmit_string - header
+    .long chain - header
+    .long disk_chain - header
+    .long dirty - header
 routines_end:
 
 # ---- Start ----------------------------------------------------------------------------------
@@ -426,6 +429,48 @@ write_dr:
 16: mov dr6, rsi
     ret
 
+# Counts in the first sector of the disk and in memory, until the word at rdi is not 0: reads the
+# sector, which must have the number that memory has, and writes the next. At rsi are the structures
+# of virtio.rs, with a chain that reads at descriptor 0 and one that writes at 3. Gives 0, or 1 where
+# disk and memory disagree, or 2 after an error of the disk.
+disk_chain:
+1:  cmp qword ptr [rdi], 0
+    jne 2f
+    xor ecx, ecx
+    call disk_request
+    jne 4f
+    mov rax, [rsi + 0x4000]
+    cmp rax, [rsi + 0x5000]
+    jne 3f
+    inc qword ptr [rsi + 0x4000]
+    mov ecx, 3
+    call disk_request
+    jne 4f
+    inc qword ptr [rsi + 0x5000]
+    jmp 1b
+2:  xor eax, eax
+    ret
+3:  mov eax, 1
+    ret
+4:  mov eax, 2
+    ret
+
+# Makes the chain at descriptor cx available and waits until it is used; equal if it went well.
+disk_request:
+    movzx edx, word ptr [rsi + 0x1002]
+    mov eax, edx
+    and eax, 7
+    mov [rsi + rax * 2 + 0x1004], cx
+    inc edx
+    mov [rsi + 0x1002], dx
+    mov eax, 0xd0000050
+    mov dword ptr [rax], 0
+1:  pause
+    cmp [rsi + 0x2002], dx
+    jne 1b
+    cmp byte ptr [rsi + 0x3010], 0
+    ret
+
 interrupts_on:
     sti
     ret
@@ -537,6 +582,64 @@ count_up:
 2:  mov rax, r12
     ud2
 3:  mov rax, -1
+    ud2
+
+# Writes numbers that count up to rsi pages from rdi, round and round, each to the first and the last
+# word of its page, until the word at rdx is not 0. Each page must have the number of the round before,
+# or 0 in the first one. Gives 0, or the address of a page that had another.
+chain:
+    mov r8, rdi
+    mov rcx, rsi
+    shl rcx, 12
+    add rcx, rdi
+    xor eax, eax
+1:  cmp qword ptr [rdx], 0
+    jne 3f
+    inc rax
+    mov r9, rax
+    sub r9, rsi
+    ja 2f
+    xor r9d, r9d
+2:  cmp [rdi], r9
+    jne 4f
+    cmp [rdi + 4088], r9
+    jne 4f
+    mov [rdi], rax
+    mov [rdi + 4088], rax
+    add rdi, 4096
+    cmp rdi, rcx
+    jb 1b
+    mov rdi, r8
+    jmp 1b
+3:  xor eax, eax
+    ud2
+4:  mov rax, rdi
+    ud2
+
+# Writes a word to each page from rdi to rsi, round and round, one in as many TSC ticks as the word at
+# rdx + 8 says, until the word at rdx is not 0. Gives how many pages it wrote.
+dirty:
+    mov r8, rdi
+    mov r9, rdx
+    xor ecx, ecx
+    xor r10d, r10d
+1:  cmp qword ptr [r9], 0
+    jne 2f
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    cmp rax, r10
+    jb 1b
+    mov r10, rax
+    add r10, [r9 + 8]
+    inc qword ptr [rdi]
+    inc rcx
+    add rdi, 4096
+    cmp rdi, rsi
+    jb 1b
+    mov rdi, r8
+    jmp 1b
+2:  mov rax, rcx
     ud2
 
 # ---- Exceptions and interrupts --------------------------------------------------------------

@@ -73,6 +73,12 @@ pub enum Routine {
     Clock,
     /// As `Transmit`, with REP OUTSB.
     TransmitString,
+    /// CPL 3: first page, pages, stop word. Counts in memory; see `guest.s`.
+    Chain,
+    /// Stop word, [`super::layout::SCRATCH`]. Counts on the disk and in memory; see `guest.s`.
+    DiskChain,
+    /// CPL 3: start, end, stop word with ticks a page behind it.
+    Dirty,
 }
 
 /// An exception in the guest.
@@ -98,7 +104,7 @@ pub struct Monitor {
 impl Monitor {
     /// Connects to the serial socket.
     pub fn connect(socket: &Path) -> Self {
-        assert_eq!(image::routines(), Routine::TransmitString as u64 + 1, "the tables differ");
+        assert_eq!(image::routines(), Routine::Dirty as u64 + 1, "the tables differ");
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream }

@@ -49,6 +49,10 @@ pub const HEADER: u64 = SCRATCH + 0x3000;
 pub const REQUEST_STATUS: u64 = HEADER + 16;
 /// Room for a sector.
 pub const DATA: u64 = SCRATCH + 0x4000;
+/// The number that `DiskChain` wrote last.
+pub const DISK_COUNT: u64 = SCRATCH + 0x5000;
+/// A second header.
+const OTHER_HEADER: u64 = HEADER + 0x100;
 
 /// One entry of a descriptor table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,6 +186,27 @@ impl<'a> Driver<'a> {
         let index = |word: u64| word >> 16 & 0xffff;
         self.monitor.wait_word(USED, |word| index(word) == u64::from(wanted));
         self.monitor.bytes(REQUEST_STATUS, 1)[0]
+    }
+
+    /// Makes everything ready for `DiskChain`.
+    pub fn prepare_chain(&mut self) {
+        // The disk may have been counted on before.
+        assert_eq!(self.transfer(0, 0), 0);
+        let count = self.monitor.peek(DATA);
+        self.monitor.poke(DISK_COUNT, count);
+        for (header, kind) in [(HEADER, 0_u64), (OTHER_HEADER, 1)] {
+            self.monitor.poke(header, kind);
+            self.monitor.poke(header + 8, 0);
+        }
+        let entry = |address, length, flags, next| Descriptor { address, length, flags, next };
+        self.describe(&[
+            entry(HEADER, 16, NEXT, 1),
+            entry(DATA, 512, NEXT | WRITE, 2),
+            entry(REQUEST_STATUS, 1, WRITE, 0),
+            entry(OTHER_HEADER, 16, NEXT, 4),
+            entry(DATA, 512, NEXT, 5),
+            entry(REQUEST_STATUS, 1, WRITE, 0),
+        ]);
     }
 
     /// Writes a sector and reads it again through the device.

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use qmp::schema::{
     Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadMode, MissingInfo, NameInfo,
-    ShutdownCause, SnapshotSaveArguments, StatusInfo, UuidInfo,
+    ShutdownCause, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
 use snapshot::About;
 
-use super::work::{Target, Task};
+use super::work::{SaveMode, Target, Task};
 use super::{Controller, RunState};
 use crate::blocks::{Answer, is_block_command};
 
@@ -51,7 +51,11 @@ impl Controller {
                     vmstate: arguments.vmstate,
                     devices: arguments.devices,
                 };
-                self.add_job(arguments.job_id, Task::Save(target, about))
+                let mode = match arguments.mode {
+                    None | Some(SnapshotSaveMode::Live) => SaveMode::Live,
+                    Some(SnapshotSaveMode::Stop) => SaveMode::Stop,
+                };
+                self.add_job(arguments.job_id, Task::Save(target, mode, about))
             }
             Command::SnapshotLoad(arguments) => {
                 let target = Target {
@@ -67,6 +71,7 @@ impl Controller {
                 self.add_job(arguments.job_id, task)
             }
             Command::QueryMissing => value(&self.missing_info()),
+            Command::QueryCheckpointStats => value(&self.pauses.stats()),
             Command::QueryJobs => value(&self.jobs.query()),
             Command::JobCancel(arguments) => self.cancel_job(&arguments.id).and_then(|()| done()),
             Command::JobDismiss(arguments) => {

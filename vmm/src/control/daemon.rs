@@ -28,6 +28,7 @@ pub const WITHOUT: &[&str] = &[
     "cont",
     "system_reset",
     "x-query-missing",
+    "x-query-checkpoint-stats",
     "snapshot-save",
     "snapshot-load",
     "snapshot-delete",

@@ -9,6 +9,7 @@ mod block_info;
 mod commands;
 pub mod daemon;
 pub mod mailbox;
+mod pauses;
 mod run_state;
 mod snapshot_jobs;
 pub mod work;
@@ -28,6 +29,7 @@ use crate::console::{Console, Input};
 use crate::machine::{self, Machine};
 use crate::vcpu::VcpuEvent;
 use mailbox::{Inbox, Mailbox, Message};
+use pauses::Pauses;
 use run_state::Hold;
 use snapshot_jobs::SnapshotJobs;
 
@@ -97,9 +99,12 @@ pub struct Controller {
     /// Readable after a signal that ends the machine.
     signals: UnixStream,
     jobs: SnapshotJobs,
+    pauses: Pauses,
     state: RunState,
     /// Set while a job keeps the guest stopped.
     hold: Option<Hold>,
+    /// A save still reads RAM: it may not be replaced.
+    guarded: bool,
     no_reboot: bool,
     /// The machine is to end.
     ending: bool,
@@ -122,12 +127,14 @@ impl Controller {
             inbox: parts.inbox,
             mailbox: parts.mailbox,
             jobs: SnapshotJobs::new(events.clone()),
+            pauses: Pauses::default(),
             server: parts.server,
             requests: parts.requests,
             events,
             signals,
             state: RunState::PreLaunch,
             hold: None,
+            guarded: false,
             no_reboot: parts.no_reboot,
             ending: false,
         })

@@ -13,10 +13,12 @@
 //! ```
 //!
 //! A guest that needs RAM which a lazy load cannot read goes from running to io-error; `cont` tries
-//! again.
+//! again. A live save lets the guest go on before its job is done.
 //!
 //! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
 //! when the job lets go. A vCPU that cannot go on leads to internal-error.
+
+use std::time::Instant;
 
 use qmp::schema::{BlockErrorAction, Event, IoOperationType, RunState, ShutdownCause};
 use snapshot::Notice;
@@ -35,6 +37,8 @@ pub(super) struct Hold {
     resume: bool,
     /// A reset was asked for meanwhile.
     reset: Option<ShutdownCause>,
+    /// Since when it stands still, if it was saved while it ran.
+    saved: Option<Instant>,
 }
 
 impl Controller {
@@ -105,7 +109,7 @@ impl Controller {
     /// # Errors
     /// The guest cannot be stopped; the machine is in state internal-error then.
     pub(super) fn hold_guest(&mut self, state: RunState) -> Result<(), WorkError> {
-        let before = self.state;
+        let (before, since) = (self.state, Instant::now());
         self.stop_in(state);
         // What it waited for has come, or it would not be asked.
         if before == RunState::IoError && self.machine.is_halted() {
@@ -115,7 +119,8 @@ impl Controller {
             return Err(WorkError::Failed("The guest cannot be stopped".to_owned()));
         }
         let resume = before == RunState::Running;
-        self.hold = Some(Hold { before, resume, reset: None });
+        let saved = (resume && state == RunState::SaveVm).then_some(since);
+        self.hold = Some(Hold { before, resume, reset: None, saved });
         Ok(())
     }
 
@@ -155,6 +160,9 @@ impl Controller {
         } else if hold.resume && matches!(self.state, RunState::Paused | RunState::PreLaunch) {
             // The state tells of a failure.
             let _ = self.resume_guest();
+            if let Some(since) = hold.saved {
+                self.guest_was_held(since.elapsed());
+            }
         }
     }
 
@@ -164,6 +172,7 @@ impl Controller {
             return Err(qmp::Error::generic(machine::Error::NoKernel.to_string()));
         }
         let cause = ShutdownCause::HostQmpSystemReset;
+        self.hold_while_guarded();
         if let Some(hold) = &mut self.hold {
             hold.reset = Some(cause);
         } else {
@@ -216,12 +225,25 @@ impl Controller {
     /// The guest asked for a reset, or crashed so that a real machine would reset.
     pub(super) fn guest_reset(&mut self) {
         // A vCPU can have asked just before it was stopped; then the reset waits.
+        self.hold_while_guarded();
         if let Some(hold) = &mut self.hold {
             hold.reset = Some(ShutdownCause::GuestReset);
         } else if self.ends_at_reset() {
             self.shutdown(true, ShutdownCause::GuestReset);
         } else {
             self.reset(true, ShutdownCause::GuestReset);
+        }
+    }
+
+    /// Before a reset: where a save still reads RAM, the guest stands still until it has, and is reset
+    /// then.
+    fn hold_while_guarded(&mut self) {
+        if self.guarded
+            && self.hold.is_none()
+            && let Err(error) = self.hold_guest(RunState::SaveVm)
+        {
+            error!("the save comes to nothing, the guest cannot be stopped for it: {error:?}");
+            self.jobs.give_up_current();
         }
     }
 

@@ -1,19 +1,21 @@
 //! Snapshot jobs: one works at a time, the next waits in state created.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use block::Progress;
-use qmp::jobs::{AutoFlags, Jobs, Outcome, StateError, Work};
+use qmp::jobs::{AutoFlags, Jobs, Outcome, StateError, Work, WorkReport};
 use qmp::schema::{JobInfo, JobStatus, JobType, RunState};
-use snapshot::Base;
+use snapshot::{Base, PageSet};
 use tracing::error;
 
 use super::Controller;
 use super::mailbox::Message;
-use super::work::{self, Freeze, Frozen, Task, WorkContext, WorkError, WorkMessage};
+use super::pauses::nanoseconds;
+use super::work::{self, Freeze, Frozen, Task, Tracked, WorkContext, WorkError, WorkMessage};
 use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
@@ -44,6 +46,7 @@ struct Handle {
     /// Set when a cancel would leave the guest without its memory.
     committed: Arc<AtomicBool>,
     memory_lost: Arc<AtomicBool>,
+    report: Arc<Mutex<WorkReport>>,
 }
 
 impl Work for Handle {
@@ -53,6 +56,10 @@ impl Work for Handle {
             (current, 0) => (current, 1),
             known => known,
         }
+    }
+
+    fn report(&self) -> WorkReport {
+        *self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn cancel(&mut self) -> bool {
@@ -79,6 +86,13 @@ impl SnapshotJobs {
 
     pub(super) fn dismiss(&mut self, id: &str) -> Result<(), qmp::Error> {
         self.list.dismiss(id)
+    }
+
+    /// What the working job has done so far is of no use.
+    pub(super) fn give_up_current(&self) {
+        if let Some(current) = &self.current {
+            current.handle.progress.cancel();
+        }
     }
 
     /// The next job that has something to do, now running.
@@ -165,6 +179,30 @@ impl Controller {
             WorkMessage::Freeze { purpose, reply } => {
                 let _ = reply.send(self.freeze(&purpose));
             }
+            WorkMessage::Track { reply } => {
+                let _ = reply.send(self.track());
+            }
+            WorkMessage::Collect { reply } => {
+                let _ = reply.send(self.collect());
+            }
+            WorkMessage::Thaw { guarded } => {
+                self.guarded = guarded;
+                self.release_guest(true, false);
+            }
+            WorkMessage::Unguarded => {
+                self.guarded = false;
+                // A reset may have waited for it.
+                self.release_guest(true, false);
+            }
+            WorkMessage::Saved { base, report } => {
+                if self.machine.is_tracking() {
+                    self.machine.tracker().saved(base);
+                }
+                self.job_report(|job| {
+                    job.written = i64::try_from(report.bytes_written).ok();
+                    job.incremental = Some(report.incremental);
+                });
+            }
             WorkMessage::Restore { state, base, missing, reply } => {
                 self.inbox.guest_replaced();
                 let _ = reply.send(self.restore(&state, base, missing));
@@ -197,13 +235,59 @@ impl Controller {
         }
     }
 
-    fn freeze_to_save(&mut self) -> Result<Frozen, WorkError> {
+    /// A save begins.
+    fn track(&mut self) -> Result<Tracked, WorkError> {
+        self.check_savable()?;
+        self.machine.start_tracking()?;
+        Ok(Tracked {
+            base: self.machine.tracker().base().cloned(),
+            logged: self.machine.is_tracking(),
+            state_bytes: self.machine.most_state_bytes()?,
+        })
+    }
+
+    /// A round of a save begins.
+    fn collect(&mut self) -> Result<PageSet, WorkError> {
+        self.check_savable()?;
+        // A reset since the last round has turned it off.
+        self.machine.start_tracking()?;
+        self.machine.note_written()?;
+        Ok(self.machine.tracker().take())
+    }
+
+    fn check_savable(&self) -> Result<(), WorkError> {
+        if self.ending {
+            return Err(WorkError::Cancelled);
+        }
         if self.state == RunState::RestoreVm {
             let text = "There is nothing to save: the guest's memory was lost in a failed load";
             return Err(WorkError::Failed(text.to_owned()));
         }
+        Ok(())
+    }
+
+    fn freeze_to_save(&mut self) -> Result<Frozen, WorkError> {
+        self.check_savable()?;
         self.hold_guest(RunState::SaveVm)?;
-        Ok(Frozen { state: self.machine.capture()? })
+        let state = self.machine.capture()?;
+        self.machine.note_written()?;
+        Ok(Frozen { state, pages: self.machine.tracker().take() })
+    }
+
+    /// A save kept the guest standing for so long.
+    pub(super) fn guest_was_held(&mut self, pause: Duration) {
+        self.pauses.record(pause);
+        self.job_report(|job| {
+            // A save may try more than once.
+            let before = job.longest_pause.unwrap_or(0);
+            job.longest_pause = Some(before.max(nanoseconds(pause)));
+        });
+    }
+
+    fn job_report(&self, change: impl FnOnce(&mut WorkReport)) {
+        if let Some(current) = &self.jobs.current {
+            change(&mut current.handle.report.lock().unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
     fn freeze_to_load(&mut self, state: &MachineState) -> Result<Frozen, WorkError> {
@@ -216,7 +300,8 @@ impl Controller {
             self.machine.pause_for_good()?;
         }
         self.hold_guest(RunState::RestoreVm)?;
-        let frozen = Frozen { state: self.machine.capture()? };
+        let pages = self.machine.tracker().dirty().empty_like();
+        let frozen = Frozen { state: self.machine.capture()?, pages };
         if let Some(current) = &self.jobs.current {
             // A cancel that came before this has been heard; the job looks once more.
             current.handle.committed.store(true, Ordering::Release);
@@ -225,16 +310,20 @@ impl Controller {
     }
 
     fn job_done(&mut self, outcome: work::Outcome) {
-        let Some(current) = self.jobs.current.take() else { return };
-        if current.thread.join().is_err() {
-            error!("the thread of job '{}' has panicked", current.id);
-        }
-        let memory_lost = current.handle.memory_lost.load(Ordering::Acquire);
+        let lost = |current: &Current| current.handle.memory_lost.load(Ordering::Acquire);
+        let memory_lost = self.jobs.current.as_ref().is_some_and(lost);
         if memory_lost && outcome.is_err() {
             self.machine.tracker().forget();
             self.machine.forget_missing();
         }
+        // What a save took and did not bring to its end.
+        self.machine.tracker().failed();
+        self.guarded = false;
         self.release_guest(outcome.is_ok(), memory_lost);
+        let Some(current) = self.jobs.current.take() else { return };
+        if current.thread.join().is_err() {
+            error!("the thread of job '{}' has panicked", current.id);
+        }
         self.jobs.finish(&current.id, outcome);
         self.start_next_job();
     }

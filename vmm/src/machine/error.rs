@@ -9,6 +9,9 @@ pub enum Error {
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// The state of the machine cannot be stored.
+    #[error(transparent)]
+    State(#[from] snapshot::FormatError),
     /// There is no guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),

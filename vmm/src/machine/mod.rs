@@ -41,6 +41,9 @@ use state::{MachineState, Shape};
 /// How long a vCPU may take to stop before it is looked whether it can.
 const PAUSE_LOOK: Duration = Duration::from_millis(20);
 
+/// Bytes of a checkpoint's header and configuration at most, beside the machine's state.
+const STATE_SLACK: u64 = 1 << 20;
+
 /// A virtual machine.
 pub struct Machine {
     // Fields are dropped in this order: vCPUs stop before devices, devices before the VM and its
@@ -341,6 +344,17 @@ impl Machine {
                 Err(error.into())
             }
         }
+    }
+
+    /// Bytes of the state in a checkpoint at most.
+    ///
+    /// # Errors
+    /// The state cannot be stored.
+    pub fn most_state_bytes(&self) -> Result<u64, Error> {
+        // Numbers take one to nine bytes, and what is many bytes is so before the first instruction.
+        let sections = self.pristine.to_sections()?;
+        let bytes: usize = sections.iter().map(|section| section.bytes.len()).sum();
+        Ok(STATE_SLACK + 4 * bytes as u64)
     }
 
     /// What was written since which checkpoint. It is right up to the last

@@ -7,9 +7,16 @@
 //! ```text
 //!   job thread                         main thread
 //!   checks
+//!   (save) Track ────────────────────> has KVM log what the guest writes
+//!     <───────────────────────────────
+//!   (live save) Collect ─────────────> takes what was written; again and again
+//!     <───────────────────────────────
+//!   writes RAM
 //!   Freeze ──────────────────────────> pauses the machine, captures its state
 //!     <───────────────────────────────
+//!   (live save) Thaw ────────────────> lets the guest run on
 //!   writes / reads RAM and disks       answers QMP
+//!   (save) Saved ────────────────────> has a new base
 //!   (load) Restore ──────────────────> puts vCPU and device state in place
 //!     <───────────────────────────────
 //!   Done ────────────────────────────> lets the guest run on, concludes the job
@@ -28,7 +35,7 @@ use std::thread::JoinHandle;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{About, Base, MachineConfig};
+use snapshot::{About, Base, MachineConfig, PageSet, SaveReport};
 use tracing::info;
 
 pub use self::load::{Ram, Revival, lazy_host};
@@ -44,7 +51,7 @@ pub(crate) const IO_THREADS: usize = 4;
 #[derive(Debug, Clone)]
 pub enum Task {
     /// snapshot-save, with what is said of the checkpoint
-    Save(Target, About),
+    Save(Target, SaveMode, About),
     /// snapshot-load
     Load(Target, LoadMode),
     /// snapshot-delete
@@ -54,6 +61,15 @@ pub enum Task {
         /// Names of the nodes.
         devices: Vec<String>,
     },
+}
+
+/// Whether the guest runs while it is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SaveMode {
+    /// It does, but for a moment.
+    Live,
+    /// It stands still.
+    Stop,
 }
 
 /// A checkpoint and where it is.
@@ -89,6 +105,18 @@ impl<E: std::error::Error> From<E> for WorkError {
 pub struct Frozen {
     /// Its state without RAM and disks.
     pub state: MachineState,
+    /// To save it: pages of RAM that were written since the last [`WorkMessage::Collect`].
+    pub pages: PageSet,
+}
+
+/// What a save begins with.
+pub struct Tracked {
+    /// What RAM equals but for the pages that are collected.
+    pub base: Option<Base>,
+    /// Whether only what was written is collected, and not all of RAM each time.
+    pub logged: bool,
+    /// Bytes of the machine's state at most.
+    pub state_bytes: u64,
 }
 
 /// Why the guest is to be stopped.
@@ -101,6 +129,30 @@ pub enum Freeze {
 
 /// What a job's thread asks of the main thread.
 pub enum WorkMessage {
+    /// Log what the guest writes.
+    Track {
+        /// Gets what is known of RAM.
+        reply: Sender<Result<Tracked, WorkError>>,
+    },
+    /// Tell which pages of RAM were written, since the base or the last time.
+    Collect {
+        /// Gets them.
+        reply: Sender<Result<PageSet, WorkError>>,
+    },
+    /// Let the guest that was stopped to be saved run on.
+    Thaw {
+        /// What is still to be saved is in RAM, guarded: RAM may not be replaced.
+        guarded: bool,
+    },
+    /// That is over.
+    Unguarded,
+    /// The checkpoint is there.
+    Saved {
+        /// It, as a base.
+        base: Base,
+        /// What was done.
+        report: SaveReport,
+    },
     /// Stop the guest.
     Freeze {
         /// Why.
@@ -160,7 +212,7 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
-        Task::Save(target, about) => save::save(target, about, context),
+        Task::Save(target, mode, about) => save::save(&target, mode, about, context),
         Task::Load(target, mode) => load::load(&target, mode, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;
@@ -178,6 +230,18 @@ fn run(task: Task, context: &WorkContext) -> Outcome {
 impl WorkContext {
     fn resolve(&self, names: &[String]) -> Result<Vec<Arc<Node>>, WorkError> {
         Ok(snapshot::resolve(names, |name| self.graph.get(name))?)
+    }
+
+    fn track(&self) -> Result<Tracked, WorkError> {
+        self.ask(|reply| WorkMessage::Track { reply })
+    }
+
+    fn collect(&self) -> Result<PageSet, WorkError> {
+        self.ask(|reply| WorkMessage::Collect { reply })
+    }
+
+    fn send(&self, message: WorkMessage) {
+        self.mailbox.send(Message::Work(message));
     }
 
     fn freeze(&self, purpose: Freeze) -> Result<Frozen, WorkError> {

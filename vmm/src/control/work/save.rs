@@ -1,49 +1,188 @@
-//! snapshot-save: the guest stands still while RAM and disks are saved.
+//! snapshot-save: see `docs/live-checkpoints.md` for the order.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use snapshot::{About, Lineage, SaveRequest, Stamp};
-use tracing::info;
+use snapshot::fault::guard::WriteGuard;
+use snapshot::save::{Machine, Room, Save, SaveSetup, set_aside};
+use snapshot::{About, Lineage, PageSet, SaveError, SaveImages, Stamp};
+use tracing::{info, warn};
 
-use super::{Freeze, Frozen, IO_THREADS, Outcome, Target, WorkContext, WorkError};
+use super::{
+    Freeze, Frozen, IO_THREADS, Outcome, SaveMode, Target, Tracked, WorkContext, WorkError,
+    WorkMessage,
+};
 
-pub(super) fn save(target: Target, about: About, context: &WorkContext) -> Outcome {
+/// Bytes after which another round of copying, guest running, gains nothing.
+const FEW: u64 = 1 << 20;
+/// Rounds at most before the guest is stopped.
+const ROUNDS: usize = 8;
+/// Bytes that are copied in a pause at most. Where more is dirty, the guest goes on, and what is dirty
+/// is write-protected.
+const ASIDE: u64 = 4 << 20;
+/// Pages there is room for before the pause, as many as are copied in about a millisecond.
+const ROOM: u64 = FEW / snapshot::PAGE_SIZE;
+
+pub(super) fn save(
+    target: &Target,
+    mode: SaveMode,
+    about: About,
+    context: &WorkContext,
+) -> Outcome {
     let Target { tag, vmstate, devices } = target;
-    let nodes = context.resolve(&devices)?;
-    snapshot::preflight_save(&nodes, &vmstate, &tag)?;
-    // A page that is not there would be taken for one of zeroes.
-    context.read_missing()?;
-    let Frozen { state } = context.freeze(Freeze::Save)?;
-    let stamp = stamp(tag, state.clock.kvmclock_ns);
-    let ancestors = context.lineage.get();
-    let about = About { ancestors: ancestors.stamps().to_vec(), ..about };
-    let request = SaveRequest {
+    let nodes = context.resolve(devices)?;
+    snapshot::preflight_save(&nodes, vmstate, tag)?;
+    let Tracked { base, logged, state_bytes } = context.track()?;
+    let stamp = stamp(tag, 0);
+    let images = SaveImages::of(&nodes, vmstate);
+    let setup = SaveSetup {
         nodes: &nodes,
-        vmstate: &vmstate,
-        stamp: stamp.clone(),
-        about,
-        config: &context.config,
-        sections: state.to_sections()?,
+        vmstate,
+        stamp: &stamp,
+        base: base.as_ref(),
+        // A page that is not there would be taken for one of zeroes.
+        absent: context.missing.as_ref().is_some_and(|missing| missing.ram.missing_bytes() > 0),
+        state_bytes,
         ram: &context.memory,
         progress: &context.progress,
         threads: IO_THREADS,
     };
-    match snapshot::save(request) {
-        Ok(report) => {
-            info!("saved {report:?}");
-            context.lineage.set(Lineage::at(stamp, ancestors.stamps()));
-            Ok(())
+    let save = Save::begin(&images, setup).map_err(failed)?;
+    let waits = context.missing.as_ref().is_some_and(|missing| missing.ram.failing().is_some());
+    if waits || !save.is_incremental() {
+        // What is missing is the base's, and is shared with it; all of RAM has to be read otherwise,
+        // and what the guest waits for, or it could not be stopped.
+        context.read_missing()?;
+    }
+    let running = Running { save, context, tag, about, all: !logged };
+    match mode {
+        SaveMode::Live if logged => running.live(),
+        _ => running.stop(),
+    }
+}
+
+struct Running<'a> {
+    save: Save<'a>,
+    context: &'a WorkContext,
+    tag: &'a str,
+    about: About,
+    /// All of RAM is to be written, whatever is dirty.
+    all: bool,
+}
+
+impl Running<'_> {
+    /// The guest stands still until all is written.
+    fn stop(mut self) -> Outcome {
+        let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
+        self.save.switch().map_err(failed)?;
+        let pages = self.with_all(pages);
+        self.save.write(&pages).map_err(failed)?;
+        self.finish(&state)
+    }
+
+    /// The guest stands still for the switch only.
+    fn live(mut self) -> Outcome {
+        if self.copy_ahead()? {
+            let room = Room::new(ROOM);
+            let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
+            if pages.bytes() <= ASIDE {
+                self.save.switch().map_err(failed)?;
+                let aside = set_aside(&self.context.memory, pages, room);
+                self.context.send(WorkMessage::Thaw { guarded: false });
+                self.save.write_aside(&aside).map_err(failed)?;
+                return self.finish(&state);
+            }
+            self.context.send(WorkMessage::Thaw { guarded: false });
+            self.save.write(&pages).map_err(failed)?;
         }
-        Err(snapshot::SaveError::Cancelled) => Err(WorkError::Cancelled),
-        Err(error) => Err(error.into()),
+        // Memory can be watched for one thing at a time.
+        self.context.read_missing()?;
+        match WriteGuard::start(&self.context.memory) {
+            Ok(guard) => self.guarded(guard),
+            Err(error) => {
+                warn!(
+                    "the guest dirties memory faster than it is saved, and the host does not let us \
+                     write-protect it ({error}): it stands still meanwhile"
+                );
+                self.stop()
+            }
+        }
+    }
+
+    /// What is dirty is write-protected, not copied: the guest writes more than a pause can copy.
+    fn guarded(mut self, guard: WriteGuard) -> Outcome {
+        let dirty = self.context.collect()?;
+        guard.arm(&dirty)?;
+        let Frozen { state, pages: again } = self.context.freeze(Freeze::Save)?;
+        guard.arm(&again)?;
+        self.save.switch().map_err(failed)?;
+        guard.switch();
+        self.context.send(WorkMessage::Thaw { guarded: true });
+        let mut all = dirty;
+        all.union(&again);
+        self.save.write_kept(&guard, all.count()).map_err(failed)?;
+        drop(guard);
+        self.context.send(WorkMessage::Unguarded);
+        self.finish(&state)
+    }
+
+    /// Copies while the guest runs, until little is left; false if it does not become little.
+    fn copy_ahead(&mut self) -> Result<bool, WorkError> {
+        let mut last = u64::MAX;
+        for _ in 0..ROUNDS {
+            let pages = self.context.collect()?;
+            let pages = self.with_all(pages);
+            let bytes = pages.bytes();
+            self.save.write(&pages).map_err(failed)?;
+            if bytes <= FEW {
+                return Ok(true);
+            }
+            if bytes > last / 2 {
+                break;
+            }
+            last = bytes;
+        }
+        Ok(false)
+    }
+
+    /// The pages that differ from what the checkpoint has so far: all of them, at the beginning of a save
+    /// that is built upon nothing.
+    fn with_all(&self, mut pages: PageSet) -> PageSet {
+        if self.all || !self.save.is_incremental() && self.save.stored_bytes() == 0 {
+            pages.insert_all();
+        }
+        pages
+    }
+
+    fn finish(self, state: &crate::machine::state::MachineState) -> Outcome {
+        let Self { save, context, tag, about, .. } = self;
+        let stamp = stamp(tag, state.clock.kvmclock_ns);
+        let ancestors = context.lineage.get();
+        let machine = Machine {
+            config: &context.config,
+            about: About { ancestors: ancestors.stamps().to_vec(), ..about },
+            sections: state.to_sections()?,
+            stamp: stamp.clone(),
+        };
+        let (report, base) = save.finish(machine).map_err(failed)?;
+        info!("saved {report:?}");
+        context.lineage.set(Lineage::at(stamp, ancestors.stamps()));
+        context.send(WorkMessage::Saved { base, report });
+        Ok(())
+    }
+}
+
+fn failed(error: SaveError) -> WorkError {
+    match error {
+        SaveError::Cancelled => WorkError::Cancelled,
+        error => error.into(),
     }
 }
 
 /// Date and clock of a checkpoint: microseconds, as QEMU's.
-fn stamp(tag: String, vm_clock_nsec: u64) -> Stamp {
+fn stamp(tag: &str, vm_clock_nsec: u64) -> Stamp {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Stamp {
-        tag,
+        tag: tag.to_owned(),
         date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
         date_nsec: now.subsec_micros() * 1000,
         vm_clock_nsec,
