@@ -91,7 +91,7 @@ fn check(guest: &mut Monitor, ranges: &[Range<u64>]) {
     }
 }
 
-fn ticks_per_ms(guest: &mut Monitor) -> f64 {
+pub(crate) fn ticks_per_ms(guest: &mut Monitor) -> f64 {
     let (start, tsc) = (Instant::now(), guest.tsc());
     std::thread::sleep(Duration::from_millis(100));
     (guest.tsc() - tsc) as f64 / start.elapsed().as_secs_f64() / 1e3

@@ -4,7 +4,7 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`, or `forks`.
+//! only; or `snapshots`, or `forks`, or `live` and sizes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -12,6 +12,7 @@ mod checkpoint;
 mod disk;
 mod forks;
 mod images;
+mod live;
 mod nbd;
 mod program;
 mod queue;
@@ -26,10 +27,10 @@ use program::Program;
 use report::Report;
 
 /// Used RAM in MiB.
-const SIZES: &[u64] = &[256, 1024, 4096];
+pub(crate) const SIZES: &[u64] = &[256, 1024, 4096];
 
 /// Measurements of each kind; the report tells their median.
-const ROUNDS: usize = 3;
+pub(crate) const ROUNDS: usize = 3;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -43,6 +44,7 @@ fn main() {
     match &args[..] {
         [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
+        [what, sizes @ ..] if what == "live" => live::measure(sizes, &dir, &mut report),
         [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
         [what] if what == "forks" => {
             if tardigrade_tests::require::kvm() {
@@ -54,6 +56,7 @@ fn main() {
                 machines(&args, &dir, &mut report);
                 forks::measure(&dir, &mut report);
             }
+            live::measure(&args, &dir, &mut report);
             nbd::measure(&dir, "", &mut report);
             queue::measure(&dir, "", &mut report);
             snapshots::measure(&dir, &mut report);
@@ -88,7 +91,7 @@ fn machines(args: &[String], dir: &Path, report: &mut Report) {
 }
 
 /// Tardigrade, and QEMU where it is installed.
-fn programs(report: &mut Report) -> Vec<Program> {
+pub(crate) fn programs(report: &mut Report) -> Vec<Program> {
     match program::qemu_version() {
         Some(version) => {
             report.note(&format!("QEMU: {version}"));

@@ -137,6 +137,13 @@ impl Machine {
         start.elapsed()
     }
 
+    /// Bytes that the process had written to disks so far.
+    pub(crate) fn bytes_written(&self) -> u64 {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.child.id())).unwrap();
+        let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: "));
+        line.unwrap().parse().unwrap()
+    }
+
     pub(crate) fn quit(mut self) {
         self.connect().execute("quit", json!({})).unwrap();
         self.child.wait().unwrap();

@@ -76,7 +76,7 @@ impl Report {
         middle(self.values.iter().filter(is_it).map(|measured| measured.value).collect())
     }
 
-    fn sizes(&self, what: &str) -> Vec<u64> {
+    pub(crate) fn sizes(&self, what: &str) -> Vec<u64> {
         let mut sizes: Vec<u64> =
             self.values.iter().filter(|m| m.what == what).map(|m| m.size).collect();
         sizes.sort_unstable();
@@ -204,7 +204,7 @@ impl Report {
     }
 }
 
-fn number(value: Option<f64>, digits: usize) -> String {
+pub(crate) fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
 }
 
