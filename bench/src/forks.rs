@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp::client::Client;
+use serde_json::json;
 use tardigrade_tests::baremetal::{Monitor, image};
 use tardigrade_tests::disk::qemu_img;
 
@@ -70,16 +71,23 @@ fn run(image: &Path, dir: &Path, count: usize, report: &mut Report) {
     let before = cached_and_used();
     let start = Instant::now();
     let forks: Vec<_> = (0..count).map(|at| fork(image, dir, at)).collect();
-    let mut guests: Vec<_> = forks.iter().map(|fork| wait(fork, start)).collect();
+    let mut qmp: Vec<_> = forks.iter().map(|fork| wait(fork, start)).collect();
+    // This guest never idles: one at a time, or they would measure each other.
+    let mut each = |work: &mut dyn FnMut(&mut Monitor)| {
+        for (fork, qmp) in forks.iter().zip(&mut qmp) {
+            qmp.execute("cont", json!({})).unwrap();
+            work(&mut Monitor::connect(&fork.serial));
+            qmp.execute("stop", json!({})).unwrap();
+        }
+    };
+    each(&mut |guest| {
+        guest.tsc();
+    });
     report.add("forks running ms", "Tardigrade", size, start.elapsed().as_secs_f64() * 1e3);
     report.add("fork PSS MiB", "Tardigrade", size, pss(&forks));
-    for guest in &mut guests {
-        guest.verify(START..USED * MIB, 1);
-    }
+    each(&mut |guest| guest.verify(START..USED * MIB, 1));
     report.add("fork PSS after reads MiB", "Tardigrade", size, pss(&forks));
-    for guest in &mut guests {
-        guest.fill(START..START + WRITTEN * MIB, 2);
-    }
+    each(&mut |guest| guest.fill(START..START + WRITTEN * MIB, 2));
     report.add("fork PSS after writes MiB", "Tardigrade", size, pss(&forks));
     let used = cached_and_used().saturating_sub(before);
     report.add("host memory for forks MiB", "Tardigrade", size, used as f64 / 1024.0);
@@ -88,6 +96,7 @@ fn run(image: &Path, dir: &Path, count: usize, report: &mut Report) {
 fn fork(image: &Path, dir: &Path, at: usize) -> Fork {
     let serial = dir.join(format!("serial{at}"));
     let child = Command::new(tardigrade())
+        .arg("-S")
         .args(["--fork", &format!("{}#base", image.display())])
         .args(["--serial", &format!("unix:{},server=on,wait=off", serial.display())])
         .args([
@@ -102,18 +111,18 @@ fn fork(image: &Path, dir: &Path, at: usize) -> Fork {
     Fork { child, serial }
 }
 
-/// Waits until the guest answers.
-fn wait(fork: &Fork, start: Instant) -> Monitor {
+/// Waits until all is done but to let the guest run.
+fn wait(fork: &Fork, start: Instant) -> Client {
     let qmp = fork.serial.with_file_name(
         fork.serial.file_name().unwrap().to_str().unwrap().replace("serial", "qmp"),
     );
-    while Client::connect_with(&qmp, PATIENCE).is_err() {
-        assert!(start.elapsed() < PATIENCE, "a fork does not start");
+    loop {
+        match Client::connect_with(&qmp, PATIENCE) {
+            Ok(client) => return client,
+            Err(error) => assert!(start.elapsed() < PATIENCE, "a fork does not start: {error}"),
+        }
         std::thread::sleep(Duration::from_micros(200));
     }
-    let mut monitor = Monitor::connect(&fork.serial);
-    monitor.tsc();
-    monitor
 }
 
 /// What a fork takes on average, in MiB: its own memory, and its share of what is shared.
