@@ -53,11 +53,16 @@ pub(crate) fn measure(program: Program, used: u64, dir: &Path, report: &mut Repo
     add("pause ms", gap as f64 / ticks);
 
     forget_cached(&disk);
+    let start = Instant::now();
     let loaded = machine.job("snapshot-load", "bench");
     add("load s", loaded.as_secs_f64());
     // What runs now is what was saved: a guest that watches the time.
     guest.end_watch();
+    add("load answer ms", start.elapsed().as_secs_f64() * 1e3);
     check(&mut guest, &ranges);
+    add("load look s", look_at_all(&mut guest, &ranges, start).as_secs_f64());
+    let again = look_at_all(&mut guest, &ranges, Instant::now());
+    add("look s", again.as_secs_f64());
     machine.quit();
 
     forget_cached(&disk);
@@ -81,6 +86,14 @@ fn used_ranges(used: u64) -> Vec<Range<u64>> {
     let above = end.saturating_sub(low_end);
     let parts = [FREE..end.min(low_end), HIGH_RAM..HIGH_RAM + above];
     parts.into_iter().filter(|range| !range.is_empty()).collect()
+}
+
+/// Lets the guest look at every word it has in use; the time since `start`.
+fn look_at_all(guest: &mut Monitor, ranges: &[Range<u64>], start: Instant) -> Duration {
+    for range in ranges {
+        guest.verify(range.clone(), SEED);
+    }
+    start.elapsed()
 }
 
 /// The first and the last MiB of each range must be there.

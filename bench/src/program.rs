@@ -120,14 +120,25 @@ impl Machine {
         self.child.id()
     }
 
-    fn connect(&self) -> Client {
+    pub(crate) fn connect(&self) -> Client {
         Client::connect_with(&self.qmp, PATIENCE).unwrap()
     }
 
     /// Runs a snapshot job; gives the time from command to conclusion.
     pub(crate) fn job(&mut self, command: &str, tag: &str) -> Duration {
-        self.jobs += 1;
         let mut qmp = self.connect();
+        self.job_on(&mut qmp, command, tag)
+    }
+
+    /// Bytes that were put back by loads of the checkpoint that the guest ran from; none of QEMU.
+    pub(crate) fn rewound(&self) -> Option<u64> {
+        let told = self.connect().execute("x-query-load", json!({})).ok()?;
+        told["rewound"].as_u64()
+    }
+
+    /// As [`Machine::job`], on a connection that is there.
+    pub(crate) fn job_on(&mut self, qmp: &mut Client, command: &str, tag: &str) -> Duration {
+        self.jobs += 1;
         let start = Instant::now();
         let arguments = json!({
             "job-id": format!("job{}", self.jobs), "tag": tag,

@@ -100,6 +100,7 @@ impl Report {
         self.rate_table(text, "Load in the running process", "load s", read);
         self.rate_table(text, "Revive in a new process", "revive s", read);
         self.pause_table(text);
+        self.load_table(text);
         self.start_table(text);
     }
 
@@ -182,6 +183,27 @@ impl Report {
                 value("pause ms", QEMU),
                 value("pause ms", QEMU_DIRECT),
                 value("idle gap ms", OURS)
+            );
+        }
+        let _ = writeln!(text);
+    }
+
+    fn load_table(&self, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "| After a load: RAM in use | answer, ours, ms | QEMU, ms | load and look, ours, s | QEMU, s | look alone, ours, s |\n\
+             |---|---:|---:|---:|---:|---:|"
+        );
+        for size in self.sizes("load answer ms") {
+            let value = |what, who, digits| number(self.median(what, who, size), digits);
+            let _ = writeln!(
+                text,
+                "| {size} MiB | {} | {} | {} | {} | {} |",
+                value("load answer ms", OURS, 1),
+                value("load answer ms", QEMU, 1),
+                value("load look s", OURS, 3),
+                value("load look s", QEMU, 3),
+                value("look s", OURS, 3)
             );
         }
         let _ = writeln!(text);

@@ -119,6 +119,12 @@ pub trait Format: Send + Sync {
         Err(self.no_snapshots())
     }
 
+    /// Whether the disk is known to be unchanged since it was that of snapshot `id` (not a tag),
+    /// because the snapshot was made or gone back to then.
+    fn is_at_snapshot(&self, _id: &str) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Starts deleting the snapshot `id` (not a tag).
     fn delete_snapshot(&self, _id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
         Err(self.no_snapshots())

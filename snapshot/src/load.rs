@@ -8,7 +8,7 @@ use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
 use crate::GuestMemory;
 use crate::about::{Lineage, Stamp};
 use crate::config::{CONFIG_KIND, CheckpointConfig, Difference, MachineConfig, decode_config};
-use crate::fault::{LazyHost, LazyRam, Notify, Source};
+use crate::fault::{LazyHost, LazyRam, Notify, Orders, Source};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
 use crate::format::ram::RamLayout;
@@ -195,6 +195,18 @@ impl Checkpoint {
         }
     }
 
+    /// Each node with its image and its snapshot, in the order they were given.
+    pub(crate) fn parts(
+        &self,
+    ) -> impl Iterator<Item = (&Arc<Node>, &Arc<dyn Format>, &SnapshotInfo)> {
+        self.nodes.iter().map(|found| (&found.node, &found.format, &found.snapshot))
+    }
+
+    /// Which of them holds the VM state.
+    pub(crate) fn vmstate_at(&self) -> usize {
+        self.vmstate
+    }
+
     /// Name of the node that holds the VM state.
     pub fn vmstate_node(&self) -> &str {
         self.carrier().node.name()
@@ -258,18 +270,24 @@ impl Checkpoint {
     }
 
     /// Empties guest RAM, unless it is `fresh` as for [`Checkpoint::read_ram`], and has its pages
-    /// read when they are needed. The vCPUs are stopped, and the devices' threads too, until this
+    /// read when they are needed, and ahead of that in the order that `orders` has. The vCPUs are stopped, and the devices' threads too, until this
     /// returns.
     pub fn lend_ram(
         &self,
         host: LazyHost,
         ram: &GuestMemory,
         fresh: bool,
+        orders: &Arc<Orders>,
         notify: Notify,
     ) -> Result<LazyRam, LoadError> {
         let stored = self.stored(ram)?;
         let Found { format, snapshot, .. } = self.carrier();
-        let source = Source { format: format.clone(), id: snapshot.id.clone() };
+        let source = Source {
+            format: format.clone(),
+            id: snapshot.id.clone(),
+            base: self.base(),
+            orders: orders.clone(),
+        };
         LazyRam::start(host, source, stored, &self.area.layout, ram, fresh, notify)
             .map_err(|source| self.unread(source))
     }

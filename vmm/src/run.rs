@@ -317,7 +317,8 @@ fn revive(
         WorkError::Cancelled => fail("it was cancelled".to_owned()),
     };
     let revival = Revival::open(&nodes, target, &config, &memory, machine.shape()).map_err(text)?;
-    let ram = Ram { memory: &memory, fresh: true, presence: machine.devices().presence() };
+    let (presence, orders) = (machine.devices().presence(), &Arc::default());
+    let ram = Ram { memory: &memory, fresh: true, presence, orders };
     let missing =
         revival.revive(ram, lazy_host(mode), &Progress::default(), mailbox).map_err(text)?;
     revival.revert_disks().map_err(text)?;

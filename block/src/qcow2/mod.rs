@@ -511,6 +511,10 @@ impl Format for Qcow2 {
         Ok(Box::new(snapshot::Revert::begin(self, id)?))
     }
 
+    fn is_at_snapshot(&self, id: &str) -> Result<bool> {
+        snapshot::is_current(self, id)
+    }
+
     fn delete_snapshot(&self, id: &str) -> Result<Box<dyn SnapshotChange + '_>> {
         Ok(Box::new(snapshot::Delete::begin(self, id)?))
     }

@@ -80,8 +80,8 @@ command_enum! {
     SnapshotLoad(SnapshotLoadArguments) = "snapshot-load" -> ();
     /// Starts a job that deletes a checkpoint.
     SnapshotDelete(SnapshotDeleteArguments) = "snapshot-delete" -> ();
-    /// How much of RAM a lazy load has still to read.
-    QueryMissing = "x-query-missing" -> MissingInfo;
+    /// What a lazy load has still to read of RAM, and how many loads were done quickly.
+    QueryLoad = "x-query-load" -> LoadInfo;
     /// The checkpoints on the machine's disks, the oldest first, with ancestry and sizes.
     QueryCheckpoints(QueryCheckpointsArguments) = "x-query-checkpoints" -> Vec<CheckpointInfo>;
     /// How long saves kept the guest standing.

@@ -224,10 +224,15 @@ objects! {
         "running" running: bool,
     }
 
-    /// From `x-query-missing`.
-    MissingInfo {
+    /// From `x-query-load`.
+    LoadInfo {
         /// Bytes of RAM that are in the image alone; 0 when all is read.
-        "bytes" bytes: u64,
+        "missing" missing: u64,
+        /// How many loads since the start went back to the checkpoint that the guest ran from, and put
+        /// back only what it had written.
+        "rewinds" rewinds: u64,
+        /// Bytes that they put back, all together.
+        "rewound" rewound: u64,
         /// The checkpoint that they are of.
         "tag" tag: Option<String>,
         /// The node that holds it.

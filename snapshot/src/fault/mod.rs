@@ -20,13 +20,14 @@
 //! that cannot be read stays missing, and who needs it waits.
 
 pub mod guard;
+mod order;
 mod scratch;
 mod service;
 mod uffd;
 mod units;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -39,6 +40,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::format::ram::RamLayout;
 use crate::memory::{self, set_aside};
 use crate::revive::Stored;
+use crate::track::Base;
+use order::Order;
+pub use order::Orders;
 use scratch::Scratch;
 use uffd::Uffd;
 use units::Units;
@@ -48,6 +52,10 @@ pub(crate) struct Source {
     pub(crate) format: Arc<dyn Format>,
     /// The snapshot's id.
     pub(crate) id: String,
+    /// The checkpoint.
+    pub(crate) base: Base,
+    /// What was touched first after earlier loads.
+    pub(crate) orders: Arc<Orders>,
 }
 
 impl Source {
@@ -82,6 +90,12 @@ impl LazyHost {
     pub fn open() -> io::Result<Self> {
         Uffd::open().map(Self)
     }
+
+    /// Whether RAM can be emptied and watched: all of it is anonymous memory. What is mapped from a
+    /// file would come back.
+    pub fn can_serve(ram: &GuestMemory) -> bool {
+        memory::slices(ram).iter().all(memory::RamSlice::is_anonymous)
+    }
 }
 
 /// What is done with a page that cannot be read.
@@ -104,6 +118,8 @@ struct State {
     told: bool,
     /// Failed units are to be tried again.
     retry: bool,
+    /// How often that was asked for: an attempt begun before the last time says nothing.
+    retries: u64,
     /// Reading ahead ended with an error, until the next retry.
     stalled: bool,
     lost: bool,
@@ -120,6 +136,10 @@ struct Shared {
     /// What is watched: host address and length.
     ranges: Vec<(usize, u64)>,
     source: Source,
+    /// What is read ahead first.
+    first: Order,
+    /// How much of `first` was taken by those who read ahead.
+    first_taken: AtomicUsize,
     /// Wakes the thread that serves faults.
     control: EventFd,
     state: Mutex<State>,
@@ -172,6 +192,7 @@ impl LazyRam {
             reason: None,
             told: false,
             retry: false,
+            retries: 0,
             stalled: false,
             lost: false,
             stop: false,
@@ -181,6 +202,8 @@ impl LazyRam {
             uffd,
             units,
             ranges,
+            first: source.orders.of(&source.base),
+            first_taken: AtomicUsize::new(0),
             source,
             control,
             state: Mutex::new(state),
@@ -234,6 +257,7 @@ impl LazyRam {
     pub fn retry(&self) {
         self.shared.change(|state| {
             state.retry = true;
+            state.retries += 1;
             state.told = false;
             state.stalled = false;
         });

@@ -8,6 +8,7 @@ use std::thread;
 
 use block::snapshot::VmStateRead;
 
+use super::order::{Order, has_room};
 use super::scratch::Scratch;
 use super::units::{Claim, Piece};
 use super::{Notice, Policy, Shared};
@@ -36,7 +37,15 @@ pub(super) fn run(shared: &Shared, opened: &Sender<block::Result<()>>) {
                 tracing::warn!("RAM is not read ahead: {error}");
             }
         }
-        Faults { shared, vmstate: &*vmstate, scratch: Scratch::new(1), busy: Vec::new() }.serve();
+        let mut faults = Faults {
+            shared,
+            vmstate: &*vmstate,
+            scratch: Scratch::new(1),
+            busy: Vec::new(),
+            touched: Order::new(),
+        };
+        faults.serve();
+        shared.source.orders.learn(&shared.source.base, &faults.touched);
         // Also where serving ended by an error of the host.
         shared.stop.store(true, Ordering::Release);
         shared.change(|state| state.stop = true);
@@ -75,35 +84,66 @@ impl Shared {
     fn read_ahead(&self, vmstate: &dyn VmStateRead) {
         let mut scratch = Scratch::new(AHEAD);
         let mut from = 0;
-        while self.may_read_ahead() {
+        while let Some(attempt) = self.may_read_ahead() {
             let units = &self.units;
+            let first = self.first.get(self.first_taken.fetch_add(1, Ordering::Relaxed));
+            if let Some(piece) = first.and_then(|unit| units.claim_run(*unit, 1)) {
+                self.fill_ahead(vmstate, &piece, &mut scratch, attempt);
+                continue;
+            }
+            if first.is_some() {
+                continue;
+            }
             let next = (from..units.len()).find_map(|unit| units.claim_run(unit, AHEAD));
             let Some(piece) = next else {
                 if from == 0 {
-                    return;
+                    self.wait_for_missing();
                 }
                 // What others gave back.
                 from = 0;
                 continue;
             };
             from = piece.unit + piece.count;
-            if let Err(error) = self.fill(vmstate, &piece, &mut scratch) {
-                tracing::warn!("RAM cannot be read ahead: {error}");
-                self.state().stalled = true;
-                self.give_back(&piece);
-            }
+            self.fill_ahead(vmstate, &piece, &mut scratch, attempt);
         }
     }
 
-    /// Waits while there is a reason not to; false if there is nothing to be done any more.
-    fn may_read_ahead(&self) -> bool {
+    fn fill_ahead(
+        &self,
+        vmstate: &dyn VmStateRead,
+        piece: &Piece,
+        scratch: &mut Scratch,
+        attempt: u64,
+    ) {
+        if let Err(error) = self.fill(vmstate, piece, scratch) {
+            tracing::warn!("RAM cannot be read ahead: {error}");
+            let mut state = self.state();
+            state.stalled |= state.retries == attempt;
+            drop(state);
+            self.give_back(piece);
+        }
+    }
+
+    /// All that is left is being read by others: waits until they have, or have failed to.
+    fn wait_for_missing(&self) {
+        let state = self.state();
+        // Who gives a unit back takes the lock in between that and telling it.
+        let missing = (0..self.units.len()).any(|unit| self.units.is_missing(unit));
+        if !missing && !state.stop && self.units.left() > 0 {
+            drop(self.changed.wait(state).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Waits while there is a reason not to; none if there is nothing to be done any more. Gives the
+    /// number of the attempt.
+    fn may_read_ahead(&self) -> Option<u64> {
         let mut state = self.state();
         loop {
             if state.stop || self.units.left() == 0 {
-                return false;
+                return None;
             }
             if state.policy == Policy::Hold && !state.stalled {
-                return true;
+                return Some(state.retries);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -131,10 +171,12 @@ struct Faults<'a> {
     scratch: Scratch,
     /// Units that someone waits for while another thread reads them.
     busy: Vec<usize>,
+    /// Units that faulted and were not there.
+    touched: Order,
 }
 
 impl Faults<'_> {
-    fn serve(mut self) {
+    fn serve(&mut self) {
         let shared = self.shared;
         let mut addresses = Vec::new();
         loop {
@@ -179,10 +221,11 @@ impl Faults<'_> {
     fn unit(&mut self, unit: usize) {
         let shared = self.shared;
         let piece = shared.units.piece(unit, 1);
+        let attempt = shared.state().retries;
         let done = match shared.units.claim(unit) {
-            Claim::Read => match shared.fill(self.vmstate, &piece, &mut self.scratch) {
+            Claim::Read => match self.read(&piece) {
                 Ok(()) => Ok(()),
-                Err(error) => return self.failed(&piece, &error),
+                Err(error) => return self.failed(&piece, &error, attempt),
             },
             Claim::Zero => {
                 let zeroed = shared.uffd.zero(piece.host, piece.len);
@@ -200,7 +243,15 @@ impl Faults<'_> {
         }
     }
 
-    fn failed(&mut self, piece: &Piece, error: &block::Error) {
+    fn read(&mut self, piece: &Piece) -> block::Result<()> {
+        self.shared.fill(self.vmstate, piece, &mut self.scratch)?;
+        if has_room(&self.touched) {
+            self.touched.push(piece.unit);
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, piece: &Piece, error: &block::Error, attempt: u64) {
         let shared = self.shared;
         let text = error.to_string();
         let mut state = shared.state();
@@ -218,14 +269,19 @@ impl Faults<'_> {
             }
             return;
         }
+        if state.retries != attempt {
+            // What made it fail may be mended by now.
+            drop(state);
+            self.busy.push(piece.unit);
+            return shared.give_back(piece);
+        }
         state.failed.push(piece.unit);
         let tell = !std::mem::replace(&mut state.told, true);
         if tell {
             state.reason = Some(text.clone());
         }
         drop(state);
-        shared.units.give_back(piece);
-        shared.changed.notify_all();
+        shared.give_back(piece);
         if tell {
             (shared.notify)(Notice::Failing(text));
         }

@@ -76,6 +76,14 @@ impl<'a> RamSlice<'a> {
         unsafe { ReadBuf::from_raw(self.host(offset, len), index(len)) }
     }
 
+    /// Replaces the bytes from `offset` on.
+    pub(crate) fn put(&self, offset: u64, bytes: &[u8]) {
+        let to = self.host(offset, bytes.len() as u64);
+        // SAFETY: `host` checked that the range is inside the mapped region; the bytes are the
+        // caller's own, as no reference to guest memory exists.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
     /// Makes the bytes zero, giving their pages back to the host where that does it.
     pub(crate) fn clear(&self, offset: u64, len: u64) {
         if !(self.is_anonymous() && self.drop_pages(offset, len).is_ok()) {

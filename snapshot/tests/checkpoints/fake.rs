@@ -38,6 +38,8 @@ pub(crate) struct FakeImage {
     /// Steps that fail, by name, and how often each is let through before.
     faults: Mutex<BTreeMap<&'static str, usize>>,
     on_write: Mutex<Option<Hook>>,
+    /// Where VM state was read, while someone wants to know.
+    reads: Mutex<Option<Vec<u64>>>,
     /// Changes begun and neither finished nor rolled back.
     open_changes: AtomicUsize,
 }
@@ -55,6 +57,7 @@ impl FakeImage {
             disk: Mutex::new(Disk { data: vec![0x11; 4096], snapshots: Vec::new() }),
             faults: Mutex::default(),
             on_write: Mutex::default(),
+            reads: Mutex::default(),
             open_changes: AtomicUsize::new(0),
         })
     }
@@ -78,6 +81,13 @@ impl FakeImage {
 
     pub(crate) fn on_write(&self, hook: impl Fn() + Send + 'static) {
         *self.on_write.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// The offsets of all reads of VM state during `work`.
+    pub(crate) fn reads_of(&self, work: impl FnOnce()) -> Vec<u64> {
+        *self.reads.lock().unwrap() = Some(Vec::new());
+        work();
+        self.reads.lock().unwrap().take().unwrap()
     }
 
     pub(crate) fn open_changes(&self) -> usize {
@@ -361,6 +371,9 @@ impl VmStateRead for Reader<'_> {
 
     fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
         self.image.step("read")?;
+        if let Some(reads) = &mut *self.image.reads.lock().unwrap() {
+            reads.push(offset);
+        }
         let cluster = self.image.cluster;
         let mut at = offset;
         for buf in bufs {

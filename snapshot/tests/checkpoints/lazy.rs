@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use block::Progress;
-use snapshot::{Checkpoint, GuestMemory, LazyHost, LazyRam, Notice};
+use snapshot::{Checkpoint, GuestMemory, LazyHost, LazyRam, Notice, Orders};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::support::{MIB, Machine, contents, new_ram};
@@ -25,6 +25,17 @@ fn lend(
     ram: &GuestMemory,
     fresh: bool,
 ) -> Option<(LazyRam, Receiver<Notice>)> {
+    lend_in_order(machine, tag, ram, fresh, &Arc::default())
+}
+
+/// The same, reading ahead what `orders` says.
+fn lend_in_order(
+    machine: &Machine,
+    tag: &str,
+    ram: &GuestMemory,
+    fresh: bool,
+    orders: &Arc<Orders>,
+) -> Option<(LazyRam, Receiver<Notice>)> {
     let (sender, notices) = channel();
     let sender = Mutex::new(sender);
     let notify = move |notice| {
@@ -33,7 +44,7 @@ fn lend(
     };
     let checkpoint = Checkpoint::open(&machine.nodes, "d0", tag).unwrap();
     checkpoint.check_machine(&machine.config, ram).unwrap();
-    let lazy = checkpoint.lend_ram(host()?, ram, fresh, Box::new(notify)).unwrap();
+    let lazy = checkpoint.lend_ram(host()?, ram, fresh, orders, Box::new(notify)).unwrap();
     Some((lazy, notices))
 }
 
@@ -223,4 +234,26 @@ fn many_threads_that_touch_at_random_see_the_checkpoint() {
         lazy.complete(&Progress::default()).unwrap();
         assert!(contents(&ram) == *before);
     }
+}
+
+#[test]
+fn what_was_touched_first_is_read_ahead_first() {
+    let machine = Machine::new(65536);
+    machine.save("t").unwrap();
+    let orders = Arc::default();
+    let ram = new_ram();
+    let Some((lazy, _notices)) = lend_in_order(&machine, "t", &ram, true, &orders) else { return };
+    // The last of what is stored.
+    let last = 9 * MIB - 4096;
+    assert_eq!(look(&ram, last).join().unwrap(), 2);
+    lazy.abandon();
+
+    let ram = new_ram();
+    let Some((lazy, notices)) = lend_in_order(&machine, "t", &ram, true, &orders) else { return };
+    let reads = machine.images[0].reads_of(|| {
+        lazy.restored();
+        assert_eq!(next(&notices), Notice::Complete);
+    });
+    // RAM starts at 4 MiB of the VM state; two threads read ahead.
+    assert!(reads[..2].contains(&((4 * MIB + last) / 65536 * 65536)), "{reads:x?}");
 }

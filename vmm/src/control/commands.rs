@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use qmp::schema::{
-    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadMode, MissingInfo, NameInfo,
+    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadInfo, LoadMode, NameInfo,
     ShutdownCause, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo, UuidInfo,
 };
 use serde::Serialize;
@@ -70,7 +70,7 @@ impl Controller {
                 let task = Task::Delete { tag: arguments.tag, devices: arguments.devices };
                 self.add_job(arguments.job_id, task)
             }
-            Command::QueryMissing => value(&self.missing_info()),
+            Command::QueryLoad => value(&self.load_info()),
             Command::QueryCheckpointStats => value(&self.pauses.stats()),
             Command::QueryJobs => value(&self.jobs.query()),
             Command::JobCancel(arguments) => self.cancel_job(&arguments.id).and_then(|()| done()),
@@ -91,15 +91,15 @@ impl Controller {
         StatusInfo { status: self.state, running: self.state == RunState::Running }
     }
 
-    fn missing_info(&self) -> MissingInfo {
-        match self.machine.missing() {
-            Some(missing) => MissingInfo {
-                bytes: missing.ram.missing_bytes(),
-                tag: Some(missing.tag.clone()),
-                node_name: Some(missing.node.clone()),
-                error: missing.ram.failing(),
-            },
-            None => MissingInfo { bytes: 0, tag: None, node_name: None, error: None },
+    fn load_info(&self) -> LoadInfo {
+        let missing = self.machine.missing();
+        LoadInfo {
+            missing: missing.map_or(0, |missing| missing.ram.missing_bytes()),
+            rewinds: self.rewinds,
+            rewound: self.rewound_bytes,
+            tag: missing.map(|missing| missing.tag.clone()),
+            node_name: missing.map(|missing| missing.node.clone()),
+            error: missing.and_then(|missing| missing.ram.failing()),
         }
     }
 

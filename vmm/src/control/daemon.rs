@@ -27,7 +27,7 @@ pub const WITHOUT: &[&str] = &[
     "stop",
     "cont",
     "system_reset",
-    "x-query-missing",
+    "x-query-load",
     "x-query-checkpoint-stats",
     "snapshot-save",
     "snapshot-load",

@@ -10,6 +10,7 @@ mod commands;
 pub mod daemon;
 pub mod mailbox;
 mod pauses;
+mod rewind;
 mod run_state;
 mod snapshot_jobs;
 pub mod work;
@@ -100,6 +101,14 @@ pub struct Controller {
     signals: UnixStream,
     jobs: SnapshotJobs,
     pauses: Pauses,
+    /// What guests touched first after loads.
+    orders: Arc<snapshot::Orders>,
+    /// The checkpoint loaded last.
+    rewind: Option<rewind::Rewind>,
+    /// How often it was gone back to by [`rewind`].
+    rewinds: u64,
+    /// What that has put back.
+    rewound_bytes: u64,
     state: RunState,
     /// Set while a job keeps the guest stopped.
     hold: Option<Hold>,
@@ -128,6 +137,10 @@ impl Controller {
             mailbox: parts.mailbox,
             jobs: SnapshotJobs::new(events.clone()),
             pauses: Pauses::default(),
+            orders: Arc::default(),
+            rewind: None,
+            rewinds: 0,
+            rewound_bytes: 0,
             server: parts.server,
             requests: parts.requests,
             events,

@@ -109,6 +109,9 @@ impl Controller {
     /// # Errors
     /// The guest cannot be stopped; the machine is in state internal-error then.
     pub(super) fn hold_guest(&mut self, state: RunState) -> Result<(), WorkError> {
+        if self.hold.is_some() {
+            return Ok(());
+        }
         let (before, since) = (self.state, Instant::now());
         self.stop_in(state);
         // What it waited for has come, or it would not be asked.

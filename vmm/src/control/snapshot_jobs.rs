@@ -15,7 +15,10 @@ use tracing::error;
 use super::Controller;
 use super::mailbox::Message;
 use super::pauses::nanoseconds;
-use super::work::{self, Freeze, Frozen, Task, Tracked, WorkContext, WorkError, WorkMessage};
+use super::rewind::Rewind;
+use super::work::{
+    self, Freeze, Frozen, Loaded, Task, Tracked, WorkContext, WorkError, WorkMessage,
+};
 use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
@@ -24,7 +27,9 @@ use crate::machine::state::MachineState;
 pub(super) struct SnapshotJobs {
     list: Jobs,
     waiting: VecDeque<Waiting>,
-    current: Option<Current>,
+    pub(super) current: Option<Current>,
+    /// The load that [`WorkMessage::Rewind`] is for.
+    pub(super) rewinding: Option<Task>,
 }
 
 struct Waiting {
@@ -33,19 +38,20 @@ struct Waiting {
     handle: Handle,
 }
 
-struct Current {
-    id: String,
-    handle: Handle,
-    thread: JoinHandle<()>,
+pub(super) struct Current {
+    pub(super) id: String,
+    pub(super) handle: Handle,
+    /// None for what the main thread does itself.
+    thread: Option<JoinHandle<()>>,
 }
 
 /// What the job list and the main thread know of a job's work.
 #[derive(Clone, Default)]
-struct Handle {
-    progress: Arc<Progress>,
+pub(super) struct Handle {
+    pub(super) progress: Arc<Progress>,
     /// Set when a cancel would leave the guest without its memory.
-    committed: Arc<AtomicBool>,
-    memory_lost: Arc<AtomicBool>,
+    pub(super) committed: Arc<AtomicBool>,
+    pub(super) memory_lost: Arc<AtomicBool>,
     report: Arc<Mutex<WorkReport>>,
 }
 
@@ -77,6 +83,7 @@ impl SnapshotJobs {
             list: Jobs::new(move |event| events.emit(event)),
             waiting: VecDeque::new(),
             current: None,
+            rewinding: None,
         }
     }
 
@@ -150,24 +157,41 @@ impl Controller {
     fn start_next_job(&mut self) {
         while self.jobs.current.is_none() && !self.ending {
             let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
-            let context = WorkContext {
-                graph: Arc::clone(self.blocks.graph()),
-                memory: self.machine.memory().clone(),
-                config: recorded::describe(&self.machine),
-                shape: self.machine.shape(),
-                presence: self.machine.devices().presence().clone(),
-                missing: self.machine.missing().cloned(),
-                lineage: Arc::clone(self.blocks.lineage()),
-                progress: Arc::clone(&handle.progress),
-                memory_lost: Arc::clone(&handle.memory_lost),
-                mailbox: self.mailbox.clone(),
-            };
-            match work::start(task, context) {
-                Ok(thread) => self.jobs.current = Some(Current { id, handle, thread }),
-                Err(error) => {
-                    let text = format!("Cannot start the job's thread: {error}");
-                    self.jobs.finish(&id, Err(WorkError::Failed(text)));
-                }
+            if let Task::Load(target, mode) = &task
+                && self.can_rewind(target, *mode)
+            {
+                self.jobs.current = Some(Current { id, handle, thread: None });
+                self.jobs.rewinding = Some(task);
+                // Not at once: the client is answered first.
+                return self.mailbox.send(Message::Work(WorkMessage::Rewind));
+            }
+            self.start_job(id, task, handle);
+        }
+    }
+
+    /// Starts the thread of a job.
+    pub(super) fn start_job(&mut self, id: String, task: Task, handle: Handle) {
+        let context = WorkContext {
+            graph: Arc::clone(self.blocks.graph()),
+            memory: self.machine.memory().clone(),
+            config: recorded::describe(&self.machine),
+            shape: self.machine.shape(),
+            presence: self.machine.devices().presence().clone(),
+            orders: Arc::clone(&self.orders),
+            missing: self.machine.missing().cloned(),
+            lineage: Arc::clone(self.blocks.lineage()),
+            progress: Arc::clone(&handle.progress),
+            memory_lost: Arc::clone(&handle.memory_lost),
+            mailbox: self.mailbox.clone(),
+        };
+        match work::start(task, context) {
+            Ok(thread) => {
+                self.jobs.current = Some(Current { id, handle, thread: Some(thread) });
+            }
+            Err(error) => {
+                let text = format!("Cannot start the job's thread: {error}");
+                self.release_guest(false, false);
+                self.jobs.finish(&id, Err(WorkError::Failed(text)));
             }
         }
     }
@@ -203,10 +227,14 @@ impl Controller {
                     job.incremental = Some(report.incremental);
                 });
             }
-            WorkMessage::Restore { state, base, missing, reply } => {
+            WorkMessage::Restore { loaded, reply } => {
+                let Loaded { state, base, rewinder, target, missing } = *loaded;
                 self.inbox.guest_replaced();
-                let _ = reply.send(self.restore(&state, base, missing));
+                let restored = self.restore(&state, base.clone(), missing);
+                self.rewind = restored.is_ok().then(|| Rewind::new(target, base, state, rewinder));
+                let _ = reply.send(restored);
             }
+            WorkMessage::Rewind => self.rewind_now(),
             WorkMessage::Done(outcome) => self.job_done(outcome),
         }
     }
@@ -309,7 +337,7 @@ impl Controller {
         Ok(frozen)
     }
 
-    fn job_done(&mut self, outcome: work::Outcome) {
+    pub(super) fn job_done(&mut self, outcome: work::Outcome) {
         let lost = |current: &Current| current.handle.memory_lost.load(Ordering::Acquire);
         let memory_lost = self.jobs.current.as_ref().is_some_and(lost);
         if memory_lost && outcome.is_err() {
@@ -321,7 +349,7 @@ impl Controller {
         self.guarded = false;
         self.release_guest(outcome.is_ok(), memory_lost);
         let Some(current) = self.jobs.current.take() else { return };
-        if current.thread.join().is_err() {
+        if current.thread.is_some_and(|thread| thread.join().is_err()) {
             error!("the thread of job '{}' has panicked", current.id);
         }
         self.jobs.finish(&current.id, outcome);

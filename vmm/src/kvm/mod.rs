@@ -78,6 +78,15 @@ impl<T> IoctlContext<T> for std::result::Result<T, kvm_ioctls::Error> {
     }
 }
 
+/// Whether KVM is known to let the processor walk the guest's page tables, and so to need no shadow
+/// of them. There is no capability for that, only the parameters of Intel's and AMD's modules.
+pub fn nested_paging() -> bool {
+    ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"].iter().any(|parameter| {
+        let text = std::fs::read_to_string(format!("/sys/module/{parameter}"));
+        text.is_ok_and(|text| matches!(text.trim(), "Y" | "1"))
+    })
+}
+
 /// Opens KVM and checks that it has what the machine needs.
 pub fn open() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(Error::Open)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::{GuestMemory, Presence};
-use snapshot::{Checkpoint, LazyHost, LazyRam, LoadError, Notice};
+use snapshot::{Checkpoint, LazyHost, LazyRam, LoadError, Notice, Orders};
 
 use crate::control::mailbox::{Mailbox, Message};
 
@@ -31,6 +31,7 @@ impl Missing {
         memory: &GuestMemory,
         fresh: bool,
         presence: &Presence,
+        orders: &Arc<Orders>,
         mailbox: &Mailbox,
     ) -> Result<Arc<Self>, LoadError> {
         static LOADS: AtomicU64 = AtomicU64::new(0);
@@ -45,7 +46,7 @@ impl Missing {
             }
             mailbox.send(Message::Missing { id, notice });
         };
-        let ram = checkpoint.lend_ram(host, memory, fresh, Box::new(notify))?;
+        let ram = checkpoint.lend_ram(host, memory, fresh, orders, Box::new(notify))?;
         let tag = checkpoint.info().tag.clone();
         Ok(Arc::new(Self { id, tag, node: checkpoint.vmstate_node().to_owned(), ram }))
     }

@@ -21,7 +21,7 @@ use ::devices::GuestMemory;
 use block::Graph;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use snapshot::{Base, PageSet, Tracker};
+use snapshot::{Base, PageSet, Rewinder, Tracker};
 
 use crate::boot::{self, Boot, BootSpec};
 use crate::bus::Bus;
@@ -61,6 +61,8 @@ pub struct Machine {
     pristine: MachineState,
     /// The guest's clock while paused; the host's clock does not count it then.
     clock: ClockState,
+    /// KVM has no shadow of the guest's page tables.
+    nested_paging: bool,
     /// RAM that is still in an image.
     missing: Option<Arc<Missing>>,
     /// The vCPUs were told to stop, and those that can have; see [`Machine::halt`].
@@ -134,6 +136,7 @@ impl Machine {
             info,
             pristine,
             clock,
+            nested_paging: kvm::nested_paging(),
             missing: None,
             halted: false,
         })
@@ -306,6 +309,29 @@ impl Machine {
         if let Some(base) = base {
             self.tracker.loaded(base);
         }
+        self.put(state)
+    }
+
+    /// Puts back the pages that were written since the base of RAM. The machine must be paused, and
+    /// [`Machine::note_written`] have been called since. After an error RAM is as it was.
+    ///
+    /// # Errors
+    /// As [`Rewinder::put_back`].
+    pub fn put_back(&self, rewinder: &mut Rewinder) -> block::Result<()> {
+        rewinder.put_back(&self.memory, self.tracker.dirty())
+    }
+
+    /// Replaces the state of the paused machine after [`Machine::put_back`]: RAM is that of `base`.
+    pub fn restore_rewound(&mut self, state: &MachineState, base: Base) -> Result<(), Error> {
+        if !self.nested_paging {
+            memory::forget_shadow_pages(&self.vm, &self.memory)?;
+        }
+        self.tracker.loaded(base);
+        self.put(state)
+    }
+
+    /// vCPUs, interrupt chips, devices and clock.
+    fn put(&mut self, state: &MachineState) -> Result<(), Error> {
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
         state.irqchip.restore(&self.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {

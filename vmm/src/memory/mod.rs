@@ -196,6 +196,30 @@ pub fn forget_translations(
     Ok(())
 }
 
+/// As [`forget_translations`], where the host has changed some pages of RAM only: what KVM knows of
+/// the rest, and what it has logged, stays.
+///
+/// KVM drops all its shadow page tables when any memory slot goes, so one is made for that, at a
+/// place where the guest has nothing.
+pub fn forget_shadow_pages(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    let size = usize::try_from(layout::PAGE_SIZE).unwrap_or_default();
+    let page =
+        vm_memory::MmapRegion::<()>::new(size).map_err(|source| Error::Map { size, source })?;
+    for memory_size in [layout::PAGE_SIZE, 0] {
+        let slot = kvm_userspace_memory_region {
+            slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+            flags: 0,
+            guest_phys_addr: layout::KVM_RESERVED_END,
+            memory_size,
+            userspace_addr: page.as_ptr() as u64,
+        };
+        // SAFETY: the slot is of a live mapping of that size, and is gone again before it.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
+    }
+    Ok(())
+}
+
 /// Sets the memory slot of each region; a size of 0 removes it.
 fn set_slots(
     vm: &VmFd,

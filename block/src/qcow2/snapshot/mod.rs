@@ -5,6 +5,7 @@
 
 mod area;
 mod create;
+mod current;
 mod delete;
 mod disk;
 mod point;
@@ -17,6 +18,7 @@ mod view;
 mod vmstate;
 
 pub(super) use create::Create;
+pub(super) use current::is_current;
 pub(super) use delete::Delete;
 pub(super) use disk::SnapshotDisk;
 pub(super) use point::Point;

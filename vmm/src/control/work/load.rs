@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 use block::{Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig};
+use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig, Orders, Rewinder};
 use tracing::{info, warn};
 
-use super::{Freeze, IO_THREADS, Outcome, Target, WorkContext, WorkError};
+use super::{Freeze, IO_THREADS, Loaded, Outcome, Target, WorkContext, WorkError, WorkMessage};
 use crate::control::mailbox::Mailbox;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
@@ -29,11 +29,15 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     if let Some(earlier) = &context.missing {
         earlier.ram.abandon();
     }
-    let ram = Ram { memory: &context.memory, fresh: false, presence: &context.presence };
+    let (presence, orders) = (&context.presence, &context.orders);
+    let ram = Ram { memory: &context.memory, fresh: false, presence, orders };
     let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
     disks.revert()?;
-    let (base, lineage) = (revival.base(), revival.lineage());
-    context.restore(revival.state, base, missing)?;
+    let (base, rewinder) = (revival.base(), Rewinder::new(&revival.checkpoint));
+    let lineage = revival.lineage();
+    let (state, target) = (Box::new(revival.state), target.clone());
+    let loaded = Box::new(Loaded { state, base, rewinder, target, missing });
+    context.ask(|reply| WorkMessage::Restore { loaded, reply })?;
     context.lineage.set(lineage);
     Ok(())
 }
@@ -62,6 +66,8 @@ pub struct Ram<'a> {
     pub fresh: bool,
     /// Tells the devices that pages may be missing.
     pub presence: &'a Presence,
+    /// What is read ahead first.
+    pub orders: &'a Arc<Orders>,
 }
 
 /// A checkpoint on its way into a machine: checked and decoded, nothing touched yet.
@@ -112,17 +118,17 @@ impl Revival {
     /// The image cannot be read, or the host refuses.
     pub fn revive(
         &self,
-        Ram { memory, fresh, presence }: Ram<'_>,
+        Ram { memory, fresh, presence, orders }: Ram<'_>,
         host: Option<LazyHost>,
         progress: &Progress,
         mailbox: &Mailbox,
     ) -> Result<Option<Arc<Missing>>, WorkError> {
-        let Some(host) = host else {
+        let Some(host) = host.filter(|_| LazyHost::can_serve(memory)) else {
             let report = self.checkpoint.read_ram(memory, fresh, IO_THREADS, progress)?;
             info!("loaded {report:?}");
             return Ok(None);
         };
-        let lent = Missing::lend(&self.checkpoint, host, memory, fresh, presence, mailbox)?;
+        let lent = Missing::lend(&self.checkpoint, host, memory, fresh, presence, orders, mailbox)?;
         // For the job, what comes when it is needed is there.
         let bytes = self.checkpoint.layout().ram_bytes();
         progress.add_total(bytes);

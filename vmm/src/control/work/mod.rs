@@ -35,7 +35,7 @@ use std::thread::JoinHandle;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{About, Base, MachineConfig, PageSet, SaveReport};
+use snapshot::{About, Base, MachineConfig, Orders, PageSet, Rewinder, SaveReport};
 use tracing::info;
 
 pub use self::load::{Ram, Revival, lazy_host};
@@ -73,7 +73,7 @@ pub enum SaveMode {
 }
 
 /// A checkpoint and where it is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// Its tag.
     pub tag: String,
@@ -127,6 +127,20 @@ pub enum Freeze {
     Load(Box<MachineState>),
 }
 
+/// A checkpoint whose RAM and disks are in place.
+pub struct Loaded {
+    /// Its vCPUs and devices.
+    pub state: Box<MachineState>,
+    /// What RAM is based on now.
+    pub base: Base,
+    /// What is needed to go back to it.
+    pub rewinder: Rewinder,
+    /// What was asked for.
+    pub target: Target,
+    /// RAM that is still to be read.
+    pub missing: Option<Arc<Missing>>,
+}
+
 /// What a job's thread asks of the main thread.
 pub enum WorkMessage {
     /// Log what the guest writes.
@@ -162,15 +176,13 @@ pub enum WorkMessage {
     },
     /// Put this state on the stopped machine.
     Restore {
-        /// The state.
-        state: Box<MachineState>,
-        /// The checkpoint whose RAM is in place.
-        base: Base,
-        /// RAM that is still to be read.
-        missing: Option<Arc<Missing>>,
+        /// The state, and what is to be remembered of it.
+        loaded: Box<Loaded>,
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
     },
+    /// Go back to the checkpoint that RAM is based on: the main thread's message to itself.
+    Rewind,
     /// The job is over.
     Done(Outcome),
 }
@@ -187,6 +199,8 @@ pub struct WorkContext {
     pub shape: Shape,
     /// Tells the devices that pages may be missing.
     pub presence: Presence,
+    /// What guests touched first after earlier loads.
+    pub orders: Arc<Orders>,
     /// What an earlier load has still to read.
     pub missing: Option<Arc<Missing>>,
     /// Where its guest comes from.
@@ -246,11 +260,6 @@ impl WorkContext {
 
     fn freeze(&self, purpose: Freeze) -> Result<Frozen, WorkError> {
         self.ask(|reply| WorkMessage::Freeze { purpose, reply })
-    }
-
-    fn restore(&self, state: MachineState, base: Base, missing: Option<Arc<Missing>>) -> Outcome {
-        let state = Box::new(state);
-        self.ask(|reply| WorkMessage::Restore { state, base, missing, reply })
     }
 
     /// Reads what an earlier load has left in its image, guest running.

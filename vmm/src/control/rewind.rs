@@ -1,0 +1,121 @@
+//! Going back to the checkpoint that the guest runs from: a load that costs what the guest has
+//! written since, done by the main thread itself.
+//!
+//! It is tried for every load, and asks nothing that a load does not: same arguments, same
+//! checkpoint on the same images, RAM based on it, no disk written, not too many pages. Where one of
+//! these does not hold, the load goes the long way.
+
+use std::sync::atomic::Ordering;
+
+use block::Node;
+use qmp::schema::{LoadMode, RunState};
+use snapshot::rewind::MOST_PAGES;
+use snapshot::{Base, Rewinder};
+use tracing::{debug, error};
+
+use super::Controller;
+use super::snapshot_jobs::Current;
+use super::work::{Outcome, Target, Task, WorkError};
+use crate::machine::state::MachineState;
+
+/// What is kept of the last load.
+pub(super) struct Rewind {
+    /// What was asked for.
+    target: Target,
+    base: Base,
+    state: Box<MachineState>,
+    rewinder: Rewinder,
+}
+
+impl Rewind {
+    pub(super) fn new(
+        target: Target,
+        base: Base,
+        state: Box<MachineState>,
+        rewinder: Rewinder,
+    ) -> Self {
+        Self { target, base, state, rewinder }
+    }
+}
+
+impl Controller {
+    /// Whether a load can be done by [`Controller::rewind_now`], as far as it can be known while the
+    /// guest runs.
+    pub(super) fn can_rewind(&mut self, target: &Target, mode: LoadMode) -> bool {
+        // Eager promises that nothing is missing.
+        let unread = mode == LoadMode::Eager && self.machine.missing().is_some();
+        let running = matches!(self.state, RunState::Running | RunState::Paused);
+        if !running || unread || !self.is_last_load(target) {
+            return false;
+        }
+        // Few pages now can be many later; many pages stay many.
+        self.machine.note_written().is_ok() && self.may_put_back()
+    }
+
+    /// Whether the load of `target` was the last, RAM is based on it, and its disks are unchanged.
+    fn is_last_load(&mut self, target: &Target) -> bool {
+        let Some(rewind) = &self.rewind else { return false };
+        if rewind.target != *target || self.machine.tracker().base() != Some(&rewind.base) {
+            return false;
+        }
+        let graph = self.blocks.graph();
+        let nodes = snapshot::resolve(&target.devices, |name| graph.get(name));
+        nodes.is_ok_and(|nodes: Vec<std::sync::Arc<Node>>| {
+            rewind.rewinder.is_current(&nodes, &target.vmstate, &target.tag)
+        })
+    }
+
+    fn may_put_back(&mut self) -> bool {
+        self.machine.tracker().dirty().count() <= MOST_PAGES
+    }
+
+    /// Does the load that [`Controller::can_rewind`] was asked of, or starts it the long way.
+    pub(super) fn rewind_now(&mut self) {
+        let Some(Task::Load(target, mode)) = self.jobs.rewinding.take() else { return };
+        match self.try_rewind(&target) {
+            Some(outcome) => self.job_done(outcome),
+            None => {
+                let Some(Current { id, handle, .. }) = self.jobs.current.take() else { return };
+                self.start_job(id, Task::Load(target, mode), handle);
+            }
+        }
+    }
+
+    /// None where it has to go the long way; nothing was touched then.
+    fn try_rewind(&mut self, target: &Target) -> Option<Outcome> {
+        let current = self.jobs.current.as_ref()?;
+        let handle = current.handle.clone();
+        if self.ending || handle.progress.check().is_err() {
+            return Some(Err(WorkError::Cancelled));
+        }
+        if let Err(error) = self.hold_guest(RunState::RestoreVm) {
+            return Some(Err(error));
+        }
+        // The guest stands still: what holds now stays so.
+        let noted = self.machine.note_written();
+        if noted.is_err() || !self.may_put_back() || !self.is_last_load(target) {
+            return None;
+        }
+        let rewind = self.rewind.as_mut()?;
+        if let Err(error) = self.machine.put_back(&mut rewind.rewinder) {
+            debug!("the long way back to '{}': {error}", target.tag);
+            return None;
+        }
+        let put_back = self.machine.tracker().dirty().bytes();
+        handle.committed.store(true, Ordering::Release);
+        handle.memory_lost.store(true, Ordering::Release);
+        self.inbox.guest_replaced();
+        let bytes = self.machine.spec().ram_bytes;
+        handle.progress.add_total(bytes);
+        handle.progress.advance(bytes);
+        let restored = self.machine.restore_rewound(&rewind.state, rewind.base.clone());
+        if restored.is_ok() {
+            self.rewinds += 1;
+            self.rewound_bytes += put_back;
+        }
+        Some(restored.map_err(|failure| {
+            error!("the machine cannot be put together again: {failure}");
+            WorkError::from(failure)
+        }))
+    }
+}
