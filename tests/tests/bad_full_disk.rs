@@ -94,7 +94,9 @@ fn a_save_without_space_fails_gives_all_back_and_works_once_there_is_space() {
         let before = small.free();
         let tag = format!("full{round}");
         let (result, events) = vm.job("snapshot-save", snapshot(&tag, &both));
-        assert_eq!(events, stopped, "{left} bytes left: {result:?}");
+        // The first copy is made with the guest running: a save that ends there never stops it.
+        let never = result.is_err() && events.is_empty();
+        assert!(never || events == stopped, "{left} bytes left: {result:?}, {events:?}");
         vm.check_alive();
         if let Err(error) = result {
             failures += 1;

@@ -156,7 +156,7 @@ fn without_io_uring_threads_serve_the_data_and_the_daemon_says_so() {
 }
 
 #[test]
-fn status_tells_of_nodes_and_exports_and_snapshot_commands_say_there_is_no_guest() {
+fn status_and_list_work_on_a_daemon_and_what_needs_a_guest_says_so() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("r.raw"), [0; 4096]).unwrap();
     let file = dir.path().join("r.raw").display().to_string();
@@ -175,7 +175,10 @@ fn status_tells_of_nodes_and_exports_and_snapshot_commands_say_there_is_no_guest
         String::from_utf8(status.stdout).unwrap(),
         format!("state:  storage daemon, no guest\nnode:   d writable {file}\nexport: e of d\n")
     );
-    for args in [&["list"][..], &["save", "t"], &["load", "t"], &["delete", "t"]] {
+    let list = run(&["snapshot", "list", "--qmp", &qmp]);
+    assert!(list.status.success(), "{list:?}");
+    assert_eq!(String::from_utf8(list.stdout).unwrap(), "No checkpoints.\n");
+    for args in [&["save", "t"], &["load", "t"], &["delete", "t"]] {
         let refused = run(&[&["snapshot", args[0], "--qmp", &qmp], &args[1..]].concat());
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();

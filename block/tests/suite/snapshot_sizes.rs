@@ -33,8 +33,8 @@ fn what_is_alone_is_what_a_deletion_gives_back() {
     common::write(format, 0, &vec![1; 2 * MIB]);
     save_with_state(format, "one");
     let sizes = |tag: &str| format.snapshot_sizes(&id_of(format, tag)).unwrap();
-    // The L1 table; the L2 table and 32 clusters are the active disk's, too.
-    assert_eq!(sizes("one").disk, Share { alone: CLUSTER, shared: 33 * CLUSTER });
+    // L1 and L2 table: the disk went on with a table of its own. The 32 clusters are the disk's, too.
+    assert_eq!(sizes("one").disk, Share { alone: 2 * CLUSTER, shared: 32 * CLUSTER });
     // 16 clusters and their L2 table.
     assert_eq!(sizes("one").vm_state, Share { alone: 17 * CLUSTER, shared: 0 });
 
@@ -50,7 +50,10 @@ fn what_is_alone_is_what_a_deletion_gives_back() {
 
     let (before, alone) = (allocated(&image), sizes("one"));
     delete(format, "one");
-    assert_eq!(before - allocated(&image), alone.disk.alone + alone.vm_state.alone);
+    let given_back = before - allocated(&image);
+    // The file system counts blocks: a moved table takes some of those of its cluster, not all.
+    let apart = given_back.abs_diff(alone.disk.alone + alone.vm_state.alone);
+    assert!(apart < CLUSTER, "{given_back} bytes given back, {alone:?}");
     // What "one" and "two" shared without the active disk is now "two"'s alone.
     assert_eq!(sizes("two").disk, Share { alone: 18 * CLUSTER, shared: 16 * CLUSTER });
     assert!(format.snapshot_sizes("one").is_err(), "a tag is no id");
