@@ -21,11 +21,15 @@ const TIME: Duration = Duration::from_secs(5);
 
 /// A guest that fills memory at CPL 3 without an end, and is taken back to its beginning. It dirties
 /// as much as it gets to between two loads.
+///
+/// Of QEMU there is the time of a load in the table of checkpoints: it has no cheaper way back, and
+/// does not come to an end with this guest.
 pub(crate) fn measure(programs: &[Program], dir: &Path, report: &mut Report) {
+    let programs: Vec<_> = programs.iter().filter(|&&one| one == Program::Tardigrade).collect();
     for &ram in SIZES {
-        for program in programs {
+        for program in &programs {
             eprintln!("{} goes back, {ram} MiB of RAM", program.name());
-            loads(*program, ram, dir, report);
+            loads(**program, ram, dir, report);
         }
     }
     let names: Vec<_> = programs.iter().map(|program| program.name()).collect();
