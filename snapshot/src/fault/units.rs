@@ -272,7 +272,9 @@ mod tests {
         let ranges = units.ranges();
         assert_eq!(ranges, [(units.regions[1].host + (1 << 20), 4096)]);
         let unit = units.at(ranges[0].0 + 4095).unwrap();
-        assert_eq!(units.at(ranges[0].0 + 4096), None);
+        // The host may have put the other region right behind it.
+        let behind = units.at(ranges[0].0 + 4096);
+        assert!(behind.is_none_or(|unit| unit < units.regions[1].first), "{behind:?}");
         let piece = units.claim_run(unit, 8).unwrap();
         assert_eq!((piece.len, piece.count), (4096, 1));
         assert!(units.filled(&piece));
