@@ -7,6 +7,11 @@ use super::monitor::{Monitor, Routine};
 /// RFLAGS: carry, parity, adjust, zero, sign, interrupt, direction, overflow, ID, and the bit that
 /// is always set. Not the I/O privilege level, which not every KVM gives to CPL 3.
 const FLAGS: u64 = 0x20_0ed7;
+/// RFLAGS: an instruction that has faulted is tried again. Processors set it in what they push for a
+/// fault, and clear it when the instruction is over: it comes and goes where memory comes late.
+const RESUME: u64 = 1 << 16;
+/// Where RFLAGS is among the general registers.
+const FLAGS_AT: usize = 15;
 /// XMM and x87 registers in the FXSAVE area: 8 of 10 bytes every 16, then 16 of 16.
 const X87: usize = 32;
 const XMM: usize = 160;
@@ -75,7 +80,8 @@ impl Registers {
         monitor.answer().unwrap();
         let bytes = monitor.bytes(DUMP, 0x400);
         let general = bytes[..GENERAL].as_chunks::<8>().0;
-        let general = general.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        let mut general: Vec<_> = general.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        general[FLAGS_AT] &= !RESUME;
         let mut fxsave = bytes[0x200..].to_vec();
         // Not part of what was set: last opcode and addresses, the mask of MXCSR, the free space.
         fxsave[6..24].fill(0);
