@@ -17,6 +17,9 @@
 //!
 //! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
 //! when the job lets go. A vCPU that cannot go on leads to internal-error.
+//!
+//! A reset replaces RAM, which a guarded save reads after it has let the guest go: whether the reset comes
+//! before that or after, the guest stands still until the save has read all, and is reset then.
 
 use std::time::Instant;
 
@@ -128,9 +131,13 @@ impl Controller {
     }
 
     /// The job is over: the guest goes on as before, if there is one left. `overwritten` tells that
-    /// the job has replaced the guest's memory, or begun to.
+    /// the job has replaced the guest's memory, or begun to. While a save still reads RAM, a guest that
+    /// is to be reset is not let go.
     pub(super) fn release_guest(&mut self, success: bool, overwritten: bool) {
-        let Some(hold) = self.hold.take() else { return };
+        let guarded = self.guarded;
+        let Some(hold) = self.hold.take_if(|hold| !(guarded && hold.reset.is_some())) else {
+            return;
+        };
         // A machine that ends does not run again: what it would do then is in no checkpoint.
         if self.ending {
             return;

@@ -211,6 +211,7 @@ impl Controller {
             }
             WorkMessage::Thaw { guarded } => {
                 self.guarded = guarded;
+                // Not where a reset was asked for in the pause, and must wait.
                 self.release_guest(true, false);
             }
             WorkMessage::Unguarded => {
