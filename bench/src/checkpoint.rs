@@ -80,7 +80,7 @@ pub(crate) fn measure(program: Program, used: u64, dir: &Path, report: &mut Repo
 
 /// Where the guest has so many MiB to fill. QEMU's firmware has its own structures at the end of low
 /// RAM, among them the queue of the disk: they stay.
-fn used_ranges(used: u64) -> Vec<Range<u64>> {
+pub(crate) fn used_ranges(used: u64) -> Vec<Range<u64>> {
     let low_end = LOW_RAM_MAX - FIRMWARE;
     let end = FREE + used * MIB;
     let above = end.saturating_sub(low_end);

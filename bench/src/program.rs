@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp::client::Client;
-use serde_json::json;
+use serde_json::{Value, json};
 use tardigrade_tests::baremetal::Monitor;
 
 /// How long anything may take.
@@ -138,12 +138,30 @@ impl Machine {
 
     /// As [`Machine::job`], on a connection that is there.
     pub(crate) fn job_on(&mut self, qmp: &mut Client, command: &str, tag: &str) -> Duration {
+        self.run_job(qmp, command, tag, &json!({ "vmstate": "disk0" }))
+    }
+
+    /// As [`Machine::job`] for a save or a load, with arguments that only ours has.
+    pub(crate) fn job_with(&mut self, command: &str, tag: &str, more: &Value) -> Duration {
+        let mut arguments = more.clone();
+        arguments["vmstate"] = json!("disk0");
+        let mut qmp = self.connect();
+        self.run_job(&mut qmp, command, tag, &arguments)
+    }
+
+    /// Deletes a checkpoint.
+    pub(crate) fn delete(&mut self, tag: &str) {
+        let mut qmp = self.connect();
+        self.run_job(&mut qmp, "snapshot-delete", tag, &json!({}));
+    }
+
+    fn run_job(&mut self, qmp: &mut Client, command: &str, tag: &str, more: &Value) -> Duration {
         self.jobs += 1;
+        let mut arguments = more.clone();
+        arguments["job-id"] = json!(format!("job{}", self.jobs));
+        arguments["tag"] = json!(tag);
+        arguments["devices"] = json!(["disk0"]);
         let start = Instant::now();
-        let arguments = json!({
-            "job-id": format!("job{}", self.jobs), "tag": tag,
-            "vmstate": "disk0", "devices": ["disk0"]
-        });
         qmp.run_job(command, arguments, PATIENCE).unwrap();
         start.elapsed()
     }

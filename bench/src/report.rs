@@ -72,8 +72,26 @@ impl Report {
 
     /// The median, if anything was measured.
     pub(crate) fn median(&self, what: &str, who: &str, size: u64) -> Option<f64> {
+        middle(self.values(what, who, size))
+    }
+
+    /// The least value that so many parts of 1 of the values do not exceed; 1 is the greatest.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
+    pub(crate) fn quantile(&self, what: &str, who: &str, size: u64, part: f64) -> Option<f64> {
+        let mut values = self.values(what, who, size);
+        values.sort_by(f64::total_cmp);
+        let rank = (part * values.len() as f64).ceil() as usize;
+        values.get(rank.saturating_sub(1)).copied()
+    }
+
+    /// How often it was measured.
+    pub(crate) fn count(&self, what: &str, who: &str, size: u64) -> usize {
+        self.values(what, who, size).len()
+    }
+
+    fn values(&self, what: &str, who: &str, size: u64) -> Vec<f64> {
         let is_it = |m: &&Measured| m.what == what && m.who == who && m.size == size;
-        middle(self.values.iter().filter(is_it).map(|measured| measured.value).collect())
+        self.values.iter().filter(is_it).map(|measured| measured.value).collect()
     }
 
     pub(crate) fn sizes(&self, what: &str) -> Vec<u64> {

@@ -1,0 +1,67 @@
+//! Tables of saves of a running guest.
+
+use std::fmt::Write;
+
+use super::method::Method;
+use super::{RATES, what};
+use crate::report::{Report, number};
+
+/// All of them.
+pub(super) fn all(report: &Report, methods: &[Method]) -> String {
+    let mut text = pauses(report, methods);
+    text += &ours(report);
+    text
+}
+
+/// The longest gap that the guest saw, by method.
+fn pauses(report: &Report, methods: &[Method]) -> String {
+    let mut text = "| Pause of a save, ms: RAM in use | the guest writes, MB/s |".to_owned();
+    for method in methods {
+        let _ = write!(text, " {} |", method.name());
+    }
+    text += " no save |\n|---|---:|";
+    text += &"---:|".repeat(methods.len() + 1);
+    text += "\n";
+    for used in report.sizes("live idle") {
+        for rate in RATES {
+            let _ = write!(text, "| {used} MiB | {rate} |");
+            for method in methods {
+                let pause = report.median(&what("pause", *rate), method.name(), used);
+                let _ = write!(text, " {} |", number(pause, 1));
+            }
+            let idle = report.median("live idle", Method::Live.name(), used);
+            let _ = writeln!(text, " {} |", number(idle, 1));
+        }
+    }
+    text + "\n"
+}
+
+/// What else is known of ours: the spread of pauses, and what the first save and those after it cost.
+fn ours(report: &Report) -> String {
+    let mut text = String::from(
+        "| Saves of a running guest, ours: RAM in use | it writes, MB/s | saves | pause p50, ms | p99 | longest | longest, by its own count | \
+         first, MiB | s | each next, MiB | ms |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    );
+    let name = Method::Live.name();
+    for used in report.sizes("live idle") {
+        for rate in RATES {
+            let pause = what("pause", *rate);
+            let part = |part| number(report.quantile(&pause, name, used, part), 1);
+            let value = |of: &str| report.median(&what(of, *rate), name, used);
+            let _ = writeln!(
+                text,
+                "| {used} MiB | {rate} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                report.count(&pause, name, used),
+                part(0.5),
+                part(0.99),
+                part(1.0),
+                number(report.quantile(&what("told pause", *rate), name, used, 1.0), 1),
+                number(value("first MiB"), 0),
+                number(value("first ms").map(|ms| ms / 1e3), 2),
+                number(value("next MiB"), 1),
+                number(value("next ms"), 0),
+            );
+        }
+    }
+    text + "\n"
+}
