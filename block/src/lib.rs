@@ -11,6 +11,7 @@ pub mod error;
 pub mod format;
 pub mod graph;
 pub mod iobuf;
+pub mod jobs;
 mod lock;
 pub mod nbd;
 pub mod node;
@@ -24,6 +25,7 @@ pub mod raw;
 pub mod snapshot;
 pub mod status;
 pub mod storage;
+pub mod throttle;
 
 pub use create_file::{FileCreateOptions, create_file, create_raw};
 pub use error::{Error, Result};
@@ -38,3 +40,4 @@ pub use snapshot::{
     DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, SnapshotSizes, VmStateRead,
 };
 pub use status::StatusExtent;
+pub use throttle::Throttle;
