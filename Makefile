@@ -44,10 +44,7 @@ fuzz:
 	fuzz/run.sh $(SECONDS)
 
 crash-test:
-	@scripts/setup.sh test
-	cargo build --package vmm --locked
-	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test crash -- --nocapture
-	CRASH_POINTS=$${CRASH_POINTS:-120000} cargo test --package block --locked --test suite twin
+	scripts/crash-test.sh
 
 space-test:
 	@scripts/setup.sh test
