@@ -96,6 +96,7 @@ pub(super) fn file_options(flags: Flags, (locking, aio): (Locking, Aio)) -> File
         locking,
         aio,
         force_share: flags.force_share,
+        transfer_limit: None,
     }
 }
 

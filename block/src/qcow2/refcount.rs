@@ -53,14 +53,17 @@ fn set(table: &mut Table, index: usize, order: u32, value: u64) {
 }
 
 impl Refcounts {
-    /// Reads the refcount table.
+    /// Reads the refcount table, as far as the file has it: a header may claim more, which would read
+    /// as zeroes.
     pub(crate) fn open(
         storage: &Arc<dyn Storage>,
         header: &Header,
         cache_bytes: u64,
     ) -> Result<Self> {
         let geometry = header.geometry;
-        let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
+        let claimed = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
+        let there = storage.len()?.saturating_sub(header.refcount_table_offset);
+        let len = there.min(claimed).next_multiple_of(geometry.cluster_size());
         let mut bytes = vec![0; to_usize(len)];
         storage.read_at(header.refcount_table_offset, &[ReadBuf::new(&mut bytes)])?;
         let table: Vec<u64> =
@@ -106,16 +109,27 @@ impl Refcounts {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason }
     }
 
-    /// Refuses a table with blocks past the end of the file, or with a block twice: the search for free clusters would take as long as
-    /// such a table claims, and what is counted there could not be right.
+    /// Refuses what cannot be written with: a table that goes on past the end of the file, where data would be
+    /// written over it; blocks past the end, or a block twice: the search for free clusters would take as
+    /// long as such a table claims, and what is counted there could not be right.
     pub(crate) fn check_blocks(&self) -> Result<()> {
+        let len = self.storage.len()?;
+        let beyond = |what: String| {
+            self.corrupt(format!(
+                "{what}, beyond the end of the file ({len} bytes); is the file truncated?"
+            ))
+        };
+        if self.geometry.clusters(to_u64(self.table.len()) * 8) < self.table_run.count {
+            return Err(beyond(format!(
+                "the refcount table at {:#x} has {} clusters",
+                self.geometry.offset_of(self.table_run.first),
+                self.table_run.count
+            )));
+        }
         let mut blocks: Vec<u64> = self.table.iter().copied().filter(|e| *e != 0).collect();
         blocks.sort_unstable();
-        let len = self.storage.len()?;
         if let Some(last) = blocks.last().filter(|last| **last >= len) {
-            return Err(self.corrupt(format!(
-                "the refcount table refers to a block at {last:#x}, beyond the end of the file ({len} bytes); is the file truncated?"
-            )));
+            return Err(beyond(format!("the refcount table refers to a block at {last:#x}")));
         }
         match blocks.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(self.corrupt(format!(

@@ -45,8 +45,8 @@ pub(super) struct Transfer {
     len: u64,
     done: u64,
     iovs: Vec<libc::iovec>,
-    /// The buffers without what is done, once something is.
-    rest: Vec<libc::iovec>,
+    /// What the next system call is given, if that is not all of them.
+    next: Vec<libc::iovec>,
     parts: Vec<Part>,
     /// Direct I/O was refused by the file system.
     refused: bool,
@@ -73,8 +73,8 @@ impl Transfer {
         offset: u64,
         Lists { iovs, parts }: Lists,
     ) -> Self {
-        let rest = Vec::new();
-        Self { storage, write, offset, len: 0, done: 0, iovs, rest, parts, refused: false }
+        let next = Vec::new();
+        Self { storage, write, offset, len: 0, done: 0, iovs, next, parts, refused: false }
     }
 
     /// What is left of it for the next.
@@ -154,13 +154,20 @@ impl Transfer {
         self.storage.file()
     }
 
-    /// What is left: descriptor, whether it is direct, buffers and offset.
-    pub(super) fn rest<'a>(
+    /// Nothing more is added to it. A file whose calls are limited gets a part at first.
+    pub(super) fn close(&mut self) {
+        if self.file().is_some_and(|file| file.at_once(self.len) < self.len) {
+            self.next = self.cut(true);
+        }
+    }
+
+    /// What comes next: descriptor, whether it is direct, buffers and offset.
+    pub(super) fn next<'a>(
         &'a self,
         file: &'a FileStorage,
     ) -> (BorrowedFd<'a>, bool, &'a [libc::iovec], u64) {
         let offset = self.offset + self.done;
-        let iovs = if self.done == 0 { &self.iovs } else { &self.rest };
+        let iovs = if self.next.is_empty() { &self.iovs } else { &self.next };
         let parts = iovs.iter().map(|iov| (iov.iov_base.cast_const().cast::<u8>(), iov.iov_len));
         let (fd, direct) = file.descriptor(offset, parts, self.refused);
         (fd, direct, iovs, offset)
@@ -173,7 +180,7 @@ impl Transfer {
             let Some(file) = self.storage.file() else {
                 return Step::Again;
             };
-            let (fd, direct, iovs, offset) = self.rest(file);
+            let (fd, direct, iovs, offset) = self.next(file);
             if direct {
                 return Step::Again;
             }
@@ -199,8 +206,7 @@ impl Transfer {
             Ok(0) if self.write => Step::Failed(io::ErrorKind::WriteZero.into()),
             Ok(0) => {
                 // Past the end of the file.
-                let iovs = if self.done == 0 { &self.iovs } else { &self.rest };
-                iobuf::fill_zero(read_bufs(iovs));
+                iobuf::fill_zero(read_bufs(&self.cut(false)));
                 self.done = self.len;
                 Step::Done
             }
@@ -209,7 +215,7 @@ impl Transfer {
                 if self.done == self.len {
                     return Step::Done;
                 }
-                self.rest = self.after(self.done);
+                self.next = self.cut(true);
                 Step::Again
             }
             Err(e) => match e.raw_os_error() {
@@ -225,16 +231,21 @@ impl Transfer {
         }
     }
 
-    /// The buffers without their first `skip` bytes.
-    fn after(&self, skip: u64) -> Vec<libc::iovec> {
-        let mut skip = to_usize(skip);
+    /// The buffers without what is done: all of the rest, or what one call is given of it.
+    fn cut(&self, for_call: bool) -> Vec<libc::iovec> {
+        let mut left = self.len - self.done;
+        if let Some(file) = self.file().filter(|_| for_call) {
+            left = file.at_once(left);
+        }
+        let (mut skip, mut left) = (to_usize(self.done), to_usize(left));
         let mut out = Vec::with_capacity(self.iovs.len());
         for iov in &self.iovs {
-            let now = skip.min(iov.iov_len);
-            skip -= now;
-            if now < iov.iov_len {
-                let iov_base = iov.iov_base.wrapping_byte_add(now);
-                out.push(libc::iovec { iov_base, iov_len: iov.iov_len - now });
+            let passed = skip.min(iov.iov_len);
+            skip -= passed;
+            let iov_len = (iov.iov_len - passed).min(left);
+            left -= iov_len;
+            if iov_len > 0 {
+                out.push(libc::iovec { iov_base: iov.iov_base.wrapping_byte_add(passed), iov_len });
             }
         }
         out
@@ -243,7 +254,8 @@ impl Transfer {
     /// Does what is left, waiting for it.
     pub(super) fn wait(&self) -> Result<()> {
         let offset = self.offset + self.done;
-        let iovs = if self.done == 0 { &self.iovs } else { &self.rest };
+        let rest = if self.done == 0 { None } else { Some(self.cut(false)) };
+        let iovs = rest.as_deref().unwrap_or(&self.iovs);
         if self.write {
             self.storage.write_at(offset, write_bufs(iovs))
         } else {

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,50 +11,15 @@ use rustix::fs::SeekFrom;
 
 use super::Storage;
 use super::sys::{self, Allocate};
-use crate::iobuf::{self, Vectored};
 use crate::lock;
 use crate::num::{to_u64, to_usize};
 use crate::perm::Permissions;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
-/// QEMU's `locking` option.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Locking {
-    /// Lock where the file system can.
-    #[default]
-    Auto,
-    /// Fail where the file system cannot lock.
-    On,
-    /// Do not lock.
-    Off,
-}
+mod options;
+mod transfer;
 
-/// QEMU's `aio` option: how transfers that wait for the disk are waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Aio {
-    /// By threads.
-    Threads,
-    /// By io_uring; by threads where the host does not allow it.
-    #[default]
-    IoUring,
-}
-
-/// How a file is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct FileOptions {
-    /// Refuse writes.
-    pub read_only: bool,
-    /// All I/O bypasses the host's page cache (QEMU's `cache.direct`).
-    pub direct: bool,
-    /// Flushes do nothing (QEMU's `cache.no-flush`).
-    pub no_flush: bool,
-    /// Whether to take QEMU's image locks.
-    pub locking: Locking,
-    /// How a [`crate::queue::Queue`] waits for the disk.
-    pub aio: Aio,
-    /// Open although another process writes the image; only for read-only.
-    pub force_share: bool,
-}
+pub use options::{Aio, FileOptions, Locking};
 
 /// A host file. A second descriptor with O_DIRECT carries bulk transfers: several times the speed
 /// of the page cache for data that is written once. The kernel keeps both views coherent by
@@ -172,89 +137,8 @@ impl FileStorage {
         &self.options
     }
 
-    /// The descriptor for a transfer, and whether it bypasses the page cache: all do with
-    /// `cache.direct` where alignment allows, unless the file system `refused` it.
-    pub(crate) fn descriptor<'a>(
-        &self,
-        offset: u64,
-        mut parts: impl Iterator<Item = (*const u8, usize)> + 'a,
-        refused: bool,
-    ) -> (BorrowedFd<'_>, bool) {
-        match &self.direct {
-            Some(direct)
-                if self.options.direct
-                    && !refused
-                    && offset.is_multiple_of(to_u64(sys::DIRECT_ALIGN))
-                    && sys::aligned(&mut parts) =>
-            {
-                (direct.as_fd(), true)
-            }
-            _ => (self.file.as_fd(), false),
-        }
-    }
-
     fn error(&self, operation: &'static str, offset: u64, source: io::Error) -> Error {
         Error::Io { operation, filename: self.name.clone(), offset, source }
-    }
-
-    /// The descriptor for a direct transfer, if alignment allows one.
-    fn direct_for<T: Vectored>(&self, offset: u64, bufs: &[T]) -> Option<&File> {
-        let direct = self.direct.as_ref()?;
-        let fits = offset.is_multiple_of(to_u64(sys::DIRECT_ALIGN))
-            && sys::aligned(bufs.iter().map(Vectored::part));
-        fits.then_some(direct)
-    }
-
-    fn read_from(&self, file: &File, offset: u64, bufs: &[ReadBuf<'_>]) -> io::Result<()> {
-        let total = iobuf::total_len(bufs);
-        let mut done = 0;
-        while done < total {
-            let rest = iobuf::slice_read(bufs, done, total - done);
-            match sys::retry(|| sys::preadv(file.as_fd(), &rest, offset + done))? {
-                0 => {
-                    iobuf::fill_zero(&rest);
-                    break;
-                }
-                n => done += n,
-            }
-        }
-        Ok(())
-    }
-
-    fn write_to(&self, file: &File, offset: u64, bufs: &[WriteBuf<'_>]) -> io::Result<()> {
-        let total = iobuf::total_len(bufs);
-        let mut done = 0;
-        while done < total {
-            let n = if done == 0 {
-                sys::retry(|| sys::pwritev(file.as_fd(), bufs, offset))?
-            } else {
-                let rest = iobuf::slice_write(bufs, done, total - done);
-                sys::retry(|| sys::pwritev(file.as_fd(), &rest, offset + done))?
-            };
-            if n == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// A transfer that goes direct where it can.
-    fn bulk<T: Vectored>(
-        &self,
-        offset: u64,
-        bufs: &[T],
-        transfer: impl Fn(&File) -> io::Result<()>,
-    ) -> io::Result<()> {
-        if let Some(direct) = self.direct_for(offset, bufs) {
-            match transfer(direct) {
-                // The file system refuses, or the file ends off the block grid and the transfer had
-                // to go on unaligned.
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-                other => return other,
-            }
-        }
-        transfer(&self.file)
     }
 
     /// The result of a flush, remembered if it failed: with `cache.direct=on` too, where tables and
@@ -437,23 +321,7 @@ impl Storage for FileStorage {
     }
 
     fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> bool {
-        // A file that is to bypass the page cache is not looked for there.
-        if self.options.direct {
-            return false;
-        }
-        let mut done = 0;
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = offset + to_u64(done);
-            match sys::retry(|| sys::preadv_cached(self.file.as_fd(), &[ReadBuf::new(rest)], at)) {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(n) => done += crate::num::to_usize(n),
-                Err(_) => return false,
-            }
-        }
-        true
+        self.copy_cached(offset, bytes)
     }
 
     fn zero_past_end(&self) -> bool {
@@ -462,107 +330,4 @@ impl Storage for FileStorage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn storage(options: FileOptions) -> (tempfile::NamedTempFile, FileStorage) {
-        // Beside the build's output: a temporary directory may be on tmpfs, without O_DIRECT.
-        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let storage = FileStorage::open(file.path(), options).unwrap();
-        (file, storage)
-    }
-
-    #[test]
-    fn more_buffers_than_the_kernel_takes_at_once_are_all_transferred() {
-        let (_file, storage) = storage(FileOptions::default());
-        let bytes: Vec<u8> = (0..30_000u32).map(|n| n.to_le_bytes()[0]).collect();
-        let parts: Vec<_> = bytes.chunks(10).map(WriteBuf::new).collect();
-        storage.write_at(7, &parts).unwrap();
-        let mut back = vec![0xff; 30_000];
-        let parts: Vec<_> = back.chunks_mut(9).map(ReadBuf::new).collect();
-        storage.read_at(7, &parts).unwrap();
-        assert!(back == bytes);
-    }
-
-    #[test]
-    fn what_lies_past_the_end_reads_as_zeroes() {
-        for direct in [false, true] {
-            let (_file, storage) = storage(FileOptions { direct, ..FileOptions::default() });
-            storage.write_at(0, &[WriteBuf::new(&[7; 5000])]).unwrap();
-            let mut all = vec![0xff; 4096 * 4];
-            let skip = all.as_ptr().align_offset(4096);
-            let aligned = &mut all[skip..skip + 8192];
-            storage.read_bulk(0, &[ReadBuf::new(aligned)]).unwrap();
-            assert!(aligned[..5000].iter().all(|b| *b == 7), "direct {direct}");
-            assert!(aligned[5000..].iter().all(|b| *b == 0), "direct {direct}");
-            storage.read_at(1 << 30, &[ReadBuf::new(&mut aligned[..100])]).unwrap();
-            assert!(aligned[..100].iter().all(|b| *b == 0));
-        }
-    }
-
-    #[test]
-    fn bulk_and_plain_transfers_see_each_others_data() {
-        let (_file, storage) = storage(FileOptions::default());
-        let mut memory = vec![0; 4096 * 4];
-        let skip = memory.as_ptr().align_offset(4096);
-        let mut round = |n: u8| {
-            let part = &mut memory[skip..skip + 8192];
-            part.fill(n);
-            storage.write_bulk(4096, &[WriteBuf::new(part)]).unwrap();
-            storage.write_at(5000, &[WriteBuf::new(&[n + 1; 10])]).unwrap();
-            let mut plain = vec![0; 8192];
-            storage.read_at(4096, &[ReadBuf::new(&mut plain)]).unwrap();
-            storage.read_bulk(4096, &[ReadBuf::new(part)]).unwrap();
-            assert!(plain == part);
-            assert_eq!(plain[903..906], [n, n + 1, n + 1]);
-        };
-        for n in 0..20 {
-            round(n * 5);
-        }
-    }
-
-    #[test]
-    fn zeroing_and_discarding_keep_the_length() {
-        let (_file, storage) = storage(FileOptions::default());
-        storage.write_at(0, &[WriteBuf::new(&[7; 300_000])]).unwrap();
-        for unmap in [false, true] {
-            storage.write_zeroes(1000, 200_000, unmap).unwrap();
-            let mut bytes = vec![1; 300_000];
-            storage.read_at(0, &[ReadBuf::new(&mut bytes)]).unwrap();
-            assert!(bytes[1000..201_000].iter().all(|b| *b == 0));
-            assert_eq!((bytes[999], bytes[201_000]), (7, 7));
-        }
-        storage.discard(0, 4096).unwrap();
-        storage.write_zeroes(299_000, 2000, true).unwrap();
-        assert_eq!(storage.len().unwrap(), 301_000);
-    }
-
-    #[test]
-    fn no_flush_is_believed_after_one_that_failed() {
-        for direct in [false, true] {
-            let (_file, storage) = storage(FileOptions { direct, ..FileOptions::default() });
-            storage.flush().unwrap();
-            storage.flushed(Err(io::Error::from_raw_os_error(libc::EIO))).unwrap_err();
-            let error = storage.flush().unwrap_err().to_string();
-            assert!(error.contains("an earlier flush failed"), "direct {direct}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_file_that_took_the_place_of_the_one_opened_is_refused() {
-        let (first, _) = storage(FileOptions::default());
-        let (second, _) = storage(FileOptions::default());
-        let open = |file: &tempfile::NamedTempFile| File::open(file.path()).unwrap();
-        same_file(&open(&first), open(&first)).unwrap();
-        same_file(&open(&first), open(&second)).unwrap_err();
-    }
-
-    #[test]
-    fn directories_and_devices_that_are_no_disks_are_refused() {
-        let options = FileOptions { read_only: true, ..FileOptions::default() };
-        for path in ["/", "/dev/null"] {
-            let error = FileStorage::open(path, options).unwrap_err().to_string();
-            assert!(error.contains("neither a regular file nor a block device"), "{error}");
-        }
-    }
-}
+mod tests;

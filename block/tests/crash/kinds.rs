@@ -6,6 +6,7 @@ use std::sync::Arc;
 use block::qcow2::{Options, Probe, Qcow2};
 use block::raw::Raw;
 use block::storage::memory::MemoryStorage;
+use block::storage::{FileOptions, FileStorage, Storage};
 use block::{Format, Result};
 
 use crate::common::{Random, create, path, qemu_img};
@@ -143,14 +144,33 @@ impl Base {
 
     /// Opens the image on a host.
     pub(crate) fn open(&self, host: &Host, read_only: bool) -> Result<Qcow2> {
+        self.open_on(host.file(0), || Ok(host.file(1)), read_only)
+    }
+
+    /// Opens the image in a file, with a data file if it has one.
+    pub(crate) fn open_on(
+        &self,
+        image: Arc<dyn Storage>,
+        data: impl FnOnce() -> Result<Arc<dyn Storage>>,
+        read_only: bool,
+    ) -> Result<Qcow2> {
         let backing = self.backing.as_ref().map(|bytes| {
             let storage = Arc::new(MemoryStorage::new(bytes.clone()));
             Raw::open(storage, true).map(|raw| Arc::new(raw) as Arc<dyn Format>)
         });
-        let probe = Probe::new(host.file(0))?;
-        let data_file = probe.needs_data_file().then(|| host.file(1));
+        let probe = Probe::new(image)?;
+        let data_file = probe.needs_data_file().then(data).transpose()?;
         let options = Options { read_only, data_file, ..Options::default() };
         Qcow2::open_with(probe, backing.transpose()?, options)
+    }
+
+    /// Opens the image where [`Base::put`] has put it.
+    pub(crate) fn open_files(&self, image: &Path, options: FileOptions) -> Result<Qcow2> {
+        let open = |path: &Path| {
+            FileStorage::open(path, options).map(|file| Arc::new(file) as Arc<dyn Storage>)
+        };
+        let data = data_file(image.parent().unwrap());
+        self.open_on(open(image)?, || open(&data), options.read_only)
     }
 
     /// Puts the files where qemu-img finds them.

@@ -13,6 +13,7 @@ mod common;
 mod faults;
 mod kill;
 mod kinds;
+mod operations;
 mod pages;
 mod parallel;
 mod points;

@@ -161,6 +161,45 @@ fn randomly_damaged_images_are_judged_as_qemu_judges_them() {
     assert!(codes.iter().all(|n| *n > 0), "too little variety: {codes:?}");
 }
 
+/// Places and sizes in the header that lead out of the file, one at a time, and files that end early.
+#[test]
+fn tables_past_the_end_of_the_file_are_judged_as_qemu_judges_them() {
+    if !have_qemu_img("check") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for image in zoo(dir.path()) {
+        let whole = std::fs::read(&image).unwrap();
+        let cluster = 1usize << u32::from_be_bytes(whole[20..24].try_into().unwrap());
+        let end = whole.len().next_multiple_of(cluster);
+        // L1 table, refcount table, snapshot table.
+        for field in [40, 48, 64] {
+            for at in [end, end + cluster, 1 << 40] {
+                let mut bytes = whole.clone();
+                bytes[field..field + 8].copy_from_slice(&(at as u64).to_be_bytes());
+                std::fs::write(&image, &bytes).unwrap();
+                same(&image, &format!("{}: field {field} is {at:#x}", image.display()));
+            }
+        }
+        // Sizes of the L1 table and of the refcount table, the latter as large as it may be.
+        for (field, value) in [(36, 100_000), (56, (8 << 20) / cluster)] {
+            let mut bytes = whole.clone();
+            if field == 36 {
+                // Where there is no data that would be taken for entries.
+                bytes[40..48].copy_from_slice(&(end as u64).to_be_bytes());
+            }
+            bytes[field..field + 4].copy_from_slice(&(value as u32).to_be_bytes());
+            std::fs::write(&image, &bytes).unwrap();
+            same(&image, &format!("{}: field {field} is {value}", image.display()));
+        }
+        for len in [whole.len() - 1, whole.len() - cluster, whole.len() / 2, cluster + 1, 4096] {
+            std::fs::write(&image, &whole[..len.min(whole.len())]).unwrap();
+            same(&image, &format!("{}: cut to {len}", image.display()));
+        }
+        std::fs::write(&image, &whole).unwrap();
+    }
+}
+
 /// Changes a few table entries: words that are not zero, outside of what looks like data.
 pub(crate) fn damage(bytes: &mut [u8], random: &mut Random) -> String {
     let mut what = String::new();

@@ -79,6 +79,28 @@ fn absurd_header_fields_are_named() {
     }
 }
 
+/// What is past the end of the file reads as zeroes, but would be written over.
+#[test]
+fn a_refcount_table_that_goes_on_past_the_end_of_the_file_is_refused_for_writing() {
+    if !have_qemu_img("refcount table") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut image = good(dir.path());
+    let disk = common::read_all(&open(image.clone(), true).unwrap());
+    // A copy of the table at the end, so that only the claim is wrong.
+    let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
+    image.resize(image.len().next_multiple_of(65536), 0);
+    let end = image.len() as u64;
+    image.extend_from_within(table..table + 65536);
+    let image = patched(&image, 48, &end.to_be_bytes());
+    open(image.clone(), false).unwrap();
+    let bad = patched(&image, 56, &[0, 0, 0, 128]);
+    let error = open(bad.clone(), false).err().unwrap().to_string();
+    assert!(error.contains("has 128 clusters, beyond the end of the file"), "{error}");
+    assert!(common::read_all(&open(bad, true).unwrap()) == disk);
+}
+
 #[test]
 fn a_refcount_block_that_is_there_twice_is_refused_for_writing() {
     if !have_qemu_img("refcount blocks") {

@@ -237,10 +237,15 @@ impl<'a> Image<'a> {
         1 << (self.cluster_bits + 3 - self.refcount_order)
     }
 
+    /// The file's length as QEMU counts it: the rest of its last sector reads as zeroes.
+    fn whole_sectors(&self) -> u64 {
+        self.file_len.next_multiple_of(512)
+    }
+
     /// Bytes of a table of which the file has only a part: what is past its end reads as zeroes
     /// and need not be looked at.
     pub(super) fn read_part(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let len = len.min(self.file_len.saturating_sub(offset));
+        let len = len.min(self.whole_sectors().saturating_sub(offset));
         let mut bytes = vec![0; to_usize(len)];
         self.storage.read_at(offset, &[ReadBuf::new(&mut bytes)])?;
         Ok(bytes)
@@ -264,8 +269,9 @@ impl<'a> Image<'a> {
     /// Whether a range goes past the end of the file by a cluster or more: the last cluster may be
     /// cut short, nothing may start after it.
     pub(super) fn is_outside(&self, offset: u64, len: u64) -> bool {
+        let file_len = self.whole_sectors();
         match len.checked_sub(1).map(|n| offset.saturating_add(n)) {
-            Some(last) => last >= self.file_len && last - self.file_len + 1 >= self.cluster_size(),
+            Some(last) => last >= file_len && last - file_len + 1 >= self.cluster_size(),
             None => false,
         }
     }

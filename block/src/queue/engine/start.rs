@@ -129,6 +129,7 @@ impl Engine {
 
     /// Starts a transfer: at once if the page cache can do it and the owner has time, else on the ring or by a thread.
     pub(super) fn begin(&mut self, mut transfer: Transfer) {
+        transfer.close();
         if self.busy && transfer.write && transfer.buffered_len() >= THREAD_WRITE {
             return self.give_write(transfer);
         }
@@ -159,7 +160,7 @@ impl Engine {
         let Some(file) = transfer.file() else {
             return;
         };
-        let (fd, _, iovs, offset) = transfer.rest(file);
+        let (fd, _, iovs, offset) = transfer.next(file);
         // SAFETY: the transfer stays in `transfers`, and its requests in `requests`, until the ring
         // says that it has ended; both are dropped only after that (see Queue's Drop). The storage
         // keeps the descriptor open.
