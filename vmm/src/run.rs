@@ -279,7 +279,7 @@ fn writable_disks(machine: &Machine, tag: &str) -> Result<Target, Error> {
     let nodes: Vec<Arc<Node>> = machine
         .devices()
         .virtio()
-        .filter_map(|slot| slot.disk().map(|(node, _)| Arc::clone(node)))
+        .filter_map(|slot| slot.disk().map(|(node, _)| node))
         .filter(|node| !node.read_only())
         .collect();
     if nodes.is_empty() {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::open::not_found;
 use super::permissions::{Edge, Parent, Role};
 use super::{Graph, State, lock};
-use crate::node::Node;
+use crate::node::{Link, Node};
 use crate::perm::{Perm, Permissions};
 use crate::{Error, Preallocation, Progress, Result};
 
@@ -14,6 +14,8 @@ use crate::{Error, Preallocation, Progress, Result};
 pub struct User {
     description: String,
     permissions: Permissions,
+    /// Follows when another node takes the node's place.
+    follows: bool,
 }
 
 impl User {
@@ -24,18 +26,19 @@ impl User {
         let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         shared.set(Perm::WRITE, share_rw);
         let permissions = Permissions { used: used(writable), shared };
-        Self { description: format!("block device '{id}'"), permissions }
+        Self { description: format!("block device '{id}'"), permissions, follows: true }
     }
 
     /// An export. Others may write meanwhile, but not change the size.
     pub fn export(writable: bool) -> Self {
-        Self::unnamed(used(writable), Perm::all() - Perm::RESIZE)
+        let shared = Perm::all() - Perm::RESIZE;
+        Self { follows: true, ..Self::unnamed(used(writable), shared) }
     }
 
-    /// A user for as long as a command or a job takes.
+    /// A user for as long as a command or a job takes; it stays at its node.
     pub fn unnamed(used: Perm, shared: Perm) -> Self {
         let permissions = Permissions { used, shared };
-        Self { description: "an unnamed block device".to_owned(), permissions }
+        Self { description: "an unnamed block device".to_owned(), permissions, follows: false }
     }
 }
 
@@ -43,17 +46,42 @@ fn used(writable: bool) -> Perm {
     if writable { Perm::CONSISTENT_READ | Perm::WRITE } else { Perm::CONSISTENT_READ }
 }
 
-/// A use of a node by a device or an export; ends when dropped.
+/// A use of a node by a device, an export or a command; ends when dropped.
 pub struct Attachment {
-    node: Arc<Node>,
+    link: Link,
     id: u64,
     state: Arc<Mutex<State>>,
 }
 
 impl Attachment {
-    /// The node.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
+    /// The node as it is now. Who goes on to use it for long takes [`Attachment::link`].
+    pub fn node(&self) -> Arc<Node> {
+        self.link.node()
+    }
+
+    /// What requests go through: the node, or the one that has taken its place.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// Uses the node for something else from now on, as a job does whose work is done while its node
+    /// has to take the place of another.
+    ///
+    /// # Errors
+    /// It does not go together with what others do or allow; the use stays as it was.
+    pub fn set_permissions(&self, permissions: Permissions) -> Result<()> {
+        let mut state = lock(&self.state);
+        let mut edges = state.edges.clone();
+        for edge in &mut edges {
+            if let Parent::User { id, permissions: place, .. } = &mut edge.parent
+                && *id == self.id
+            {
+                *place = permissions;
+            }
+        }
+        state.take_locks(&edges)?;
+        state.edges = edges;
+        Ok(())
     }
 }
 
@@ -62,7 +90,12 @@ impl Drop for Attachment {
         let mut state = lock(&self.state);
         let mine = |edge: &Edge| matches!(&edge.parent, Parent::User { id, .. } if *id == self.id);
         state.edges.retain(|edge| !mine(edge));
+        state.followers.remove(&self.id);
+        let orphans = state.forget_orphans();
         state.put_locks_back();
+        drop(state);
+        // Outside the lock: closing an image takes as long as the disk takes.
+        drop(orphans);
     }
 }
 
@@ -76,7 +109,7 @@ impl Graph {
         let mut state = self.state();
         let node = state.get(name).cloned().ok_or_else(|| not_found(name))?;
         let id = state.next_user;
-        let User { description, permissions } = user;
+        let User { description, permissions, follows } = user;
         let parent = Parent::User { id, description, permissions };
         let edge = Edge { parent, child: name.to_owned(), label: "root", role: Role::Filtered };
         let mut edges = state.edges.clone();
@@ -84,7 +117,11 @@ impl Graph {
         state.take_locks(&edges)?;
         state.edges = edges;
         state.next_user += 1;
-        Ok(Attachment { node, id, state: Arc::clone(&self.state) })
+        let link = Link::new(node);
+        if follows {
+            state.followers.insert(id, link.clone());
+        }
+        Ok(Attachment { link, id, state: Arc::clone(&self.state) })
     }
 
     /// As [`Graph::attach`] for an export.

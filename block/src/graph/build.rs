@@ -176,7 +176,7 @@ pub(super) fn qcow2_node(
     let full = full_backing(&probe, file)?;
     let overridden = backing.as_ref().map(|node| node.filename()) != full;
     let filename = shown_name(&file.filename(), overridden, backing.as_deref());
-    let below = backing.clone().map(|node| Arc::new(Below(node)) as Arc<dyn Format>);
+    let below = backing.clone().map(below);
     let image = Qcow2::open_with(probe, below, options)?.with_discard(flags.unmap);
     let image = Arc::new(image);
     Ok(Built {
@@ -229,6 +229,11 @@ pub(super) fn storage_of(node: &Arc<Node>) -> Result<Arc<dyn Storage>> {
             node.driver()
         ))),
     }
+}
+
+/// A node as what those above read from.
+pub(super) fn below(node: Arc<Node>) -> Arc<dyn Format> {
+    Arc::new(Below(node))
 }
 
 /// A backing node as what its overlay reads from: whatever the node's image is by then.
@@ -328,6 +333,13 @@ pub(super) fn probe_format(path: &str) -> Result<&'static str> {
     let mut magic = [0; 4];
     FileStorage::open_unlocked(path, options)?.read_at(0, &[ReadBuf::new(&mut magic)])?;
     Ok(if &magic == b"QFI\xfb" { "qcow2" } else { "raw" })
+}
+
+/// The name that QMP shows for a qcow2 node once it is over `backing`.
+pub(super) fn name_over(details: &Details, backing: Option<&Node>) -> String {
+    let overridden = backing.map(Node::filename) != details.full_backing;
+    let file = details.file.as_ref().map(|file| file.filename()).unwrap_or_default();
+    shown_name(&file, overridden, backing)
 }
 
 /// The name QMP shows: the file's, or a json: text if the backing file is not the image's own.

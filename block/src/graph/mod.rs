@@ -8,34 +8,43 @@
 //! | `permissions` | QEMU's rules of who may use a node for what |
 //! | `locks` | what of this other processes see |
 //! | `attach` | devices and exports as users of nodes |
+//! | `replace` | other nodes in the places of those in use |
+//! | `hold` | requests held back for several changes |
 //! | `info` | what QMP tells of a node |
 //!
-//! Lock order: the graph's state first, then the gates of nodes (top-down), then what formats lock.
+//! Lock order: the graph's state first, then the gates of nodes (top-down), then what formats lock. Who
+//! holds requests back ([`Held`]) may take the state's lock: whoever has that lock and comes to a gate
+//! waits for requests only, and these were waited for when they were held back.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
-use crate::node::Node;
+use crate::node::{Holding, Link, Node};
 use crate::qcow2::Corruption;
 use crate::{Error, Result};
 
 mod attach;
 mod build;
 mod damage;
+mod hold;
 mod info;
 mod locks;
 mod open;
 mod options;
 mod permissions;
 mod reopen;
+mod replace;
 pub mod text;
 
 pub use attach::{Attachment, User};
 pub(crate) use build::Flags;
+pub use hold::Held;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 pub use options::DetectZeroes;
 pub(crate) use options::NodeOptions;
+pub use replace::Step;
 
 use damage::Damage;
 use open::Opener;
@@ -59,6 +68,11 @@ struct State {
     next: u32,
     /// Number of the next user.
     next_user: u64,
+    /// Users that go on with the node that takes their node's place.
+    followers: BTreeMap<u64, Link>,
+    /// How many hold requests back, and the gates of nodes that were made since.
+    holds: usize,
+    made_while_held: Vec<Holding>,
     /// Who is told of damage in images.
     damage: Arc<Damage>,
 }
@@ -129,7 +143,7 @@ impl Graph {
             Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone());
         match opener.open_root(options) {
             Ok(opened) => {
-                state.nodes.extend(opened.made);
+                state.add_nodes(opened.made);
                 state.edges = opened.edges;
                 state.next = opened.next;
                 Ok(opened.root)
@@ -204,13 +218,25 @@ impl Graph {
             }
         }
         state.forget(&node);
-        state.forget_orphans();
+        let orphans = state.forget_orphans();
         state.put_locks_back();
+        drop(state);
+        // Outside the lock: closing an image takes as long as the disk takes.
+        drop((node, orphans));
         Ok(())
     }
 }
 
 impl State {
+    /// Takes nodes in that were opened.
+    fn add_nodes(&mut self, made: Vec<Arc<Node>>) {
+        if self.holds > 0 {
+            // Their requests would wait halfway down, at the gates of the nodes below.
+            self.made_while_held.extend(made.iter().map(|node| node.hold_gate()));
+        }
+        self.nodes.extend(made);
+    }
+
     fn forget(&mut self, node: &Arc<Node>) {
         self.nodes.retain(|other| !Arc::ptr_eq(other, node));
         self.edges.retain(|edge| edge.parent != Parent::Node(node.name().to_owned()));
@@ -228,11 +254,15 @@ impl State {
         Ok(())
     }
 
-    /// Nodes that were made for others go with these, top-down.
-    fn forget_orphans(&mut self) {
+    /// Nodes that were made for others go with these, top-down; the caller drops them.
+    #[must_use]
+    fn forget_orphans(&mut self) -> Vec<Arc<Node>> {
+        let mut orphans = Vec::new();
         while let Some(orphan) = self.orphan() {
             self.forget(&orphan);
+            orphans.push(orphan);
         }
+        orphans
     }
 
     /// A node that was made for another one, which is gone.

@@ -22,7 +22,7 @@ const STACK_MORE: usize = 1 << 20;
 /// Most images in a chain. Reading and closing go down it by recursion, for which half of a thread's
 /// usual stack of 2 MiB is enough even without optimisation: `tests/suite/large.rs` has a chain of
 /// this length.
-const MAX_CHAIN: usize = 200;
+pub(super) const MAX_CHAIN: usize = 200;
 
 /// Opens one tree of nodes; those made are only handed over when all went well.
 pub(super) struct Opener<'a> {

@@ -88,8 +88,10 @@ impl Graph {
         drop(above);
         state.edges = edges;
         // A backing file that was opened with its overlay goes when that has another.
-        state.forget_orphans();
+        let orphans = state.forget_orphans();
         locks::reduce(&state.nodes, &uses);
+        drop(state);
+        drop(orphans);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::bitmap::BitmapHold;
 use crate::graph::Attachment;
-use crate::{Error, Node, Result};
+use crate::{Error, Link, Node, Result};
 
 use super::negotiate::{ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, Offered};
 use super::wire::MAX_STRING;
@@ -69,7 +69,7 @@ pub(super) struct Export {
     pub(super) id: String,
     name: String,
     description: Option<String>,
-    node: Arc<Node>,
+    link: Link,
     attachment: Option<Attachment>,
     writable: bool,
     multi_conn: bool,
@@ -88,7 +88,7 @@ impl Export {
     /// # Errors
     /// If name or description are longer than the protocol allows, or the node refuses writes.
     pub(super) fn new(options: ExportOptions, multi_conn: bool, on_gone: OnGone) -> Result<Self> {
-        let node = options.attachment.node().clone();
+        let link = options.attachment.link().clone();
         if options.name.len() > MAX_STRING {
             return Err(Error::Invalid(format!(
                 "export name '{}' too long",
@@ -98,14 +98,14 @@ impl Export {
         if let Some(text) = options.description.as_ref().filter(|text| text.len() > MAX_STRING) {
             return Err(Error::Invalid(format!("description '{}' too long", start_of(text))));
         }
-        if options.writable && node.read_only() {
+        if options.writable && link.node().read_only() {
             return Err(Error::Invalid("Block node is read-only".to_owned()));
         }
         Ok(Self {
             id: options.id,
             name: options.name,
             description: options.description,
-            node,
+            link,
             attachment: Some(options.attachment),
             writable: options.writable,
             multi_conn,
@@ -116,8 +116,13 @@ impl Export {
         })
     }
 
-    pub(super) fn node(&self) -> &Arc<Node> {
-        &self.node
+    /// The node as it is now.
+    pub(super) fn node(&self) -> Arc<Node> {
+        self.link.node()
+    }
+
+    pub(super) fn link(&self) -> &Link {
+        &self.link
     }
 
     /// No connection may begin to use it.
@@ -133,7 +138,7 @@ impl Export {
         ExportInfo {
             id: self.id.clone(),
             name: self.name.clone(),
-            node_name: self.node.name().to_owned(),
+            node_name: self.node().name().to_owned(),
             shutting_down: self.is_closing(),
         }
     }
@@ -180,7 +185,7 @@ impl Offered for Arc<Export> {
     }
 
     fn size(&self) -> u64 {
-        self.node.size()
+        self.node().size()
     }
 
     fn read_only(&self) -> bool {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use crate::node::Access;
+use crate::node::Entered;
 use crate::num::{to_u64, to_usize};
 use crate::queue::{AlignedBuf, Completion, Op, OwnedBufs, Queue, Request as QueueRequest};
 
@@ -122,7 +122,7 @@ impl Transmission {
             groups: Slab::new(),
             held: 0,
             completions: Vec::new(),
-            queue: Queue::new(session.export.node().clone())?,
+            queue: Queue::new(session.export.link().clone())?,
             export: session.export,
         })
     }
@@ -287,7 +287,7 @@ impl Transmission {
             let Some(context) = self.export.context(*id) else {
                 continue;
             };
-            match extents::describe(&*format, &context, offset, len, one) {
+            match extents::describe(&**format, &context, offset, len, one) {
                 Ok(list) => lists.push((*id, list)),
                 Err(e) => {
                     let error = errno_of(&e);
@@ -304,11 +304,11 @@ impl Transmission {
     }
 
     /// The image. While it is being replaced, whoever does that waits for our requests in flight.
-    fn access(&mut self) -> Access {
-        let node = self.export.node().clone();
-        node.try_access().unwrap_or_else(|| {
+    fn access(&mut self) -> Entered {
+        let link = self.export.link().clone();
+        link.try_enter().unwrap_or_else(|| {
             self.queue.drain(&mut self.completions);
-            node.access()
+            link.enter()
         })
     }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   enter ──> request in flight ──> leave          (any number at once)
-//!   close ──> new requests wait ──> the last in flight leaves ──> closed: one owner changes the node
+//!   hold  ──> new requests wait ──> the last in flight leaves ──> held     (any number at once)
+//!   close ──> as hold, and one at a time: its owner changes the node
 //! ```
 //!
 //! Gates are closed from the top of the graph down: a request in an overlay may have to enter the
@@ -14,8 +15,13 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-/// Set while the gate is closed or being closed; the other bits count requests in flight.
-const CLOSED: u64 = 1 << 63;
+/// Set while one owner closes the gate or has closed it.
+const OWNED: u64 = 1 << 63;
+/// Those who hold requests back, the owner among them, are counted in the bits from here to the owner's.
+const HOLDER: u64 = 1 << 48;
+const HOLDERS: u64 = OWNED - HOLDER;
+/// The bits that count requests in flight.
+const IN_FLIGHT: u64 = HOLDER - 1;
 
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
@@ -28,15 +34,19 @@ pub(crate) struct Gate {
 #[derive(Debug)]
 pub(crate) struct Passage(Arc<Gate>);
 
-/// A closed gate; open again when dropped.
+/// A gate that lets no request through; no longer when dropped.
 #[derive(Debug)]
-pub(crate) struct Closed(Arc<Gate>);
+pub(crate) struct Holding(Arc<Gate>);
+
+/// A closed gate; open again when dropped, unless somebody else holds it.
+#[derive(Debug)]
+pub(crate) struct Closed(Holding);
 
 impl Gate {
     /// Lets a request in, unless the gate is closed.
     pub(crate) fn try_enter(self: &Arc<Self>) -> Option<Passage> {
         // Acquire: what the last owner changed is seen.
-        if self.state.fetch_add(1, Ordering::Acquire) & CLOSED == 0 {
+        if self.state.fetch_add(1, Ordering::Acquire) & HOLDERS == 0 {
             return Some(Passage(Arc::clone(self)));
         }
         self.leave();
@@ -49,23 +59,31 @@ impl Gate {
             if let Some(passage) = self.try_enter() {
                 return passage;
             }
-            self.wait(|state| state & CLOSED == 0);
+            self.wait(|state| state & HOLDERS == 0);
         }
     }
 
-    /// Holds new requests back and waits until those in flight are over.
+    /// Holds new requests back and waits until those in flight are over; others may do so, and one
+    /// of them may own the gate.
+    pub(crate) fn hold(self: &Arc<Self>) -> Holding {
+        self.state.fetch_add(HOLDER, Ordering::AcqRel);
+        let holding = Holding(Arc::clone(self));
+        self.wait(|state| state & IN_FLIGHT == 0);
+        holding
+    }
+
+    /// As [`Gate::hold`], for one owner at a time.
     pub(crate) fn close(self: &Arc<Self>) -> Closed {
-        while self.state.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED != 0 {
-            self.wait(|state| state & CLOSED == 0);
+        while self.state.fetch_or(OWNED, Ordering::AcqRel) & OWNED != 0 {
+            self.wait(|state| state & OWNED == 0);
         }
-        let closed = Closed(Arc::clone(self));
-        self.wait(|state| state == CLOSED);
-        closed
+        Closed(self.hold())
     }
 
     fn leave(&self) {
         // Release: an owner sees what the request did.
-        if self.state.fetch_sub(1, Ordering::AcqRel) == CLOSED | 1 {
+        let before = self.state.fetch_sub(1, Ordering::AcqRel);
+        if before & HOLDERS != 0 && before & IN_FLIGHT == 1 {
             self.wake();
         }
     }
@@ -90,10 +108,17 @@ impl Drop for Passage {
     }
 }
 
+impl Drop for Holding {
+    fn drop(&mut self) {
+        self.0.state.fetch_sub(HOLDER, Ordering::AcqRel);
+        self.0.wake();
+    }
+}
+
 impl Drop for Closed {
     fn drop(&mut self) {
-        self.0.state.fetch_and(!CLOSED, Ordering::AcqRel);
-        self.0.wake();
+        // The next owner may come; requests once the hold is dropped, too, which wakes all.
+        self.0.0.state.fetch_and(!OWNED, Ordering::AcqRel);
     }
 }
 
@@ -137,6 +162,20 @@ mod tests {
         assert_eq!(tells.recv().unwrap(), "entered");
         later.join().unwrap();
         drop(gate.close());
+    }
+
+    #[test]
+    fn a_held_gate_can_be_closed_and_opens_when_all_have_let_go() {
+        let gate = Arc::new(Gate::default());
+        let (first, second) = (gate.hold(), gate.hold());
+        drop(gate.close());
+        drop(first);
+        assert!(gate.try_enter().is_none(), "the second still holds it");
+        let closed = gate.close();
+        drop(second);
+        assert!(gate.try_enter().is_none(), "it is closed");
+        drop(closed);
+        assert!(gate.try_enter().is_some());
     }
 
     #[test]

@@ -14,9 +14,11 @@ use crate::storage::{FileStorage, Storage};
 use crate::{Preallocation, Progress, ReadBuf, Result, SnapshotInfo, WriteBuf};
 
 mod gate;
+mod link;
 
-pub(crate) use gate::Closed;
+pub(crate) use gate::{Closed, Holding};
 use gate::{Gate, Passage};
+pub use link::{Entered, Link};
 
 /// An image with a name: QEMU's block node. Devices, checkpoints and exports all go through it.
 ///
@@ -39,7 +41,7 @@ struct Live {
 }
 
 /// What the graph knows of a node beyond its format.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Details {
     pub(crate) filename: String,
     pub(crate) storage: Option<Arc<dyn Storage>>,
@@ -179,7 +181,10 @@ impl Node {
     /// # Errors
     /// As [`Format::write`].
     pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        let access = self.access();
+        self.write_with(&self.access(), offset, bufs)
+    }
+
+    fn write_with(&self, access: &Access, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
         let result = match self.zeroes_to_detect(bufs) {
             Some(unmap) => access.write_zeroes(offset, iobuf::total_len(bufs), unmap),
             None => access.write(offset, bufs),
@@ -234,7 +239,10 @@ impl Node {
     /// # Errors
     /// As [`Format::discard`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        let access = self.access();
+        self.discard_with(&self.access(), offset, len)
+    }
+
+    fn discard_with(&self, access: &Access, offset: u64, len: u64) -> Result<()> {
         let result = access.discard(offset, len);
         self.note_write(offset, len);
         result
@@ -245,7 +253,10 @@ impl Node {
     /// # Errors
     /// As [`Format::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let access = self.access();
+        self.write_zeroes_with(&self.access(), offset, len, unmap)
+    }
+
+    fn write_zeroes_with(&self, access: &Access, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let result = access.write_zeroes(offset, len, unmap);
         self.note_write(offset, len);
         result
@@ -297,7 +308,13 @@ impl Node {
         ask(&*self.live.read().unwrap_or_else(PoisonError::into_inner).format)
     }
 
-    /// Holds requests back and waits until those in flight are over.
+    /// Holds requests back and waits until those in flight are over, for who changes nothing that
+    /// another who does so must not change.
+    pub(crate) fn hold_gate(&self) -> Holding {
+        self.gate.hold()
+    }
+
+    /// Holds requests back and waits until those in flight are over, for the only one who changes the node.
     pub(crate) fn close_gate(&self) -> Closed {
         self.gate.close()
     }
@@ -311,6 +328,25 @@ impl Node {
         };
         // Outside the lock: the last handle of an image writes what it still has.
         drop(old);
+    }
+
+    /// Sets what the image reads from where it has nothing itself. The gate must be closed.
+    pub(crate) fn set_backing(
+        &self,
+        _closed: &Closed,
+        backing: Option<(Arc<Node>, Arc<dyn Format>)>,
+        filename: String,
+    ) {
+        let mut place = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        let (node, format) = backing.unzip();
+        let old_details = place.details.clone();
+        let Some(image) = &old_details.qcow2 else { return };
+        let old_format = image.replace_backing(format);
+        place.details =
+            Arc::new(Details { backing: node, filename, ..Details::clone(&old_details) });
+        drop(place);
+        // Outside the lock: the last handle of an image writes what it still has.
+        drop((old_format, old_details));
     }
 
     /// Whether only this node has its image: no job works on its snapshots. With the gate closed.

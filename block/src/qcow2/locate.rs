@@ -66,7 +66,7 @@ impl Qcow2 {
                     out.push_storage(&self.data, host.0, extent.len);
                 }
                 Source::Backing => {
-                    let Some(backing) = &self.backing else {
+                    let Some(backing) = self.backing() else {
                         out.push_zero(extent.len);
                         continue;
                     };
@@ -194,7 +194,7 @@ impl Qcow2 {
             }
             map(&mut meta, Meta::active_l1, guest, len).ok()?
         };
-        let backing = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let backing = self.backing().map_or(0, |backing| backing.size());
         let zero = extents.iter().all(|extent| match extent.source {
             Source::Zero => true,
             Source::Backing => backing <= extent.guest,

@@ -22,7 +22,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
@@ -153,7 +153,8 @@ pub struct Qcow2 {
     compression: Compression,
     meta: Mutex<Meta>,
     in_flight: InFlight,
-    backing: Option<Arc<dyn Format>>,
+    /// Changed only while no request is under way; the lock is held for a look.
+    backing: RwLock<Option<Arc<dyn Format>>>,
     /// The node's bitmaps, those in memory only too.
     bitmaps: Arc<BitmapSet>,
     size: AtomicU64,
@@ -209,7 +210,7 @@ impl Qcow2 {
             meta: Mutex::new(meta),
             storage,
             in_flight: InFlight::default(),
-            backing,
+            backing: RwLock::new(backing),
             bitmaps: Arc::default(),
             size: AtomicU64::new(size),
             known_len: AtomicU64::new(0),
@@ -261,6 +262,20 @@ impl Qcow2 {
         let mut meta = self.meta();
         meta.check_writable()?;
         meta.update_header(|header| header.set_backing(name, format))
+    }
+
+    /// What is read where the image has nothing itself.
+    fn backing(&self) -> Option<Arc<dyn Format>> {
+        self.backing.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts another image below, with no request under way; gives the one there was.
+    pub(crate) fn replace_backing(
+        &self,
+        backing: Option<Arc<dyn Format>>,
+    ) -> Option<Arc<dyn Format>> {
+        let mut place = self.backing.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *place, backing)
     }
 
     /// Clears the bits of features that writes here do not keep up to date, so that their data counts

@@ -163,7 +163,7 @@ impl Qcow2 {
 
     /// Reads from the backing file; zeroes past its end, or without one.
     fn read_backing(&self, guest: u64, len: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
-        let Some(backing) = &self.backing else {
+        let Some(backing) = self.backing() else {
             iobuf::fill_zero(bufs);
             return Ok(());
         };

@@ -177,7 +177,7 @@ impl Qcow2 {
     /// Step 2 of growing.
     fn clear_past_end(&self, old: u64, size: u64, progress: &Progress) -> Result<()> {
         let geometry = self.geometry;
-        let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let shown = self.backing().map_or(0, |backing| backing.size());
         let end = size.next_multiple_of(geometry.cluster_size());
         let mut at = old;
         while at < end {

@@ -47,11 +47,11 @@ impl Qcow2 {
     /// Says whether the whole extent is told of.
     fn push_status(&self, extent: Extent, list: &mut Vec<StatusExtent>) -> Result<bool> {
         let len = extent.len;
-        match (extent.source, &self.backing) {
+        match (extent.source, self.backing()) {
             (Source::Host(_) | Source::Compressed(..), _) => StatusExtent::data(len).push_to(list),
             (Source::Zero, _) => StatusExtent::zero(len).push_to(list),
             (Source::Backing, None) => StatusExtent::unallocated(len).push_to(list),
-            (Source::Backing, Some(below)) => return push_below(&**below, extent, list),
+            (Source::Backing, Some(below)) => return push_below(&*below, extent, list),
         }
         Ok(true)
     }

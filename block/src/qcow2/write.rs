@@ -350,7 +350,7 @@ impl Qcow2 {
         )?;
         Ok(extents.iter().all(|e| match e.source {
             Source::Zero => true,
-            Source::Backing => self.backing.is_none(),
+            Source::Backing => self.backing().is_none(),
             _ => false,
         }))
     }

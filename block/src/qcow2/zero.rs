@@ -170,7 +170,7 @@ impl Qcow2 {
     ) -> Result<bool> {
         let geometry = self.geometry;
         let old = meta.cluster(guest)?;
-        let bare = self.backing.is_none();
+        let bare = self.backing().is_none();
         let set = mask(geometry.touched(guest, len));
         let every = set == mask(0..geometry.subclusters());
         let run = old.mapping.run(geometry);

@@ -25,7 +25,7 @@ use super::ring::{Ended, Ring};
 use super::transfer::{Lists, Transfer};
 use super::{Completion, Request};
 use crate::storage::Aio;
-use crate::{Node, Result};
+use crate::{Link, Node, Result};
 
 mod active;
 mod end;
@@ -64,7 +64,7 @@ enum Done {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Engine {
-    node: Arc<Node>,
+    link: Link,
     ring: Option<Ring>,
     hand_over: HandOver<Done>,
     /// Neighbouring transfers that are being joined.
@@ -129,10 +129,10 @@ enum Work {
 }
 
 impl Engine {
-    pub(super) fn new(node: Arc<Node>) -> io::Result<Self> {
-        let ring = Ring::new().inspect_err(|e| tell_no_ring(&node, e)).ok();
+    pub(super) fn new(link: Link) -> io::Result<Self> {
+        let ring = Ring::new().inspect_err(|e| tell_no_ring(&link.node(), e)).ok();
         Ok(Self {
-            node,
+            link,
             ring,
             hand_over: HandOver::new()?,
             run: None,

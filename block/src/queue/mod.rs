@@ -26,7 +26,7 @@ pub(crate) use located::{Around, Extent, MAX_COPY, Place};
 
 use engine::Engine;
 
-use crate::{Error, Node, Result};
+use crate::{Error, Link, Node, Result};
 
 /// What a request asks for. Offsets and lengths are bytes of the node's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +110,7 @@ pub struct Completion {
 /// for completions. Dropping the queue waits for what is in flight.
 #[derive(Debug)]
 pub struct Queue {
-    node: Arc<Node>,
+    link: Link,
     staged: Vec<Request>,
     engine: Engine,
     /// Submitted and not reaped.
@@ -119,29 +119,31 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// A queue on the node.
+    /// A queue on the node of the link: a request goes to the one that it is when the request is
+    /// begun.
     ///
     /// # Errors
     /// If the host has no descriptor left.
-    pub fn new(node: Arc<Node>) -> Result<Self> {
+    pub fn new(link: impl Into<Link>) -> Result<Self> {
+        let link = link.into();
         let failed = |source| Error::Io {
             operation: "open a request queue",
-            filename: node.name().to_owned(),
+            filename: link.node().name().to_owned(),
             offset: 0,
             source,
         };
-        let engine = Engine::new(node.clone()).map_err(failed)?;
+        let engine = Engine::new(link.clone()).map_err(failed)?;
         let event = Epoll::new().map_err(failed)?;
         for fd in engine.fds() {
             let readable = EpollEvent::new(EventSet::IN, 0);
             event.ctl(ControlOperation::Add, fd, readable).map_err(failed)?;
         }
-        Ok(Self { node, staged: Vec::new(), engine, in_flight: 0, event })
+        Ok(Self { link, staged: Vec::new(), engine, in_flight: 0, event })
     }
 
-    /// The node.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
+    /// The node as it is now.
+    pub fn node(&self) -> Arc<Node> {
+        self.link.node()
     }
 
     /// Takes a request; nothing is done before [`Queue::kick`].

@@ -26,6 +26,7 @@ mod queue;
 mod races;
 mod reopen;
 mod repair;
+mod replace;
 mod resize;
 mod snapshot_sizes;
 mod snapshot_view;

@@ -10,7 +10,7 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Attachment, Graph, Node, User};
+use block::{Attachment, Graph, Link, Node, User};
 use devices::legacy::{I8042, Serial};
 use devices::virtio::block::OptionsError;
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
@@ -67,8 +67,8 @@ pub struct VirtioSlot {
 }
 
 impl VirtioSlot {
-    /// The node and the serial, where it is a disk.
-    pub fn disk(&self) -> Option<(&Arc<Node>, &str)> {
+    /// The node as it is now and the serial, where it is a disk.
+    pub fn disk(&self) -> Option<(Arc<Node>, &str)> {
         match (&self.spec.kind, &self.disk) {
             (DeviceKind::Block { serial, .. }, Some(disk)) => Some((disk.node(), serial)),
             _ => None,
@@ -142,8 +142,8 @@ impl DeviceSet {
             }
             DeviceKind::Rng => None,
         };
-        let node = disk.as_ref().map(Attachment::node);
-        let device = make_device(&spec.kind, &name, node, &self.presence)?;
+        let link = disk.as_ref().map(Attachment::link);
+        let device = make_device(&spec.kind, &name, link, &self.presence)?;
         let line = irq_line(vm, &name, irq)?;
         let transport = MmioTransport::new(device, memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
@@ -291,13 +291,13 @@ fn attach_node(
 fn make_device(
     kind: &DeviceKind,
     name: &str,
-    node: Option<&Arc<Node>>,
+    link: Option<&Link>,
     presence: &Presence,
 ) -> Result<Box<dyn VirtioDevice>, OptionsError> {
-    match (kind, node) {
-        (DeviceKind::Block { serial, queues, .. }, Some(node)) => {
+    match (kind, link) {
+        (DeviceKind::Block { serial, queues, .. }, Some(link)) => {
             let options = BlockOptions { serial: serial.clone(), num_queues: *queues };
-            let device = BlockDevice::new(Arc::clone(node), options)?;
+            let device = BlockDevice::new(link.clone(), options)?;
             Ok(Box::new(device.with_presence(presence.clone())))
         }
         _ => Ok(Box::new(RngDevice::new(name))),

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use super::super::located::Located;
 use super::super::{Completion, Op, Request};
-use crate::node::Access;
-use crate::{Node, Result};
+use crate::Result;
+use crate::node::{Access, Entered};
 
 /// A located request.
 #[derive(Debug)]
 pub(super) struct Active {
     pub(super) request: Request,
     pub(super) located: Located,
-    pub(super) access: Arc<Access>,
+    pub(super) access: Arc<Entered>,
     /// Transfers that have not ended, and one for the start of others.
     pub(super) left: usize,
     pub(super) result: Result<()>,
@@ -42,9 +42,9 @@ impl Active {
     }
 
     /// Tells those who watch the node.
-    pub(super) fn note(&self, node: &Node) {
+    pub(super) fn note(&self) {
         if let Op::Write { offset, .. } = self.request.op {
-            node.note_write(offset, self.request.bufs.len());
+            self.access.node().note_write(offset, self.request.bufs.len());
         }
     }
 }

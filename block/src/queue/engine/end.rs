@@ -158,7 +158,7 @@ impl Engine {
             if !active.finish_write(false) {
                 return self.give_finish(active);
             }
-            active.note(&self.node);
+            active.note();
             if fua && active.result.is_ok() {
                 // Others need not wait for the flush.
                 active.located.clear();

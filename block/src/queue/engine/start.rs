@@ -7,7 +7,7 @@ use super::super::transfer::{Step, Transfer};
 use super::super::{Op, Request};
 use super::active::{Active, locate};
 use super::{Engine, MAX_TRIES, THREAD_WRITE, Work};
-use crate::node::Access;
+use crate::node::Entered;
 use crate::storage::Aio;
 
 impl Engine {
@@ -19,7 +19,7 @@ impl Engine {
     /// As [`Engine::start_all`], for requests that were tried so many times before.
     pub(super) fn try_all(&mut self, requests: impl Iterator<Item = (Request, u8)>) {
         // While the image is being replaced, threads wait in our place.
-        let access = self.node.try_access().map(Arc::new);
+        let access = self.link.try_enter().map(Arc::new);
         let busy = self.busy;
         let mut requests = requests.peekable();
         while let Some((request, tries)) = requests.next() {
@@ -41,8 +41,8 @@ impl Engine {
         self.flush_durable();
     }
 
-    fn start(&mut self, request: Request, tries: u8, access: &Arc<Access>) {
-        if self.detects_zeroes(&request) {
+    fn start(&mut self, request: Request, tries: u8, access: &Arc<Entered>) {
+        if detects_zeroes(&request, access) {
             // The thread's write finds them again.
             return self.give_to_thread(Work::Request(request));
         }
@@ -67,14 +67,8 @@ impl Engine {
         }
     }
 
-    /// Whether a request is a write that is to become one of zeroes.
-    fn detects_zeroes(&self, request: &Request) -> bool {
-        matches!(request.op, Op::Write { .. })
-            && self.node.zeroes_to_detect(request.bufs.write_bufs()).is_some()
-    }
-
     /// Starts the transfers of a located request.
-    fn transfer(&mut self, request: Request, mut located: Located, access: &Arc<Access>) {
+    fn transfer(&mut self, request: Request, mut located: Located, access: &Arc<Entered>) {
         let write = matches!(request.op, Op::Write { .. });
         let extents = std::mem::take(&mut located.extents);
         let access = access.clone();
@@ -171,4 +165,10 @@ impl Engine {
             self.transfer_failed(transfer, e);
         }
     }
+}
+
+/// Whether a request is a write that is to become one of zeroes.
+fn detects_zeroes(request: &Request, entered: &Entered) -> bool {
+    matches!(request.op, Op::Write { .. })
+        && entered.node().zeroes_to_detect(request.bufs.write_bufs()).is_some()
 }

@@ -8,7 +8,7 @@ use super::super::transfer::Transfer;
 use super::super::{Completion, Op, Request};
 use super::active::Active;
 use super::{Done, Engine, MAX_JOBS, Work};
-use crate::{Error, Node, Result};
+use crate::{Error, Link, Result};
 
 impl Engine {
     pub(super) fn give_transfer(&mut self, transfer: Transfer) {
@@ -89,24 +89,25 @@ impl Engine {
             return;
         }
         self.jobs += 1;
-        let node = self.node.clone();
+        let link = self.link.clone();
         let hand_over = self.hand_over.clone();
         REQUESTS.run(Box::new(move || {
             let done = match work {
-                Work::Request(request) => Done::Request(execute(&node, request)),
-                Work::Flush(ids) => Done::Flush(ids, caught(|| node.flush())),
+                Work::Request(request) => Done::Request(execute(&link, request)),
+                Work::Flush(ids) => Done::Flush(ids, caught(|| link.enter().flush())),
             };
             // The owner may be the last to let the node go, once it has the completion.
-            drop(node);
+            drop(link);
             hand_over.put(done);
         }));
     }
 }
 
 /// Carries out a request, waiting for it.
-fn execute(node: &Node, request: Request) -> Completion {
+fn execute(link: &Link, request: Request) -> Completion {
     let Request { id, op, mut bufs } = request;
     let result = caught(|| {
+        let node = link.enter();
         let (result, fua) = match op {
             Op::Read { offset } => (node.read(offset, bufs.read_bufs()), false),
             Op::Write { offset, fua } => (node.write(offset, bufs.write_bufs()), fua),

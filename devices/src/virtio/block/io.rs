@@ -21,7 +21,7 @@ use crate::{GuestMemory, Presence};
 pub const MAX_REQUEST_BYTES: u64 = 256 << 20;
 
 pub(super) struct BlockHandler {
-    node: Arc<::block::Node>,
+    link: ::block::Link,
     /// Comes before `memory`: its drop waits for what uses it.
     queue: Queue,
     requests: Slab<Pending>,
@@ -38,7 +38,7 @@ pub(super) struct BlockHandler {
 
 impl BlockHandler {
     pub(super) fn new(
-        node: Arc<::block::Node>,
+        link: ::block::Link,
         capacity: u64,
         serial: &str,
         presence: Presence,
@@ -48,8 +48,8 @@ impl BlockHandler {
             *to = from;
         }
         Ok(Self {
-            queue: Queue::new(node.clone())?,
-            node,
+            queue: Queue::new(link.clone())?,
+            link,
             requests: Slab::new(),
             completions: Vec::new(),
             memory: None,
@@ -145,7 +145,7 @@ impl BlockHandler {
     }
 
     fn writable(&self) -> Outcome {
-        if self.node.read_only() { Err(Failure::IoError) } else { Ok(()) }
+        if self.link.node().read_only() { Err(Failure::IoError) } else { Ok(()) }
     }
 
     /// The part of the disk that the data is for.
@@ -240,10 +240,10 @@ impl QueueHandler for BlockHandler {
     }
 
     fn flush(&mut self) -> ::block::Result<()> {
-        if self.node.read_only() {
+        if self.link.node().read_only() {
             return Ok(());
         }
-        self.node.flush()
+        self.link.enter().flush()
     }
 }
 
@@ -260,7 +260,7 @@ impl BlockHandler {
             return false;
         };
         let outcome = result.map_err(|error| {
-            tracing::error!(node = self.node.name(), %error, "a request of the guest failed");
+            tracing::error!(node = self.link.node().name(), %error, "a request of the guest failed");
             Failure::IoError
         });
         if outcome.is_ok()

@@ -12,8 +12,6 @@ pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
 pub use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
 
-use std::sync::Arc;
-
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -60,7 +58,8 @@ impl Default for BlockOptions {
 
 /// A disk.
 pub struct BlockDevice {
-    node: Arc<::block::Node>,
+    name: String,
+    link: ::block::Link,
     options: BlockOptions,
     capacity: u64,
     read_only: bool,
@@ -70,7 +69,12 @@ pub struct BlockDevice {
 
 impl BlockDevice {
     /// A disk over the node, as large and as writable as it is now.
-    pub fn new(node: Arc<::block::Node>, options: BlockOptions) -> Result<Self, OptionsError> {
+    pub fn new(
+        link: impl Into<::block::Link>,
+        options: BlockOptions,
+    ) -> Result<Self, OptionsError> {
+        let link = link.into();
+        let node = link.node();
         if options.serial.len() > SERIAL_SIZE {
             return Err(OptionsError::Serial(options.serial));
         }
@@ -81,7 +85,8 @@ impl BlockDevice {
         let read_only = node.read_only();
         Ok(Self {
             config: config::space(capacity, options.num_queues, read_only),
-            node,
+            name: node.name().to_owned(),
+            link,
             options,
             capacity,
             read_only,
@@ -107,7 +112,7 @@ impl BlockDevice {
 
 impl VirtioDevice for BlockDevice {
     fn name(&self) -> &str {
-        self.node.name()
+        &self.name
     }
 
     fn device_type(&self) -> u32 {
@@ -139,8 +144,8 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
-        let (node, presence) = (self.node.clone(), self.presence.clone());
-        let handler = io::BlockHandler::new(node, self.capacity, &self.options.serial, presence)?;
+        let (link, presence) = (self.link.clone(), self.presence.clone());
+        let handler = io::BlockHandler::new(link, self.capacity, &self.options.serial, presence)?;
         Ok(Box::new(handler))
     }
 

@@ -1,0 +1,79 @@
+//! Holding requests back for as long as several changes take.
+
+use std::sync::{Arc, Mutex};
+
+use super::open::not_found;
+use super::permissions::{parents_first, reaches};
+use super::{Graph, State, lock, locks};
+use crate::Result;
+use crate::node::{Holding, Node};
+
+/// Requests are held back until this is dropped. Changes of the graph are not.
+///
+/// Whoever has it must not send requests through a node ([`Node::format`] does not go through its gate),
+/// nor wait for a device or a client that has requests to finish.
+pub struct Held {
+    gates: Vec<Holding>,
+    state: Arc<Mutex<State>>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let made = {
+            let mut state = lock(&self.state);
+            state.holds -= 1;
+            if state.holds == 0 { std::mem::take(&mut state.made_while_held) } else { Vec::new() }
+        };
+        // From the bottom up: a request that is let in finds all gates below open.
+        while let Some(gate) = self.gates.pop() {
+            drop(gate);
+        }
+        drop(made);
+    }
+}
+
+impl Graph {
+    /// Holds back requests to these nodes and to all above them, and waits for those in flight. Nodes
+    /// that are made meanwhile are held, too.
+    ///
+    /// # Errors
+    /// If there is no such node.
+    pub fn hold(&self, names: &[&str]) -> Result<Held> {
+        let state = self.state();
+        for name in names {
+            state.get(name).ok_or_else(|| not_found(name))?;
+        }
+        Ok(self.hold_where(state, |state, node| {
+            names.iter().any(|below| reaches(&state.edges, node.name(), below))
+        }))
+    }
+
+    /// As [`Graph::hold`], of all nodes.
+    pub fn hold_all(&self) -> Held {
+        self.hold_where(self.state(), |_, _| true)
+    }
+
+    fn hold_where(
+        &self,
+        mut state: std::sync::MutexGuard<'_, State>,
+        wanted: impl Fn(&State, &Arc<Node>) -> bool,
+    ) -> Held {
+        let gates = state
+            .top_down()
+            .iter()
+            .filter(|node| wanted(&state, node))
+            .map(|node| node.hold_gate())
+            .collect();
+        state.holds += 1;
+        Held { gates, state: Arc::clone(&self.state) }
+    }
+}
+
+impl State {
+    /// All nodes, each after those that use it.
+    pub(super) fn top_down(&self) -> Vec<Arc<Node>> {
+        let all = self.nodes.iter().map(|n| (n.name().to_owned(), locks::facts(n))).collect();
+        let order = parents_first(&self.edges, &all);
+        order.into_iter().filter_map(|name| self.get(name).cloned()).collect()
+    }
+}
