@@ -347,19 +347,12 @@ fn shown_name(file: &str, overridden: bool, backing: Option<&Node>) -> String {
     if !overridden {
         return file.to_owned();
     }
-    let backing = match backing {
-        Some(node) => serde_json::json!({
-            "driver": node.driver(),
-            "file": {"driver": "file", "filename": node.filename()},
-        }),
-        None => serde_json::Value::Null,
-    };
-    let all = serde_json::json!({
-        "backing": backing,
-        "driver": "qcow2",
-        "file": {"driver": "file", "filename": file},
+    let text = |text: &str| serde_json::Value::from(text).to_string();
+    let file_of = |name: &str| format!("{{\"driver\": \"file\", \"filename\": {}}}", text(name));
+    let backing = backing.map_or("null".to_owned(), |node| {
+        format!("{{\"driver\": {}, \"file\": {}}}", text(node.driver()), file_of(&node.filename()))
     });
-    format!("json:{all}")
+    format!("json:{{\"backing\": {backing}, \"driver\": \"qcow2\", \"file\": {}}}", file_of(file))
 }
 
 fn window_name(file: &Node, window: Window) -> String {

@@ -190,7 +190,8 @@ impl Server {
             state.clients.iter().for_each(|client| client.socket.shutdown());
             std::mem::take(&mut state.exports)
         };
-        drop(exports);
+        // The newest goes first, as in QEMU.
+        exports.into_iter().rev().for_each(drop);
         self.shared.wake_acceptor();
         if let Some(accepting) = self.accepting.take()
             && accepting.join().is_err()

@@ -21,14 +21,16 @@ impl Blocks {
             }
             other => other.map(i64::unsigned_abs),
         };
-        self.with_bitmaps(&arguments.node, |node| {
-            node.add_bitmap(&NewBitmap {
-                name: &arguments.name,
-                granularity,
-                persistent: arguments.persistent.unwrap_or(false),
-                disabled: arguments.disabled.unwrap_or(false),
-            })
+        let name = &arguments.node;
+        // QEMU has another text here than for the other commands.
+        let node = self.graph.get(name).ok_or_else(|| qmp::Error::no_node(name))?;
+        node.add_bitmap(&NewBitmap {
+            name: &arguments.name,
+            granularity,
+            persistent: arguments.persistent.unwrap_or(false),
+            disabled: arguments.disabled.unwrap_or(false),
         })
+        .map_err(failed)
     }
 
     /// block-dirty-bitmap-merge.
@@ -47,9 +49,7 @@ impl Blocks {
 }
 
 fn find(graph: &Graph, name: &str) -> Result<Arc<Node>, qmp::Error> {
-    graph.get(name).ok_or_else(|| {
-        qmp::Error::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))
-    })
+    graph.get(name).ok_or_else(|| qmp::Error::generic(format!("Node '{name}' not found")))
 }
 
 fn merge(graph: &Graph, arguments: &BitmapMergeArguments) -> Result<(), qmp::Error> {
