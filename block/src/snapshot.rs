@@ -15,6 +15,7 @@
 //! the image as it was, with what was written to the disk meanwhile. Dropping a change without `finish` rolls it back. A crash at any point
 //! leaves the old or the new state, and at most leaked clusters.
 
+use crate::qcow2::Compression;
 use crate::{Error, ReadBuf, Result, StatusExtent, WriteBuf};
 
 /// An internal snapshot, as the snapshot table tells it.
@@ -116,6 +117,21 @@ pub trait SnapshotCreate: SnapshotChange + Sync {
     /// # Errors
     /// If it was called before, or the image takes no writes.
     fn switch(&self) -> Result<()>;
+
+    /// Has what is written from now on compressed by the image's method, which must be this one: cluster by
+    /// cluster where whole ones are written. What is written in part, or does not shrink, is stored as
+    /// it is.
+    ///
+    /// # Errors
+    /// If the image's method is another.
+    fn compress_vmstate(&mut self, _method: Compression) -> Result<()> {
+        Err(Error::NotSupported("This image format cannot compress VM state".to_owned()))
+    }
+
+    /// Bytes by which compression has made what was written shorter.
+    fn spared_bytes(&self) -> u64 {
+        0
+    }
 
     /// The length recorded in the snapshot table; at least the end of what was written. Inherited VM
     /// state past it is left out.

@@ -1,12 +1,16 @@
 //! Save and load throughput on a real disk, beside `dd` with direct I/O on the same disk.
 //!
-//! `cargo run --release -p snapshot --example throughput -- DIRECTORY [MIB [THREADS [ROUNDS]]]`
+//! `cargo run --release -p snapshot --example throughput -- DIRECTORY [MIB [THREADS [ROUNDS [METHOD [FILE]]]]]`
+//!
+//! RAM is full of noise, or of the bytes of `FILE` again and again; it is compressed by `METHOD`: none, zlib or
+//! zstd.
 
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use block::graph::Graph;
+use block::qcow2::Compression;
 use block::{Node, Progress};
 use snapshot::{Checkpoint, GuestMemory, MachineConfig, SaveRequest, Section, Stamp, delete, save};
 use std::sync::Arc;
@@ -16,28 +20,41 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
-    let directory =
-        arguments.next().ok_or("usage: throughput DIRECTORY [MIB [THREADS [ROUNDS]]]")?;
+    let directory = arguments
+        .next()
+        .ok_or("usage: throughput DIRECTORY [MIB [THREADS [ROUNDS [METHOD [FILE]]]]]")?;
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |n| n.parse());
     let (mib, threads, rounds) = (number(1024)?, number(4)?, number(3)?);
+    let compress = match arguments.next().as_deref() {
+        None | Some("none") => None,
+        Some("zlib") => Some(Compression::Zlib),
+        Some("zstd") => Some(Compression::Zstd),
+        Some(other) => return Err(format!("no method '{other}'").into()),
+    };
+    let contents = arguments.next().map(std::fs::read).transpose()?;
 
     let directory = Path::new(&directory);
     let image = directory.join("throughput.qcow2");
     let image = image.to_str().ok_or("the directory's name is not UTF-8")?;
-    run("qemu-img", &["create", "-q", "-f", "qcow2", image, "64G"])?;
+    let method = format!("compression_type={}", compress.unwrap_or(Compression::Zlib));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &method, image, "64G"])?;
     let graph = Graph::new();
     let options = format!("driver=qcow2,node-name=d0,file.driver=file,file.filename={image}");
     let nodes = vec![graph.add_text(&options)?];
 
     let ram = memory(mib)?;
-    fill(&ram, mib)?;
+    match &contents {
+        Some(bytes) => repeat(&ram, mib, bytes)?,
+        None => fill(&ram, mib)?,
+    }
     for round in 1..=rounds {
         let dd = dd(directory, mib, "of")?;
         report(round, "dd, write", mib, dd);
         let tag = format!("t{round}");
         let begun = Instant::now();
-        save_ram(&nodes, &ram, &tag, threads)?;
+        let written = save_ram(&nodes, &ram, &tag, threads, compress)?;
         report(round, "save", mib, begun.elapsed());
+        println!("round {round}: {:20} {:8.1} MiB", "  written", written as f64 / (1 << 20) as f64);
 
         let dd = self::dd(directory, mib, "if")?;
         report(round, "dd, read", mib, dd);
@@ -72,24 +89,35 @@ fn fill(ram: &GuestMemory, mib: usize) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The bytes of a file again and again.
+fn repeat(ram: &GuestMemory, mib: usize, bytes: &[u8]) -> Result<(), Failure> {
+    for at in (0..mib << 20).step_by(bytes.len().max(1)) {
+        let len = bytes.len().min((mib << 20) - at);
+        ram.write_slice(&bytes[..len], GuestAddress(at as u64))?;
+    }
+    Ok(())
+}
+
 fn save_ram(
     nodes: &[Arc<Node>],
     ram: &GuestMemory,
     tag: &str,
     threads: usize,
-) -> Result<(), Failure> {
-    save(SaveRequest {
+    compress: Option<Compression>,
+) -> Result<u64, Failure> {
+    let report = save(SaveRequest {
         nodes,
         vmstate: "d0",
         stamp: Stamp { tag: tag.to_owned(), date_sec: 0, date_nsec: 0, vm_clock_nsec: 0 },
         about: snapshot::About::default(),
+        compress,
         config: &MachineConfig::default(),
         sections: vec![Section::encode("vcpu", 0, 1, &0)?],
         ram,
         progress: &Progress::default(),
         threads,
     })?;
-    Ok(())
+    Ok(report.bytes_written)
 }
 
 fn load(

@@ -1,5 +1,7 @@
 //! The image header: parsed, and checked against every limit before anything is allocated.
 
+use std::fmt::{self, Display, Formatter};
+
 use crate::num::{be32_at, be64_at, to_u64, to_usize};
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result};
@@ -61,6 +63,15 @@ pub enum Compression {
     Zlib,
     /// Zstandard.
     Zstd,
+}
+
+impl Display for Compression {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        })
+    }
 }
 
 /// The header's fields.

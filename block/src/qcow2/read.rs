@@ -177,7 +177,7 @@ impl Qcow2 {
 
     /// Reads and unpacks a compressed cluster. At most two clusters are read, whatever the entry
     /// says.
-    fn read_compressed(&self, host: HostOffset, len: u64) -> Result<Vec<u8>> {
+    pub(super) fn read_compressed(&self, host: HostOffset, len: u64) -> Result<Vec<u8>> {
         let size = self.geometry.cluster_size();
         let mut data = vec![0; to_usize(len.min(size * 2))];
         self.storage.read_at(host.0, &[ReadBuf::new(&mut data)])?;

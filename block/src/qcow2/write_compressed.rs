@@ -11,6 +11,7 @@ use crate::{Error, Result, WriteBuf};
 
 use super::Qcow2;
 use super::compressed::compress;
+use super::header::Compression;
 use super::layout::{HostOffset, Run, compressed_entry};
 use super::meta::Meta;
 
@@ -47,6 +48,19 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Checks that what is compressed from now on may be by this method: an image has one for all.
+    pub(super) fn check_compresses_with(&self, method: Compression) -> Result<()> {
+        if self.compression == method {
+            return Ok(());
+        }
+        Err(Error::NotSupported(format!(
+            "Image '{name}' compresses with {own}, not with {method}: ask for {own}, or use an image that \
+             was made with compression_type={method}",
+            name = self.storage.name(),
+            own = self.compression
+        )))
+    }
+
     fn check_packable(&self, offset: u64, len: u64) -> Result<()> {
         if self.geometry.external {
             return Err(Error::NotSupported(format!(
@@ -77,7 +91,8 @@ impl Qcow2 {
             meta.trim()?;
             // The table must be there (and ours) before data is written, so that lack of space shows.
             meta.l2_for_write(geometry.l1_index(guest))?;
-            meta.allocate_bytes(len)?
+            let most = geometry.max_refcount();
+            meta.allocate_bytes(len, most)?
         };
         let result = match compressed_entry(host, len, geometry) {
             Some(entry) => self
@@ -108,14 +123,14 @@ fn point_to(meta: &mut Meta, guest: u64, entry: u64) -> Result<()> {
 
 impl Meta {
     /// Takes `len` bytes, fewer than a cluster: behind those taken last if they fit that cluster, or
-    /// go on in the next. Gives the host clusters that they touch; a reference to each is taken.
-    fn allocate_bytes(&mut self, len: u64) -> Result<(HostOffset, Run)> {
+    /// go on in the next. Gives the host clusters that they touch; a reference to each is taken, and a
+    /// cluster that has `most` already is left alone.
+    pub(super) fn allocate_bytes(&mut self, len: u64, most: u64) -> Result<(HostOffset, Run)> {
         let geometry = self.geometry();
-        let most = geometry.max_refcount();
         let mut shared = None;
         if let Some(at) = self.packed_end {
             let cluster = geometry.cluster_of(at);
-            // Freed and perhaps in use again, or with as many users as can be counted.
+            // Freed, or with as many users as there may be.
             let users = self.refcounts.get(cluster)?;
             shared = (users > 0 && users < most).then_some((at, Run::one(cluster)));
         }

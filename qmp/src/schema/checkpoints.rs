@@ -2,7 +2,7 @@
 //! no such types: commands and members have names with `x-`.
 
 use super::macros::objects;
-use super::types::SnapshotSaveMode;
+use super::types::{SnapshotCompression, SnapshotSaveMode};
 
 objects! {
     /// A label of a checkpoint.
@@ -25,6 +25,9 @@ objects! {
         "devices" devices: Vec<String>,
         /// Whether the guest runs meanwhile; `live` if left out.
         "x-mode" mode: Option<SnapshotSaveMode>,
+        /// How VM state is compressed: by the method of the VM-state node's image, or, if left out,
+        /// not at all.
+        "x-compress" compress: Option<SnapshotCompression>,
         /// What the checkpoint is, for people; at most 4096 bytes.
         "x-description" description: Option<String>,
         /// What tools know it by: at most 64, keys of 1 to 63 bytes, values of up to 255.

@@ -156,6 +156,16 @@ enums! {
         Stop = "stop",
     }
 
+    /// How a checkpoint's VM state is compressed.
+    SnapshotCompression {
+        /// Not at all.
+        Off = "none",
+        /// With deflate.
+        Zlib = "zlib",
+        /// With Zstandard.
+        Zstd = "zstd",
+    }
+
     /// How a node is exported.
     BlockExportType {
         /// Over NBD.

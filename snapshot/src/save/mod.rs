@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use block::qcow2::Compression;
 use block::{Node, Progress};
 
 use crate::about::{About, AboutError, Stamp};
@@ -31,6 +32,8 @@ pub struct SaveRequest<'a> {
     pub stamp: Stamp,
     /// What is recorded besides the machine.
     pub about: About,
+    /// How VM state is compressed, if it is to be.
+    pub compress: Option<Compression>,
     /// The machine; becomes the configuration section, together with the nodes.
     pub config: &'a MachineConfig,
     /// All other sections.
@@ -48,13 +51,13 @@ pub struct SaveRequest<'a> {
 pub struct SaveReport {
     /// Guest RAM.
     pub ram_bytes: u64,
-    /// RAM written to the image; what was written again counts again.
+    /// RAM written to the image, before compression; what was written again counts again.
     pub stored_bytes: u64,
     /// RAM that was found to be zero and takes no space in the image.
     pub zero_bytes: u64,
     /// Header and sections.
     pub state_bytes: u64,
-    /// RAM, header and sections written.
+    /// RAM, header and sections written, after compression.
     pub bytes_written: u64,
     /// Length of the VM-state area in the snapshot table, holes counted.
     pub vm_state_size: u64,
@@ -96,6 +99,12 @@ pub enum SaveError {
         /// The VM-state node, and why.
         source: ChangeError,
     },
+    /// VM state cannot be compressed in that way.
+    #[error("VM state on '{}' cannot be compressed: {source}", .source.node)]
+    Compression {
+        /// The VM-state node, and why.
+        source: ChangeError,
+    },
     /// A snapshot could not be created.
     #[error("Could not create snapshot '{tag}' on '{}': {source}", .source.node)]
     Create {
@@ -131,8 +140,18 @@ pub fn preflight_save(nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> Result<(
 /// Saves a checkpoint, all of RAM, while the guest stands still: on return it is durable on all nodes,
 /// or every node is as it was. [`Save`] does it in steps.
 pub fn save(request: SaveRequest<'_>) -> Result<SaveReport, SaveError> {
-    let SaveRequest { nodes, vmstate, stamp, about, config, sections, ram, progress, threads } =
-        request;
+    let SaveRequest {
+        nodes,
+        vmstate,
+        stamp,
+        about,
+        compress,
+        config,
+        sections,
+        ram,
+        progress,
+        threads,
+    } = request;
     preflight_save(nodes, vmstate, &stamp.tag)?;
     let unkept = |source| SaveError::About { tag: stamp.tag.clone(), source };
     about.check().map_err(unkept)?;
@@ -147,6 +166,7 @@ pub fn save(request: SaveRequest<'_>) -> Result<SaveReport, SaveError> {
             vmstate,
             stamp: &stamp,
             base: None,
+            compress,
             absent: false,
             state_bytes: area.layout.start().0,
             ram,

@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use block::qcow2::Compression;
 use block::{Format, NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
 
 use super::aside::Aside;
@@ -50,6 +51,9 @@ pub struct SaveSetup<'a> {
     /// What RAM equals but for the pages that will be written. It is used where it is still there, on
     /// the VM-state node: see [`Save::is_incremental`].
     pub base: Option<&'a Base>,
+    /// How VM state is compressed, if it is to be: by the method of the VM-state node's image. What is
+    /// shared with the base stays as it is.
+    pub compress: Option<Compression>,
     /// Whether pages of RAM may be missing from memory, without being zero.
     pub absent: bool,
     /// Bytes of header and sections at most.
@@ -102,6 +106,7 @@ impl<'a> Save<'a> {
         let least = RamLayout::start_after(setup.state_bytes)
             .ok_or_else(|| state_error("it is too large"))?;
         let mut creates = begin_all(images, setup.stamp)?;
+        creates = compress(creates, setup.compress)?;
         let base = setup.base.filter(|base| base.ram_offset >= least.0);
         let inherited = base.is_some_and(|base| inherit(images, &mut creates, &setup, base));
         let start = base.filter(|_| inherited).map_or(least.0, |base| base.ram_offset);
@@ -190,6 +195,7 @@ impl<'a> Save<'a> {
             begun.change.set_time(stamp.date_sec, stamp.date_nsec, stamp.vm_clock_nsec);
         }
         let state_bytes = self.write_state(&area)?;
+        let spared = self.creates.last().map_or(0, |begun| begun.change.spared_bytes());
         let mut changes = self.take_changes();
         all_or_none(&mut changes, Some(self.setup.progress))
             .map_err(|error| create_failed(&stamp.tag, error))?;
@@ -199,7 +205,7 @@ impl<'a> Save<'a> {
             stored_bytes: self.writer.stored(),
             zero_bytes: self.writer.zero(),
             state_bytes,
-            bytes_written: self.writer.stored() + state_bytes,
+            bytes_written: (self.writer.stored() + state_bytes).saturating_sub(spared),
             vm_state_size: area.layout.total_length(),
             incremental: self.incremental,
         };
@@ -305,6 +311,25 @@ fn inherit(
         Err(error) => {
             tracing::info!(%error, "checkpoint '{}' cannot be built upon", base.snapshot.tag);
             false
+        }
+    }
+}
+
+/// Has VM state compressed where it is to be.
+fn compress(
+    mut creates: Vec<Begun<'_>>,
+    method: Option<Compression>,
+) -> Result<Vec<Begun<'_>>, SaveError> {
+    let (Some(method), Some(Begun { node, change })) = (method, creates.last_mut()) else {
+        return Ok(creates);
+    };
+    let node = *node;
+    match change.compress_vmstate(method) {
+        Ok(()) => Ok(creates),
+        Err(source) => {
+            let mut changes: Vec<_> = creates.into_iter().map(Begun::into_change).collect();
+            let source = ChangeError::at_begin(node, source, &mut changes);
+            Err(SaveError::Compression { source })
         }
     }
 }

@@ -76,6 +76,7 @@ impl Live {
             vmstate: "d0",
             stamp: &stamp,
             base: base.as_ref(),
+            compress: None,
             absent: false,
             state_bytes: 1000,
             ram: &ram,

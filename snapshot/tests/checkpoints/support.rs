@@ -52,6 +52,7 @@ impl Machine {
             vmstate: "d0",
             stamp: stamp(tag),
             about: snapshot::About::default(),
+            compress: None,
             config: &self.config,
             sections: vec![Section::encode("vcpu", 0, 1, &0x1234_u64).unwrap()],
             ram: &self.ram,

@@ -98,6 +98,7 @@ impl Images {
                 vm_clock_nsec: 3_723_000_000_000,
             },
             about: snapshot::About::default(),
+            compress: None,
             config: &MachineConfig::default(),
             sections: vec![Section::encode("vcpu", 0, 1, tag).unwrap()],
             ram,

@@ -1,6 +1,7 @@
 //! Checkpoints that write only what changed, with a guest that goes on writing at any moment.
 
 use block::Progress;
+use block::qcow2::Compression;
 use snapshot::save::{Machine, Room, Save, SaveSetup, set_aside};
 use snapshot::{
     Checkpoint, GuestMemory, MachineConfig, PageSet, SaveImages, SaveReport, Section, Stamp,
@@ -11,16 +12,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use crate::images::{Images, MIB, contents, ram, scribble};
 
 /// A guest, and what its RAM was at each checkpoint.
-struct Chain {
-    images: Images,
-    memory: GuestMemory,
+pub(crate) struct Chain {
+    pub(crate) images: Images,
+    pub(crate) memory: GuestMemory,
     tracker: Tracker,
-    saved: Vec<(String, Vec<u8>)>,
-    random: fastrand::Rng,
+    pub(crate) saved: Vec<(String, Vec<u8>)>,
+    pub(crate) random: fastrand::Rng,
+    /// Of the checkpoints that are saved from now on.
+    pub(crate) compress: Option<Compression>,
 }
 
 impl Chain {
-    fn new(options: &str) -> Self {
+    pub(crate) fn new(options: &str) -> Self {
         let memory = ram();
         Self {
             images: Images::create(options),
@@ -28,6 +31,7 @@ impl Chain {
             memory,
             saved: Vec::new(),
             random: fastrand::Rng::with_seed(11),
+            compress: None,
         }
     }
 
@@ -42,7 +46,7 @@ impl Chain {
     }
 
     /// The guest runs for a while.
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         for _ in 0..self.random.u32(1..4) {
             let at = GuestAddress(self.random.u64(0..33 * 256) * 4096);
             let len =
@@ -61,7 +65,7 @@ impl Chain {
         self.memory.write_obj(self.random.u8(..), tail).unwrap();
     }
 
-    fn save(&mut self, tag: &str, live: bool) -> SaveReport {
+    pub(crate) fn save(&mut self, tag: &str, live: bool) -> SaveReport {
         let stamp = Stamp {
             tag: tag.to_owned(),
             date_sec: 1_700_000_000,
@@ -77,6 +81,7 @@ impl Chain {
             vmstate: "d0",
             stamp: &stamp,
             base: base.as_ref(),
+            compress: self.compress,
             absent: false,
             state_bytes: 1000,
             ram: &memory,
@@ -118,7 +123,7 @@ impl Chain {
     }
 
     /// Loads a checkpoint, and looks whether RAM is that of it.
-    fn load(&mut self, at: usize) {
+    pub(crate) fn load(&mut self, at: usize) {
         let (tag, ram) = &self.saved[at];
         assert_eq!(&self.images.load(tag, &self.memory), tag);
         assert!(contents(&self.memory) == *ram, "RAM of {tag}");
@@ -245,6 +250,7 @@ fn a_save_that_is_dropped_at_any_step_leaves_the_images_as_they_were() {
             vmstate: "d0",
             stamp: &stamp,
             base: base.as_ref(),
+            compress: chain.compress,
             absent: false,
             state_bytes: 1000,
             ram: &memory,

@@ -3,6 +3,7 @@
 // Helpers outside of test functions fail the test that called them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod compressed;
 mod images;
 mod incremental;
 

@@ -196,6 +196,9 @@ pub struct SaveArgs {
     /// What the checkpoint is
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub description: String,
+    /// Compress RAM and state, by the method of the image that holds them (its compression_type)
+    #[arg(long, value_name = "METHOD", value_parser = ["none", "zlib", "zstd"])]
+    pub compress: Option<String>,
     /// A label for tools; may be given more than once
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<String>,

@@ -22,6 +22,9 @@ pub(super) fn save(args: &SaveArgs) -> Result<(), Error> {
     if !args.description.is_empty() {
         more.insert("x-description".to_owned(), json!(args.description));
     }
+    if let Some(method) = &args.compress {
+        more.insert("x-compress".to_owned(), json!(method));
+    }
     if !args.labels.is_empty() {
         let labels = args.labels.iter().map(|text| match text.split_once('=') {
             Some((key, value)) => Ok(json!({ "key": key, "value": value })),

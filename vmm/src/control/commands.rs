@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use block::qcow2::Compression;
 use qmp::schema::{
     Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadInfo, LoadMode, NameInfo,
-    ShutdownCause, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo, UuidInfo,
+    ShutdownCause, SnapshotCompression, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo,
+    UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
 use snapshot::About;
 
-use super::work::{SaveMode, Target, Task};
+use super::work::{SaveMode, SaveOptions, Target, Task};
 use super::{Controller, RunState};
 use crate::blocks::{Answer, is_block_command};
 
@@ -55,7 +57,13 @@ impl Controller {
                     None | Some(SnapshotSaveMode::Live) => SaveMode::Live,
                     Some(SnapshotSaveMode::Stop) => SaveMode::Stop,
                 };
-                self.add_job(arguments.job_id, Task::Save(target, mode, about))
+                let compress = match arguments.compress {
+                    None | Some(SnapshotCompression::Off) => None,
+                    Some(SnapshotCompression::Zlib) => Some(Compression::Zlib),
+                    Some(SnapshotCompression::Zstd) => Some(Compression::Zstd),
+                };
+                let how = SaveOptions { mode, compress };
+                self.add_job(arguments.job_id, Task::Save(target, how, about))
             }
             Command::SnapshotLoad(arguments) => {
                 let target = Target {

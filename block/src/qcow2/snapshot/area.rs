@@ -10,7 +10,8 @@
 //!            zero
 //! ```
 //!
-//! *Own* clusters were taken for this snapshot. *Inherited* ones are an earlier snapshot's and are only
+//! *Own* clusters were taken for this snapshot; *packed* ones are own clusters that are stored compressed,
+//! and get another place whenever they are written. *Inherited* ones are an earlier snapshot's and are only
 //! looked at until [`Area::take`]. Nothing on disk refers to the area before the snapshot is published,
 //! so no write here has an order to keep. `take` has: see there.
 //!
@@ -30,6 +31,7 @@ use crate::{Error, Result};
 use super::vmstate::VmState;
 use super::{tree, write_fresh};
 
+mod packed;
 mod table;
 mod write;
 
@@ -43,6 +45,8 @@ struct State {
     written: u64,
     /// Host offset up to which file space is taken.
     reserved: u64,
+    /// Bytes that packing made of less.
+    spared: u64,
 }
 
 /// What [`Area::take`] took besides own clusters.
@@ -62,12 +66,15 @@ pub(super) struct Area<'a> {
     base: Option<VmState<'a>>,
     state: Mutex<State>,
     taken: Taken,
+    /// Whether clusters that are written whole are compressed.
+    pub(super) compress: bool,
 }
 
 impl<'a> Area<'a> {
     /// An area of zeroes.
     pub(super) fn new(image: &'a Qcow2) -> Self {
-        Self { image, base: None, state: Mutex::default(), taken: Taken::default() }
+        let (state, taken) = (Mutex::default(), Taken::default());
+        Self { image, base: None, state, taken, compress: false }
     }
 
     /// Starts with the area of snapshot `id`; gives its length in bytes.
@@ -137,6 +144,11 @@ impl<'a> Area<'a> {
         let kept = to_usize(stored.saturating_sub(first).min(geometry.l2_entries()));
         new.inherit(&bytes, kept, geometry);
         Ok(Some(entry.insert(new)))
+    }
+
+    /// A table that [`Area::slot`] looked at, for changes; an empty one if there is none.
+    fn table_for_write<'s>(&self, state: &'s mut State, table: u64) -> &'s mut Table {
+        state.tables.entry(table).or_insert_with(|| Table::empty(self.image.geometry))
     }
 
     fn slot(&self, state: &mut State, cluster: u64) -> Result<Slot> {

@@ -12,7 +12,7 @@
 
 use crate::num::to_u64;
 use crate::qcow2::Qcow2;
-use crate::qcow2::header::MAX_SNAPSHOTS;
+use crate::qcow2::header::{Compression, MAX_SNAPSHOTS};
 use crate::qcow2::layout::Run;
 use crate::qcow2::meta::Meta;
 use crate::snapshot::{NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo};
@@ -131,6 +131,17 @@ impl SnapshotCreate for Create<'_> {
         // Requests in flight are before the snapshot point, later ones after it.
         let _held = self.image.in_flight.exclusive(0..u64::MAX);
         self.image.meta().pass_point()
+    }
+
+    fn compress_vmstate(&mut self, method: Compression) -> Result<()> {
+        self.stage.expect(Stage::Begun)?;
+        self.image.check_compresses_with(method)?;
+        self.area.compress = true;
+        Ok(())
+    }
+
+    fn spared_bytes(&self) -> u64 {
+        self.area.spared()
     }
 
     fn set_vmstate_size(&mut self, size: u64) {

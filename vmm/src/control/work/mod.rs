@@ -32,6 +32,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
+use block::qcow2::Compression;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
@@ -51,7 +52,7 @@ pub(crate) const IO_THREADS: usize = 4;
 #[derive(Debug, Clone)]
 pub enum Task {
     /// snapshot-save, with what is said of the checkpoint
-    Save(Target, SaveMode, About),
+    Save(Target, SaveOptions, About),
     /// snapshot-load
     Load(Target, LoadMode),
     /// snapshot-delete
@@ -61,6 +62,15 @@ pub enum Task {
         /// Names of the nodes.
         devices: Vec<String>,
     },
+}
+
+/// How a save is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveOptions {
+    /// Whether the guest runs.
+    pub mode: SaveMode,
+    /// How VM state is compressed, if it is to be.
+    pub compress: Option<Compression>,
 }
 
 /// Whether the guest runs while it is saved.
@@ -226,7 +236,7 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
-        Task::Save(target, mode, about) => save::save(&target, mode, about, context),
+        Task::Save(target, how, about) => save::save(&target, how, about, context),
         Task::Load(target, mode) => load::load(&target, mode, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;

@@ -8,8 +8,8 @@ use snapshot::{About, Lineage, PageSet, SaveError, SaveImages, Stamp};
 use tracing::{info, warn};
 
 use super::{
-    Freeze, Frozen, IO_THREADS, Outcome, SaveMode, Target, Tracked, WorkContext, WorkError,
-    WorkMessage,
+    Freeze, Frozen, IO_THREADS, Outcome, SaveMode, SaveOptions, Target, Tracked, WorkContext,
+    WorkError, WorkMessage,
 };
 
 /// Bytes after which another round of copying, guest running, gains nothing.
@@ -24,7 +24,7 @@ const ROOM: u64 = FEW / snapshot::PAGE_SIZE;
 
 pub(super) fn save(
     target: &Target,
-    mode: SaveMode,
+    how: SaveOptions,
     about: About,
     context: &WorkContext,
 ) -> Outcome {
@@ -39,6 +39,7 @@ pub(super) fn save(
         vmstate,
         stamp: &stamp,
         base: base.as_ref(),
+        compress: how.compress,
         // A page that is not there would be taken for one of zeroes.
         absent: context.missing.as_ref().is_some_and(|missing| missing.ram.missing_bytes() > 0),
         state_bytes,
@@ -54,7 +55,7 @@ pub(super) fn save(
         context.read_missing()?;
     }
     let running = Running { save, context, tag, about, all: !logged };
-    match mode {
+    match how.mode {
         SaveMode::Live if logged => running.live(),
         _ => running.stop(),
     }

@@ -1,7 +1,7 @@
 //! An L2 table of the VM-state area in memory.
 
 use crate::num::{be64, to_usize};
-use crate::qcow2::layout::{COPIED, Geometry, HostOffset, Run, push_run};
+use crate::qcow2::layout::{COPIED, Geometry, HostOffset, Mapping, Run, push_run};
 use crate::qcow2::subcluster::{Cluster, mask};
 
 /// What a cluster of the area is.
@@ -13,6 +13,28 @@ pub(super) enum Slot {
     Inherited,
     /// Taken for this snapshot.
     Own(HostOffset),
+    /// The same, compressed.
+    Packed(PackedAt),
+}
+
+/// Where a compressed cluster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PackedAt {
+    pub(super) host: HostOffset,
+    /// Most bytes it takes.
+    pub(super) len: u64,
+    /// The clusters of the file that it is in; it has a reference to each.
+    pub(super) run: Run,
+}
+
+/// The compressed cluster of an own entry, if it is one.
+fn packed(word: u64, geometry: Geometry) -> Option<PackedAt> {
+    match Mapping::decode(word, geometry) {
+        Ok(mapping @ Mapping::Compressed { host, len }) => {
+            Some(PackedAt { host, len, run: mapping.run(geometry)? })
+        }
+        _ => None,
+    }
 }
 
 /// An L2 table of the area in memory.
@@ -52,7 +74,8 @@ impl Table {
         geometry: Geometry,
     ) -> std::result::Result<Slot, String> {
         if self.own[index] {
-            return Ok(Slot::Own(HostOffset(self.words[index * geometry.entry_words()])));
+            let word = self.words[index * geometry.entry_words()];
+            return Ok(packed(word, geometry).map_or(Slot::Own(HostOffset(word)), Slot::Packed));
         }
         let zero = self.cluster(index, geometry)?.reads_zero(mask(0..geometry.subclusters()), true);
         Ok(if zero { Slot::Empty } else { Slot::Inherited })
@@ -69,11 +92,19 @@ impl Table {
         }
     }
 
+    /// Has an entry be that of a compressed cluster of this snapshot.
+    pub(super) fn set_packed(&mut self, index: usize, entry: u64, geometry: Geometry) {
+        self.set(index, None, geometry);
+        self.own[index] = true;
+        self.words[index * geometry.entry_words()] = entry;
+    }
+
     pub(super) fn own_runs(&self, geometry: Geometry) -> Vec<Run> {
         let mut runs = Vec::new();
         for (words, own) in self.words.chunks_exact(geometry.entry_words()).zip(&self.own) {
             if *own {
-                push_run(&mut runs, Run::one(geometry.cluster_of(HostOffset(words[0]))));
+                let plain = || Run::one(geometry.cluster_of(HostOffset(words[0])));
+                push_run(&mut runs, packed(words[0], geometry).map_or_else(plain, |at| at.run));
             }
         }
         runs

@@ -7,7 +7,7 @@ use crate::queue::AlignedBuf;
 use crate::snapshot::VmStateRead;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
-use super::{Area, Slot, Table};
+use super::{Area, Slot};
 
 /// File space is taken ahead of VM-state writes: as much as was written so far, within these bounds.
 const RESERVE: std::ops::RangeInclusive<u64> = 4 << 20..=256 << 20;
@@ -50,6 +50,10 @@ impl Area<'_> {
                     self.image.storage.write_bulk(host.0 + in_cluster, &part)?;
                     n
                 }
+                _ if in_cluster == 0 && left >= size && self.compress => {
+                    let n = whole.min(left - left % size);
+                    self.write_packed(at, &iobuf::slice_write(bufs, done, n))?
+                }
                 _ if in_cluster == 0 && left >= size => {
                     let run = self.allocate(many.min(left >> geometry.cluster_bits))?;
                     let n = geometry.bytes_of(run.count);
@@ -89,7 +93,7 @@ impl Area<'_> {
         Ok((first, many))
     }
 
-    fn allocate(&self, want: u64) -> Result<Run> {
+    pub(super) fn allocate(&self, want: u64) -> Result<Run> {
         let mut meta = self.image.meta();
         meta.check_writable()?;
         meta.trim()?;
@@ -101,6 +105,9 @@ impl Area<'_> {
         let geometry = self.image.geometry;
         let (start, in_cluster) = (geometry.cluster_start(at), geometry.in_cluster(at));
         let mut rest = AlignedBuf::new(to_usize(geometry.cluster_size()));
+        if let Slot::Packed(packed) = slot {
+            rest.copy_from_slice(&self.image.read_compressed(packed.host, packed.len)?);
+        }
         if slot == Slot::Inherited
             && let Some(base) = &self.base
         {
@@ -118,7 +125,7 @@ impl Area<'_> {
     }
 
     /// Writes whole clusters to a run that was taken for them, which is given back on failure.
-    fn write_run(&self, at: u64, run: Run, bufs: &[WriteBuf<'_>]) -> Result<()> {
+    pub(super) fn write_run(&self, at: u64, run: Run, bufs: &[WriteBuf<'_>]) -> Result<()> {
         let geometry = self.image.geometry;
         let start = geometry.offset_of(run.first).0;
         let written = self
@@ -156,17 +163,18 @@ impl Area<'_> {
     /// Notes where clusters are, from `cluster` on.
     fn note(&self, cluster: u64, run: Run) -> Result<()> {
         let geometry = self.image.geometry;
+        let mut old = Vec::new();
         let mut state = self.state();
         for n in 0..run.count {
+            // Also has the table be here.
+            old.push(self.slot(&mut state, cluster + n)?);
             let (table, index) = self.index_of(cluster + n);
-            if self.load(&mut state, table)?.is_none() {
-                state.tables.insert(table, Table::empty(geometry));
-            }
-            if let Some(table) = state.tables.get_mut(&table) {
-                table.set(index, Some(geometry.offset_of(run.first + n)), geometry);
-            }
+            let table = self.table_for_write(&mut state, table);
+            table.set(index, Some(geometry.offset_of(run.first + n)), geometry);
         }
         state.written += run.count;
+        drop(state);
+        self.let_go(&old);
         Ok(())
     }
 
@@ -215,7 +223,11 @@ impl Area<'_> {
                 let run = meta.cluster_run(host);
                 meta.free(run)
             }
-            _ => Ok(()),
+            Slot::Packed(packed) => {
+                state.written -= 1;
+                self.image.meta().free(packed.run)
+            }
+            Slot::Empty | Slot::Inherited => Ok(()),
         }
     }
 }

@@ -1,0 +1,251 @@
+//! Checkpoints that are compressed in the image: the same guest comes back, on every way.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
+use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
+use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine, monitor};
+use tardigrade_tests::disk::Disk;
+use tardigrade_tests::events;
+use tardigrade_tests::require;
+use tardigrade_tests::vm::{Vm, VmSpec, binary};
+
+const DISK: &[&str] = &["disk0"];
+const MIB: u64 = 1 << 20;
+/// The word that ends the chains.
+const STOP: u64 = SCRATCH + 0x8000;
+/// Pages of memory that a chain counts in. They are alike, and shrink to next to nothing.
+const PAGES: u64 = 3000;
+
+fn disk(dir: &Path) -> Disk {
+    Disk { path: dir.join("disk0.qcow2"), format: "qcow2" }
+}
+
+/// A machine whose disk compresses with zstd.
+fn zstd_machine(dir: &Path, vcpus: u8) -> VmSpec {
+    let path = dir.join("disk0.qcow2");
+    let disk = Disk::create(path, "qcow2", &["compression_type=zstd"], "16M");
+    machine(dir, "64M", vcpus).disk(&disk)
+}
+
+/// Lets vCPU 1 count on the disk and vCPU 2 in memory.
+fn start_chains(guest: &mut Monitor) {
+    for vcpu in 1..=2 {
+        apic::start_vcpu(guest, vcpu);
+    }
+    guest.poke(STOP, 0);
+    Driver::start(guest).prepare_chain();
+    guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
+    guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, PAGES, STOP]);
+    go_on(guest);
+}
+
+/// Waits until every page and the disk were looked at and written.
+fn go_on(guest: &mut Monitor) {
+    let (memory, disk) = (guest.peek(FREE), guest.peek(DISK_COUNT));
+    guest.wait_word(FREE, |now| now > memory + 2 * PAGES);
+    guest.wait_word(DISK_COUNT, |now| now > disk + 2);
+}
+
+/// Ends the chains, which found nothing wrong.
+fn stop_chains(guest: &mut Monitor) {
+    guest.poke(STOP, 1);
+    assert_eq!(guest.answer_of(1), 0, "the disk is not of the same moment as memory");
+    assert_eq!(guest.answer_of(2), 0, "a page is not of the same moment as the others");
+}
+
+/// Starts a save; gives what is told of the job in the end, its error included.
+fn save(vm: &Vm, tag: &str, compress: &str, then: impl FnOnce()) -> Value {
+    let mut qmp = vm.qmp();
+    let mut arguments = events::target(tag, DISK);
+    arguments["job-id"] = json!(tag);
+    arguments["x-compress"] = json!(compress);
+    qmp.execute("snapshot-save", arguments).unwrap();
+    then();
+    qmp.wait_event(Duration::from_secs(120), |event| {
+        event["data"]["id"] == tag && event["data"]["status"] == "concluded"
+    })
+    .unwrap();
+    let jobs = qmp.execute("query-jobs", json!({})).unwrap();
+    let job = jobs.as_array().unwrap().iter().find(|job| job["id"] == tag).unwrap().clone();
+    qmp.execute("job-dismiss", json!({ "id": tag })).unwrap();
+    job
+}
+
+/// A save that works.
+fn saved(vm: &Vm, tag: &str, compress: &str) -> u64 {
+    let job = save(vm, tag, compress, || ());
+    assert_eq!(job["error"], Value::Null, "{}", vm.stderr());
+    job["x-bytes-written"].as_u64().unwrap()
+}
+
+#[test]
+fn compressed_checkpoints_of_a_guest_that_writes_all_the_time_are_one_instant_each() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let spec = zstd_machine(dir.path(), 3);
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    start_chains(&mut guest);
+    let tags: Vec<String> = (0..6).map(|n| format!("t{n}")).collect();
+    for (n, tag) in tags.iter().enumerate() {
+        saved(&vm, tag, if n == 2 { "none" } else { "zstd" });
+        go_on(&mut guest);
+    }
+    for n in [3, 0, 5, 1, 2, 4] {
+        // The second load of each is a rewind.
+        for _ in 0..2 {
+            vm.load(&tags[n], DISK);
+            go_on(&mut guest);
+        }
+        let branch = format!("{}-branch", tags[n]);
+        saved(&vm, &branch, if n % 2 == 0 { "zstd" } else { "none" });
+        vm.delete(&tags[n], DISK);
+        vm.load(&branch, DISK);
+        go_on(&mut guest);
+    }
+    stop_chains(&mut guest);
+    vm.quit();
+    disk(dir.path()).check();
+    for mode in ["lazy", "eager"] {
+        let vm = spec.clone().args(&["--loadvm", "t4-branch", "--load-mode", mode]).start();
+        let mut guest = Monitor::connect(vm.serial_path());
+        go_on(&mut guest);
+        stop_chains(&mut guest);
+        vm.quit();
+    }
+    disk(dir.path()).check();
+}
+
+#[test]
+fn forks_of_a_compressed_checkpoint_have_its_memory() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = zstd_machine(dir.path(), 1).start();
+    let mut guest = monitor(&vm);
+    // Noise, which is stored as it is, and a byte of each page, which is not.
+    let noise = FREE..4 * MIB;
+    guest.fill(noise.clone(), 1);
+    for page in (30 * MIB..34 * MIB).step_by(4096) {
+        guest.poke(page, page);
+    }
+    let written = saved(&vm, "base", "zstd");
+    assert!(written < 4 * MIB, "{written} bytes are not compressed");
+    vm.quit();
+    let checkpoint = format!("{}#base", dir.path().join("disk0.qcow2").display());
+    let forks: Vec<_> =
+        (0..2).map(|_| VmSpec::bare().args(&["--fork", &checkpoint]).start()).collect();
+    for (n, vm) in (2..).zip(&forks) {
+        let mut guest = monitor(vm);
+        guest.verify(noise.clone(), 1);
+        for page in (30 * MIB..34 * MIB).step_by(4096) {
+            assert_eq!(guest.peek(page), page);
+        }
+        guest.verify_zero(34 * MIB..60 * MIB);
+        guest.fill(30 * MIB..38 * MIB, n);
+    }
+    for (n, vm) in (2..).zip(forks) {
+        monitor(&vm).verify(30 * MIB..38 * MIB, n);
+        vm.quit();
+    }
+    disk(dir.path()).check();
+}
+
+#[test]
+fn a_compressed_save_that_is_cancelled_or_killed_leaves_the_checkpoints_before_it() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let spec = zstd_machine(dir.path(), 3);
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    start_chains(&mut guest);
+    saved(&vm, "first", "zstd");
+    let mut cancelled = 0;
+    for n in 0..6 {
+        let tag = format!("c{n}");
+        go_on(&mut guest);
+        let job = save(&vm, &tag, "zstd", || {
+            // It may be over already.
+            let _ = vm.qmp().execute("job-cancel", json!({ "id": tag }));
+        });
+        if job["error"] == "Operation canceled" {
+            cancelled += 1;
+        }
+    }
+    assert!(cancelled > 0);
+    vm.load("first", DISK);
+    go_on(&mut guest);
+    drop(guest);
+    vm.save("second", DISK);
+    save_and_kill(vm);
+    let disk = disk(dir.path());
+    // What the killed save had taken is leaked; nothing else is wrong.
+    let file = disk.file();
+    let check = Command::new("qemu-img").args(["check", "-q", "-r", "leaks", &file]).status();
+    assert!(check.unwrap().success());
+    disk.check();
+    for tag in ["first", "second"] {
+        let vm = spec.clone().args(&["--loadvm", tag]).start();
+        let mut guest = Monitor::connect(vm.serial_path());
+        go_on(&mut guest);
+        stop_chains(&mut guest);
+        vm.quit();
+    }
+    disk.check();
+}
+
+/// Kills the machine when a save has begun to write.
+fn save_and_kill(mut vm: Vm) {
+    let mut qmp = vm.qmp();
+    let mut arguments = events::target("killed", DISK);
+    arguments["job-id"] = json!("killed");
+    arguments["x-compress"] = json!("zstd");
+    qmp.execute("snapshot-save", arguments).unwrap();
+    loop {
+        let jobs = qmp.execute("query-jobs", json!({})).unwrap();
+        let job =
+            jobs.as_array().unwrap().iter().find(|job| job["id"] == "killed").unwrap().clone();
+        if job["current-progress"].as_u64().unwrap() > 0 {
+            break;
+        }
+    }
+    vm.signal(libc::SIGKILL);
+    vm.wait();
+}
+
+#[test]
+fn the_shell_compresses_by_the_method_of_the_image_and_says_which_it_is() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = zstd_machine(dir.path(), 1).start();
+    let qmp = vm.qmp_path().display().to_string();
+    let save = |method: &str| {
+        let args = ["snapshot", "save", "--qmp", &qmp, "--compress", method, "mine"];
+        let output = Command::new(binary()).args(args).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (good, error) = save("zlib");
+    assert!(!good);
+    let why = "compresses with zstd, not with zlib: ask for zstd";
+    assert!(error.contains(why), "{error}");
+    let (good, error) = save("lzma");
+    assert!(!good && error.contains("lzma") && error.contains("zstd"), "{error}");
+    let (good, error) = save("zstd");
+    assert!(good, "{error}");
+    vm.quit();
+    let disk = disk(dir.path());
+    disk.check();
+    assert_eq!(disk.tags(), ["mine"]);
+}
