@@ -3,9 +3,10 @@
 # make check   format and lints
 # make bench   the benchmark, beside QEMU and the disk itself
 # make fuzz    the fuzzers, SECONDS=60 each, side by side
+# make loom    the block engine's own synchronisation, in every order of threads
 # make space-test  a thousand rounds of saves and deletions on one image file
 # make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
-.PHONY: all demo test check lint bench fuzz crash-test space-test guest clean
+.PHONY: all demo test check lint bench fuzz loom crash-test space-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -42,6 +43,9 @@ SECONDS = 60
 fuzz:
 	@scripts/setup.sh build
 	fuzz/run.sh $(SECONDS)
+
+loom:
+	cargo test --package tardigrade-loom --locked
 
 crash-test:
 	scripts/crash-test.sh

@@ -25,6 +25,7 @@ pub mod raw;
 pub mod snapshot;
 pub mod status;
 pub mod storage;
+mod sync;
 pub mod throttle;
 
 pub use create_file::{FileCreateOptions, create_file, create_raw};

@@ -12,8 +12,10 @@
 //! [`Gate::enter`] with requests in flight, which could then never leave: it uses
 //! [`Gate::try_enter`], completes what it has, and waits only then.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use crate::sync::{AtomicU64, Condvar, Mutex};
 
 /// Set while one owner closes the gate or has closed it.
 const OWNED: u64 = 1 << 63;

@@ -5,7 +5,9 @@
 //! owner of a [`crate::queue::Queue`]) only tries, and never gets past one that waits.
 
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
+
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 #[derive(Debug)]
 struct Request {
@@ -101,11 +103,9 @@ impl InFlight {
         let id = queue.push(range.clone(), exclusive);
         if queue.conflict(id, &range, exclusive) {
             queue.waiting += 1;
-            queue = self
-                .shared
-                .ended
-                .wait_while(queue, |queue| queue.conflict(id, &range, exclusive))
-                .unwrap_or_else(PoisonError::into_inner);
+            while queue.conflict(id, &range, exclusive) {
+                queue = self.shared.ended.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            }
             queue.waiting -= 1;
         }
         drop(queue);
