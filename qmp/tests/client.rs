@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Fixture, PATIENCE, options};
 use qmp::client::{Client, ClientError};
-use qmp::jobs::{AutoFlags, Jobs, Outcome, Work};
+use qmp::jobs::{Jobs, NewJob, Outcome, Work};
 use qmp::schema::JobType;
 use qmp::{Command, ErrorClass};
 use serde_json::json;
@@ -86,9 +86,7 @@ fn a_job_is_run_to_its_end_and_dismissed() {
                 Command::SnapshotSave(save) => {
                     let kind = JobType::SnapshotSave;
                     let id = save.job_id;
-                    if let Err(error) =
-                        jobs.create(&id, kind, AutoFlags::of(kind), Box::new(Nothing))
-                    {
+                    if let Err(error) = jobs.create(NewJob::new(&id, kind), Box::new(Nothing)) {
                         reply.error(error);
                         continue;
                     }

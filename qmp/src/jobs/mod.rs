@@ -16,14 +16,23 @@
 //!                                                    null (gone) <---- dismiss (by itself, or told)
 //! ```
 //!
-//! [`state`] has the whole table of QEMU, which is pure. [`Jobs`] is the list of jobs; it belongs to
-//! one thread, has no lock, and does no work: a job's work runs elsewhere, is reached through
-//! [`Work`], and reports back through the thread that owns the list.
+//! [`state`] has the whole table of QEMU, which is pure. [`Jobs`] is the list of jobs. It does no work
+//! and waits for nothing: a job's work runs elsewhere, is reached through [`Work`], and reports back.
+//! Jobs of one transaction end together: see `group.rs`.
+//!
+//! Who shares the list puts it into a mutex. That lock is the last one that is taken: [`Work`] is
+//! called with it held, so work reports with no lock of its own.
 
+mod group;
+mod job;
 mod registry;
 pub mod state;
+mod verbs;
+mod work;
 
 #[cfg(test)]
 mod tests;
 
-pub use registry::{AutoFlags, Jobs, Outcome, StateError, Work, WorkReport};
+use registry::Sink;
+pub use registry::{GroupId, IoFailure, Jobs, NewJob, StateError};
+pub use work::{AutoFlags, Outcome, Settle, Step, Work, WorkReport, is_block};

@@ -1,79 +1,16 @@
-//! The list of jobs.
+//! The list of jobs, and what work reports to it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use super::state;
+use super::group::{Group, Phase};
+use super::job::{CANCELLED, Cancel, End, Job};
+use super::work::{AutoFlags, Outcome, Work, is_block};
 use crate::Error;
-use crate::schema::{Event, JobInfo, JobStatus, JobType, JobVerb};
-
-/// What query-jobs tells of work beyond QEMU's schema.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct WorkReport {
-    /// Nanoseconds that it kept the guest standing, the longest time in one piece.
-    pub longest_pause: Option<i64>,
-    /// Bytes written.
-    pub written: Option<i64>,
-    /// Whether it wrote only what changed.
-    pub incremental: Option<bool>,
-}
-
-/// A job's work, as the list sees it. Its methods only ask; they return at once.
-pub trait Work: Send {
-    /// Done so far, and the expected sum; in any unit.
-    fn progress(&self) -> (u64, u64);
-
-    /// What else is known of it.
-    fn report(&self) -> WorkReport {
-        WorkReport::default()
-    }
-
-    /// Asks the work to end early, if it can at this moment; whether it can. The outcome is still
-    /// told by [`Jobs::finish`]: it may be a success, when there was no more time to stop.
-    fn cancel(&mut self) -> bool {
-        false
-    }
-
-    /// Asks the work to rest, if it can; whether it can. [`Jobs::paused`] tells that it does.
-    fn pause(&mut self) -> bool {
-        false
-    }
-
-    /// Asks the work to go on after a pause, requested or reached.
-    fn resume(&mut self) {}
-
-    /// Asks work that is ready to complete.
-    fn complete(&mut self) {}
-}
-
-/// Which steps at the end of a job happen by themselves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AutoFlags {
-    /// Go from pending to concluded without `job-finalize`.
-    pub finalize: bool,
-    /// Disappear when concluded, without `job-dismiss`.
-    pub dismiss: bool,
-}
-
-impl AutoFlags {
-    /// The flags that a job of this type has when the client sets none: jobs that report their
-    /// result in the list alone stay there.
-    pub fn of(kind: JobType) -> Self {
-        let dismiss =
-            matches!(kind, JobType::Commit | JobType::Stream | JobType::Mirror | JobType::Backup);
-        Self { finalize: true, dismiss }
-    }
-}
-
-/// How a job's work ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// It is done.
-    Success,
-    /// It failed, and this is why.
-    Failure(String),
-    /// It was ended by [`Work::cancel`].
-    Cancelled,
-}
+use crate::schema::{
+    BlockDeviceIoStatus, BlockErrorAction, BlockJobInfo, Event, IoOperationType, JobInfo,
+    JobStatus, JobType,
+};
 
 /// The work reported something that its job's state does not allow: a mistake in this program.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -93,68 +30,92 @@ pub enum StateError {
     },
 }
 
-struct Job {
-    id: String,
-    kind: JobType,
-    status: JobStatus,
-    auto: AutoFlags,
-    /// Gone when the job is concluded, and with it all that it holds.
-    work: Option<Box<dyn Work>>,
-    /// The last progress of work that is gone.
-    progress: (u64, u64),
-    /// The last report of work that is gone.
-    report: WorkReport,
-    error: Option<String>,
-    user_paused: bool,
-    cancelled: bool,
+/// A job to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewJob<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// What it does.
+    pub kind: JobType,
+    /// Which steps at its end happen by themselves.
+    pub auto: AutoFlags,
+    /// Bytes a second that its work starts with; 0 is no limit.
+    pub speed: i64,
+    /// The jobs that it ends with: of [`Jobs::new_group`]. None for a job of its own.
+    pub group: Option<GroupId>,
+    /// No client is to know of it: it is not listed and has no events.
+    pub hidden: bool,
 }
 
-type Sink = Box<dyn FnMut(&Event) + Send>;
+impl<'a> NewJob<'a> {
+    /// A job of its own with what its type has by default.
+    pub fn new(id: &'a str, kind: JobType) -> Self {
+        Self { id, kind, auto: AutoFlags::of(kind), speed: 0, group: None, hidden: false }
+    }
+}
 
-/// The list of jobs. It tells every change of state as a JOB_STATUS_CHANGE.
+/// Jobs that end together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupId(u64);
+
+/// What a failed request of a block job was, and what comes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoFailure {
+    /// What was tried.
+    pub operation: IoOperationType,
+    /// What is done about it; a job that stops is paused.
+    pub action: BlockErrorAction,
+    /// Whether there was no space.
+    pub nospace: bool,
+}
+
+pub(super) type Sink = Box<dyn FnMut(&Event) + Send>;
+
+/// The list of jobs. It tells every change of state as a JOB_STATUS_CHANGE, and those of block jobs
+/// as BLOCK_JOB_* too.
 pub struct Jobs {
     /// Oldest first.
-    jobs: Vec<Job>,
-    sink: Sink,
+    pub(super) jobs: Vec<Job>,
+    pub(super) groups: BTreeMap<u64, Group>,
+    next_group: u64,
+    pub(super) sink: Sink,
 }
 
 impl Jobs {
     /// An empty list, which tells its events to `sink`.
     pub fn new(sink: impl FnMut(&Event) + Send + 'static) -> Self {
-        Self { jobs: Vec::new(), sink: Box::new(sink) }
+        Self { jobs: Vec::new(), groups: BTreeMap::new(), next_group: 0, sink: Box::new(sink) }
+    }
+
+    /// A group without jobs.
+    pub fn new_group(&mut self) -> GroupId {
+        self.next_group += 1;
+        GroupId(self.next_group)
     }
 
     /// Adds a job: created, not yet started.
     ///
     /// # Errors
-    /// When the id is malformed or taken, also by a concluded job that was not dismissed.
-    pub fn create(
-        &mut self,
-        id: &str,
-        kind: JobType,
-        auto: AutoFlags,
-        work: Box<dyn Work>,
-    ) -> Result<(), Error> {
-        if !is_valid_id(id) {
+    /// When the id is malformed or taken, also by a concluded job that was not dismissed; or a job of
+    /// its group was started.
+    pub fn create(&mut self, new: NewJob<'_>, work: Box<dyn Work>) -> Result<(), Error> {
+        let NewJob { id, kind, auto, speed, group, hidden } = new;
+        if !hidden && !is_valid_id(id) {
             return Err(Error::generic(format!("Invalid job ID '{id}'")));
         }
         if self.jobs.iter().any(|job| job.id == id) {
             return Err(Error::generic(format!("Job ID '{id}' already in use")));
         }
-        let mut job = Job {
-            id: id.to_owned(),
-            kind,
-            status: JobStatus::Undefined,
-            auto,
-            work: Some(work),
-            progress: (0, 0),
-            report: WorkReport::default(),
-            error: None,
-            user_paused: false,
-            cancelled: false,
-        };
+        let GroupId(group) = group.unwrap_or_else(|| self.new_group());
+        let begun = |job: &Job| job.group == Some(group) && job.status != JobStatus::Created;
+        if self.jobs.iter().any(begun) {
+            return Err(Error::generic(format!("The jobs that '{id}' is to end with have begun")));
+        }
+        let mut job = Job::new(id, kind, auto, work);
+        (job.speed, job.group, job.hidden) = (speed, Some(group), hidden);
         let created = job.become_(JobStatus::Created, &mut self.sink);
         self.jobs.push(job);
+        self.groups.entry(group).or_default();
         created.map_err(Error::from)
     }
 
@@ -163,7 +124,29 @@ impl Jobs {
     /// # Errors
     /// When there is no such job, or it is not just created.
     pub fn start(&mut self, id: &str) -> Result<(), StateError> {
-        self.reported(id, |job, sink| job.become_(JobStatus::Running, sink))
+        let (job, sink) = self.reporting(id)?;
+        job.become_(JobStatus::Running, sink)?;
+        job.started = true;
+        Ok(())
+    }
+
+    /// A job that was created and is not to be started goes without a trace but for its events.
+    ///
+    /// # Errors
+    /// When there is no such job, or it was started.
+    pub fn abandon(&mut self, id: &str) -> Result<(), StateError> {
+        let (job, sink) = self.reporting(id)?;
+        if job.status != JobStatus::Created {
+            return Err(job.misplaced(JobStatus::Aborting));
+        }
+        let group = job.group;
+        job.auto.dismiss = true;
+        job.fail(CANCELLED.into(), sink)?;
+        let result = job.conclude(sink);
+        self.forget_gone();
+        result?;
+        // Nobody is left in it, or the others go the same way.
+        group.map_or(Ok(()), |group| self.advance(group))
     }
 
     /// The work rests, as [`Work::pause`] asked. Ignored when it was asked to go on meanwhile.
@@ -171,12 +154,13 @@ impl Jobs {
     /// # Errors
     /// When there is no such job, or it is not at work.
     pub fn paused(&mut self, id: &str) -> Result<(), StateError> {
-        self.reported(id, |job, sink| match job.status {
+        let (job, sink) = self.reporting(id)?;
+        match job.status {
             _ if !job.user_paused => Ok(()),
             JobStatus::Paused | JobStatus::Standby => Ok(()),
             JobStatus::Ready => job.become_(JobStatus::Standby, sink),
             _ => job.become_(JobStatus::Paused, sink),
-        })
+        }
     }
 
     /// The work could complete whenever it is told to.
@@ -184,112 +168,114 @@ impl Jobs {
     /// # Errors
     /// When there is no such job, or it is not running.
     pub fn ready(&mut self, id: &str) -> Result<(), StateError> {
-        self.reported(id, |job, sink| job.become_(JobStatus::Ready, sink))
+        let (job, sink) = self.reporting(id)?;
+        job.become_ready(sink)
     }
 
-    /// The work has ended. The job goes on to concluded, or to pending if a client finalizes it.
+    /// A request of the work failed. Where the action is to stop, the work rests until it is
+    /// resumed, and tells so by [`Jobs::paused`].
+    ///
+    /// # Errors
+    /// When there is no such job, or it is not at work.
+    pub fn io_failed(&mut self, id: &str, failure: IoFailure) -> Result<(), StateError> {
+        let (job, sink) = self.reporting(id)?;
+        if !job.is_at_work() {
+            return Err(job.misplaced(JobStatus::Paused));
+        }
+        let IoFailure { operation, action, nospace } = failure;
+        job.tell(&Event::BlockJobError { device: job.id.clone(), operation, action }, sink);
+        // One that is to end does not wait for anybody.
+        if action == BlockErrorAction::Stop && job.cancel != Cancel::Force {
+            job.user_paused = true;
+            if job.io_status == BlockDeviceIoStatus::Ok {
+                job.io_status = match nospace {
+                    true => BlockDeviceIoStatus::Nospace,
+                    false => BlockDeviceIoStatus::Failed,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// The work has ended. The job waits for those of its group, and goes on as far as it may by
+    /// itself.
     ///
     /// # Errors
     /// When there is no such job, or its work has not begun, or had already ended.
     pub fn finish(&mut self, id: &str, outcome: Outcome) -> Result<(), StateError> {
-        self.reported(id, |job, sink| {
-            job.unpause(sink)?;
-            match outcome {
-                Outcome::Success => {
-                    // Alone in its transaction, a job waits for no one.
-                    job.become_(JobStatus::Waiting, sink)?;
-                    job.become_(JobStatus::Pending, sink)?;
-                    if job.auto.finalize { job.conclude(sink) } else { Ok(()) }
-                }
-                Outcome::Failure(text) => job.abort(text, sink),
-                Outcome::Cancelled => job.abort(CANCELLED.into(), sink),
-            }
-        })
-    }
-
-    /// `job-cancel`.
-    ///
-    /// # Errors
-    /// When there is no such job, or its state or its work does not allow it now.
-    pub fn cancel(&mut self, id: &str) -> Result<(), Error> {
-        self.verb(id, JobVerb::Cancel, |job, sink| match job.status {
-            JobStatus::Created | JobStatus::Waiting | JobStatus::Pending => {
-                job.abort(CANCELLED.into(), sink).map_err(Error::from)
-            }
-            _ if job.cancelled => Ok(()),
-            _ => {
-                if !job.work.as_mut().is_some_and(|work| work.cancel()) {
-                    return Err(job.refusal(JobVerb::Cancel));
-                }
-                job.cancelled = true;
-                job.resume(sink)
-            }
-        })
-    }
-
-    /// `job-pause`.
-    ///
-    /// # Errors
-    /// When there is no such job, its state or its work does not allow it, or it was paused already.
-    pub fn pause(&mut self, id: &str) -> Result<(), Error> {
-        self.verb(id, JobVerb::Pause, |job, _| {
-            if job.user_paused {
-                return Err(Error::generic("Job is already paused"));
-            }
-            if job.cancelled || !job.work.as_mut().is_some_and(|work| work.pause()) {
-                return Err(job.refusal(JobVerb::Pause));
-            }
-            job.user_paused = true;
-            Ok(())
-        })
-    }
-
-    /// `job-resume`.
-    ///
-    /// # Errors
-    /// When there is no such job, or it was not paused.
-    pub fn resume(&mut self, id: &str) -> Result<(), Error> {
-        // In any state, the verb table notwithstanding.
-        if !self.find(id)?.user_paused {
-            return Err(Error::generic("Can't resume a job that was not paused"));
+        let (job, sink) = self.reporting(id)?;
+        if !job.is_at_work() {
+            return Err(job.misplaced(JobStatus::Waiting));
         }
-        self.verb(id, JobVerb::Resume, Job::resume)
-    }
-
-    /// `job-complete`.
-    ///
-    /// # Errors
-    /// When there is no such job, or it is not ready.
-    pub fn complete(&mut self, id: &str) -> Result<(), Error> {
-        self.verb(id, JobVerb::Complete, |job, _| {
-            if let Some(work) = &mut job.work {
-                work.complete();
+        let Some(group) = job.group else { return Err(job.misplaced(JobStatus::Waiting)) };
+        let reason = match outcome {
+            // What a block job did counts only once it is committed: there is time to give it up.
+            Outcome::Success if is_block(job.kind) && job.cancel == Cancel::Force => {
+                Some(CANCELLED.to_owned())
             }
-            Ok(())
-        })
+            Outcome::Success => None,
+            Outcome::Failure(text) => Some(text),
+            Outcome::Cancelled => Some(CANCELLED.to_owned()),
+        };
+        match reason {
+            Some(text) => {
+                job.fail(text, sink)?;
+                self.abort(group, id)
+            }
+            None if self.phase(group) == Phase::Aborting => self.advance_finished(id, group),
+            None => {
+                let (job, sink) = self.reporting(id)?;
+                job.unpause(sink)?;
+                job.become_(JobStatus::Waiting, sink)?;
+                self.waits(group)
+            }
+        }
     }
 
-    /// `job-finalize`.
-    ///
-    /// # Errors
-    /// When there is no such job, or it is not pending.
-    pub fn finalize(&mut self, id: &str) -> Result<(), Error> {
-        self.verb(id, JobVerb::Finalize, |job, sink| job.conclude(sink).map_err(Error::from))
+    /// Work that succeeded, of a group that fails.
+    fn advance_finished(&mut self, id: &str, group: u64) -> Result<(), StateError> {
+        let (job, sink) = self.reporting(id)?;
+        job.fail(CANCELLED.into(), sink)?;
+        self.advance(group)
     }
 
-    /// `job-dismiss`.
+    /// The work has ended as [`Work::settle`] asked, or could not.
     ///
     /// # Errors
-    /// When there is no such job, or it is not concluded.
-    pub fn dismiss(&mut self, id: &str) -> Result<(), Error> {
-        self.verb(id, JobVerb::Dismiss, |job, sink| {
-            job.become_(JobStatus::Null, sink).map_err(Error::from)
-        })
+    /// When there is no such job, or it was not asked.
+    pub fn settled(&mut self, id: &str, result: Result<(), String>) -> Result<(), StateError> {
+        let (job, _) = self.reporting(id)?;
+        if job.end != End::Asked {
+            return Err(job.misplaced(JobStatus::Concluded));
+        }
+        job.end = End::Told(result);
+        let group = job.group;
+        group.map_or(Ok(()), |group| self.advance(group))
+    }
+
+    /// Calls `waiter` when the job and those of its group are concluded, at once if they are. It may
+    /// be called with the list's lock held.
+    pub fn when_over(&mut self, id: &str, waiter: impl FnOnce() + Send + 'static) {
+        let job = self.jobs.iter().find(|job| job.id == id);
+        let group = job.and_then(|job| job.group).and_then(|group| self.groups.get_mut(&group));
+        match group {
+            Some(group) => group.waiters.push(Box::new(waiter)),
+            None => waiter(),
+        }
     }
 
     /// `query-jobs`: all jobs, newest first.
     pub fn query(&self) -> Vec<JobInfo> {
-        self.jobs.iter().rev().map(Job::info).collect()
+        self.visible().map(Job::info).collect()
+    }
+
+    /// `query-block-jobs`: the block jobs, newest first.
+    pub fn query_block(&self) -> Vec<BlockJobInfo> {
+        self.visible().filter(|job| is_block(job.kind)).map(Job::block_info).collect()
+    }
+
+    fn visible(&self) -> impl Iterator<Item = &Job> {
+        self.jobs.iter().rev().filter(|job| !job.hidden)
     }
 
     /// One job.
@@ -298,125 +284,41 @@ impl Jobs {
     }
 
     /// Before the end of the process: asks all work to end, and forgets concluded jobs. The jobs
-    /// that are left conclude with [`Jobs::finish`], and are to be closed once more.
+    /// that are left conclude with [`Jobs::finish`] or [`Jobs::settled`], and are to be closed once
+    /// more.
     ///
     /// Returns how many are left.
     pub fn close(&mut self) -> usize {
         let ids: Vec<String> = self.jobs.iter().map(|job| job.id.clone()).collect();
         for id in ids {
-            // What cannot be cancelled ends by itself; what is concluded cannot be.
-            let _ = self.cancel(&id);
-            let _ = self.dismiss(&id);
+            // What cannot be cancelled ends by itself; what is concluded cannot be. Those that are
+            // gone with their group are gone.
+            let _ = self.cancel_any(&id);
+            let _ = self.dismiss_any(&id);
         }
         self.jobs.len()
     }
 
-    fn find(&mut self, id: &str) -> Result<&mut Job, Error> {
-        self.jobs.iter_mut().find(|job| job.id == id).ok_or_else(Error::job_not_found)
-    }
-
-    /// Applies a client's verb, if the state allows it.
-    fn verb(
-        &mut self,
-        id: &str,
-        verb: JobVerb,
-        apply: impl FnOnce(&mut Job, &mut Sink) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let job = self.jobs.iter_mut().find(|job| job.id == id).ok_or_else(Error::job_not_found)?;
-        if !state::accepts(job.status, verb) {
-            return Err(job.refusal(verb));
-        }
-        let result = apply(job, &mut self.sink);
+    pub(super) fn forget_gone(&mut self) {
         self.jobs.retain(|job| job.status != JobStatus::Null);
-        result
     }
 
-    /// Applies what the work reported.
-    fn reported(
-        &mut self,
-        id: &str,
-        apply: impl FnOnce(&mut Job, &mut Sink) -> Result<(), StateError>,
-    ) -> Result<(), StateError> {
+    /// The job that work reports on.
+    fn reporting(&mut self, id: &str) -> Result<(&mut Job, &mut Sink), StateError> {
         let job = self.jobs.iter_mut().find(|job| job.id == id);
-        let job = job.ok_or_else(|| StateError::NoJob(id.to_owned()))?;
-        let result = apply(job, &mut self.sink);
-        self.jobs.retain(|job| job.status != JobStatus::Null);
-        result
+        Ok((job.ok_or_else(|| StateError::NoJob(id.to_owned()))?, &mut self.sink))
+    }
+}
+
+impl Job {
+    fn misplaced(&self, to: JobStatus) -> StateError {
+        StateError::Transition { id: self.id.clone(), from: self.status, to }
     }
 }
 
 impl fmt::Debug for Jobs {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.debug_struct("Jobs").field("jobs", &self.query()).finish_non_exhaustive()
-    }
-}
-
-/// The error of a cancelled job: strerror(ECANCELED), which clients know.
-const CANCELLED: &str = "Operation canceled";
-
-impl Job {
-    fn become_(&mut self, to: JobStatus, sink: &mut Sink) -> Result<(), StateError> {
-        if !state::may_become(self.status, to) {
-            let (id, from) = (self.id.clone(), self.status);
-            return Err(StateError::Transition { id, from, to });
-        }
-        self.status = to;
-        sink(&Event::JobStatusChange { id: self.id.clone(), status: to });
-        Ok(())
-    }
-
-    fn unpause(&mut self, sink: &mut Sink) -> Result<(), StateError> {
-        self.user_paused = false;
-        match self.status {
-            JobStatus::Paused => self.become_(JobStatus::Running, sink),
-            JobStatus::Standby => self.become_(JobStatus::Ready, sink),
-            _ => Ok(()),
-        }
-    }
-
-    fn resume(&mut self, sink: &mut Sink) -> Result<(), Error> {
-        if self.user_paused
-            && let Some(work) = &mut self.work
-        {
-            work.resume();
-        }
-        self.unpause(sink).map_err(Error::from)
-    }
-
-    fn abort(&mut self, error: String, sink: &mut Sink) -> Result<(), StateError> {
-        self.become_(JobStatus::Aborting, sink)?;
-        self.error = Some(error);
-        self.conclude(sink)
-    }
-
-    fn conclude(&mut self, sink: &mut Sink) -> Result<(), StateError> {
-        if let Some(work) = self.work.take() {
-            self.progress = work.progress();
-            self.report = work.report();
-        }
-        self.become_(JobStatus::Concluded, sink)?;
-        if self.auto.dismiss { self.become_(JobStatus::Null, sink) } else { Ok(()) }
-    }
-
-    fn refusal(&self, verb: JobVerb) -> Error {
-        Error::job_verb(&self.id, self.status.as_str(), verb.as_str())
-    }
-
-    fn info(&self) -> JobInfo {
-        let (current, total) = self.work.as_ref().map_or(self.progress, |work| work.progress());
-        let report = self.work.as_ref().map_or(self.report, |work| work.report());
-        let clamp = |progress| i64::try_from(progress).unwrap_or(i64::MAX);
-        JobInfo {
-            id: self.id.clone(),
-            kind: self.kind,
-            status: self.status,
-            current_progress: clamp(current),
-            total_progress: clamp(total),
-            error: self.error.clone(),
-            pause_ns: report.longest_pause,
-            bytes_written: report.written,
-            incremental: report.incremental,
-        }
     }
 }
 

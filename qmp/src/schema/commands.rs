@@ -2,6 +2,7 @@
 
 use super::CommandInfo;
 use super::arguments::*;
+use super::block_jobs::*;
 use super::checkpoints::*;
 use super::macros::command_enum;
 use super::types::*;
@@ -90,8 +91,34 @@ command_enum! {
     QueryJobs = "query-jobs" -> Vec<JobInfo>;
     /// Asks a job to end early.
     JobCancel(JobArguments) = "job-cancel" -> ();
+    /// Asks a job to rest.
+    JobPause(JobArguments) = "job-pause" -> ();
+    /// Lets a paused job go on.
+    JobResume(JobArguments) = "job-resume" -> ();
+    /// Has a job that is ready complete.
+    JobComplete(JobArguments) = "job-complete" -> ();
+    /// Makes what a pending job did count, and the jobs that it ends with.
+    JobFinalize(JobArguments) = "job-finalize" -> ();
     /// Removes a concluded job from the list.
     JobDismiss(JobArguments) = "job-dismiss" -> ();
+    /// The block jobs, newest first.
+    QueryBlockJobs = "query-block-jobs" -> Vec<BlockJobInfo>;
+    /// Asks a block job to end early.
+    BlockJobCancel(BlockJobCancelArguments) = "block-job-cancel" -> ();
+    /// Asks a block job to rest.
+    BlockJobPause(BlockJobArguments) = "block-job-pause" -> ();
+    /// Lets a paused block job go on.
+    BlockJobResume(BlockJobArguments) = "block-job-resume" -> ();
+    /// Has a block job that is ready complete.
+    BlockJobComplete(BlockJobArguments) = "block-job-complete" -> ();
+    /// Makes what a pending block job did count, and the jobs that it ends with.
+    BlockJobFinalize(JobArguments) = "block-job-finalize" -> ();
+    /// Removes a concluded block job from the list.
+    BlockJobDismiss(JobArguments) = "block-job-dismiss" -> ();
+    /// Limits the speed of a block job.
+    BlockJobSetSpeed(BlockJobSpeedArguments) = "block-job-set-speed" -> ();
+    /// Changes options of a block job.
+    BlockJobChange(BlockJobChangeArguments) = "block-job-change" -> ();
 }
 
 /// Every command there is.

@@ -1,7 +1,7 @@
 //! The events.
 
 use super::macros::event_enum;
-use super::types::{BlockErrorAction, IoOperationType, JobStatus, ShutdownCause};
+use super::types::{BlockErrorAction, IoOperationType, JobStatus, JobType, ShutdownCause};
 
 event_enum! {
     /// The guest was stopped.
@@ -73,4 +73,66 @@ event_enum! {
         /// Its new state.
         "status" status: JobStatus,
     } = "JOB_STATUS_CHANGE";
+
+    /// A block job has ended by itself, or failed.
+    BlockJobCompleted {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        "device" device: String,
+        /// The expected progress at the end.
+        "len" len: i64,
+        /// The progress.
+        "offset" offset: i64,
+        /// Its limit in bytes a second; 0 is none.
+        "speed" speed: i64,
+        /// Why it failed.
+        "error" error: Option<String>,
+    } = "BLOCK_JOB_COMPLETED";
+
+    /// A block job was cancelled, and has ended.
+    BlockJobCancelled {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        "device" device: String,
+        /// The expected progress at the end.
+        "len" len: i64,
+        /// The progress.
+        "offset" offset: i64,
+        /// Its limit in bytes a second; 0 is none.
+        "speed" speed: i64,
+    } = "BLOCK_JOB_CANCELLED";
+
+    /// A block job could complete whenever it is told to.
+    BlockJobReady {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        "device" device: String,
+        /// The expected progress at the end.
+        "len" len: i64,
+        /// The progress.
+        "offset" offset: i64,
+        /// Its limit in bytes a second; 0 is none.
+        "speed" speed: i64,
+    } = "BLOCK_JOB_READY";
+
+    /// A block job is done, and waits to be finalized.
+    BlockJobPending {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        "id" id: String,
+    } = "BLOCK_JOB_PENDING";
+
+    /// A read or write of a block job failed.
+    BlockJobError {
+        /// The job.
+        "device" device: String,
+        /// What was tried.
+        "operation" operation: IoOperationType,
+        /// What is done about it.
+        "action" action: BlockErrorAction,
+    } = "BLOCK_JOB_ERROR";
 }

@@ -6,6 +6,7 @@
 //! a variant of [`Command`], so that the machine's `match` does not compile without it.
 
 mod arguments;
+mod block_jobs;
 mod check;
 mod checkpoints;
 mod commands;
@@ -17,6 +18,7 @@ mod types;
 mod tests;
 
 pub use arguments::*;
+pub use block_jobs::*;
 #[cfg(test)]
 pub(crate) use check::check;
 pub(crate) use check::check_arguments;

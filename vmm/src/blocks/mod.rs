@@ -12,6 +12,7 @@
 
 mod bitmaps;
 pub mod exports;
+pub mod jobs;
 pub mod worker;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoints::{self, CurrentLineage};
 use exports::{ExportSpec, Exports, NbdServerSpec};
+use jobs::JobList;
 
 /// What a command comes to.
 pub type Answer = Result<Value, qmp::Error>;
@@ -32,6 +34,7 @@ pub type Answer = Result<Value, qmp::Error>;
 pub struct Blocks {
     graph: Arc<Graph>,
     exports: Exports,
+    jobs: JobList,
     lineage: Arc<CurrentLineage>,
 }
 
@@ -73,8 +76,8 @@ impl Blocks {
                 fatal: corruption.fatal,
             });
         });
-        let exports = Exports::new(Arc::clone(&graph), events);
-        Self { graph, exports, lineage: Arc::default() }
+        let exports = Exports::new(Arc::clone(&graph), events.clone());
+        Self { graph, exports, jobs: JobList::new(events), lineage: Arc::default() }
     }
 
     /// The nodes.
@@ -85,6 +88,11 @@ impl Blocks {
     /// Where the machine's guest comes from.
     pub fn lineage(&self) -> &Arc<CurrentLineage> {
         &self.lineage
+    }
+
+    /// The jobs, those of checkpoints too.
+    pub fn jobs(&self) -> &JobList {
+        &self.jobs
     }
 
     /// The NBD server and its exports.
@@ -223,15 +231,20 @@ fn text(text: impl Into<String>) -> qmp::Error {
     qmp::Error::generic(text)
 }
 
-/// The error as clients get it: the host's words as QEMU has them, without a number.
+/// The error as clients get it.
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: block::Error) -> qmp::Error {
+    text(failed_text(&error))
+}
+
+/// The error's words as QEMU has them: the host's without a number.
+fn failed_text(error: &block::Error) -> String {
     let words = error.to_string();
     match words.split_once(" (os error ") {
         Some((before, after)) => {
             let rest = after.split_once(')').map_or("", |(_, rest)| rest);
-            text(format!("{before}{rest}"))
+            format!("{before}{rest}")
         }
-        None => text(words),
+        None => words,
     }
 }

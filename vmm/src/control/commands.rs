@@ -14,6 +14,7 @@ use snapshot::About;
 
 use super::work::{SaveMode, SaveOptions, Target, Task};
 use super::{Controller, RunState};
+use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::{Answer, is_block_command};
 
 impl Controller {
@@ -21,6 +22,9 @@ impl Controller {
     pub(super) fn command(&mut self, request: qmp::Request) {
         if is_block_command(&request.command) {
             return self.worker.run(request);
+        }
+        if is_job_command(&request.command) {
+            return jobs::run(self.blocks.jobs(), request);
         }
         let answer = self.execute(request.command);
         request.reply.send(answer);
@@ -80,11 +84,6 @@ impl Controller {
             }
             Command::QueryLoad => value(&self.load_info()),
             Command::QueryCheckpointStats => value(&self.pauses.stats()),
-            Command::QueryJobs => value(&self.jobs.query()),
-            Command::JobCancel(arguments) => self.cancel_job(&arguments.id).and_then(|()| done()),
-            Command::JobDismiss(arguments) => {
-                self.jobs.dismiss(&arguments.id).and_then(|()| done())
-            }
             // The worker's.
             other => Err(qmp::Error::command_not_found(other.name())),
         }

@@ -9,11 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
-use qmp::jobs::Jobs;
 use qmp::schema::Command;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Error, end_signals, watch};
+use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::worker::Worker;
 use crate::blocks::{Answer, Blocks, is_block_command};
 
@@ -40,8 +40,6 @@ pub struct Daemon {
     worker: Worker,
     server: qmp::Server,
     requests: qmp::Requests,
-    /// No command makes one so far.
-    jobs: Jobs,
     /// Readable after a signal that ends the program.
     signals: UnixStream,
     ending: bool,
@@ -59,9 +57,7 @@ impl Daemon {
     ) -> Result<Self, Error> {
         let signals = end_signals().map_err(Error::Signals)?;
         let worker = Worker::start(Arc::clone(&blocks)).map_err(Error::Worker)?;
-        let events = server.events();
-        let jobs = Jobs::new(move |event| events.emit(event));
-        Ok(Self { blocks, worker, server, requests, jobs, signals, ending: false })
+        Ok(Self { blocks, worker, server, requests, signals, ending: false })
     }
 
     /// Serves until `quit` or a signal, then ends all exports and closes all images.
@@ -79,7 +75,8 @@ impl Daemon {
 
     fn finish(mut self) -> Result<(), Error> {
         self.worker.finish();
-        // The monitors go after the exports: they hear BLOCK_EXPORT_DELETED.
+        // The monitors go last: they hear of jobs that end, and BLOCK_EXPORT_DELETED.
+        self.blocks.jobs().finish();
         let closed = self.blocks.close();
         self.server.shutdown();
         Ok(closed?)
@@ -89,6 +86,9 @@ impl Daemon {
         if is_block_command(&request.command) {
             return self.worker.run(request);
         }
+        if is_job_command(&request.command) {
+            return jobs::run(self.blocks.jobs(), request);
+        }
         request.reply.send(self.execute(&request.command));
     }
 
@@ -96,10 +96,6 @@ impl Daemon {
         match command {
             // There are no devices.
             Command::QueryBlock => Ok(json!([])),
-            Command::QueryJobs => serde_json::to_value(self.jobs.query())
-                .map_err(|error| qmp::Error::generic(error.to_string())),
-            Command::JobCancel(arguments) => done(self.jobs.cancel(&arguments.id)),
-            Command::JobDismiss(arguments) => done(self.jobs.dismiss(&arguments.id)),
             Command::Quit => {
                 self.ending = true;
                 Ok(json!({}))
@@ -107,10 +103,6 @@ impl Daemon {
             other => Err(qmp::Error::command_not_found(other.name())),
         }
     }
-}
-
-fn done(result: Result<(), qmp::Error>) -> Result<Value, qmp::Error> {
-    result.map(|()| json!({}))
 }
 
 impl MutEventSubscriber for Daemon {

@@ -128,6 +128,7 @@ impl Controller {
         let signals = end_signals().map_err(Error::Signals)?;
         parts.console.take_terminal().map_err(Error::Terminal)?;
         let events = parts.server.events();
+        let jobs = SnapshotJobs::new(parts.blocks.jobs().clone());
         Ok(Self {
             machine: parts.machine,
             worker: Worker::start(Arc::clone(&parts.blocks)).map_err(Error::Worker)?,
@@ -135,7 +136,7 @@ impl Controller {
             console: parts.console,
             inbox: parts.inbox,
             mailbox: parts.mailbox,
-            jobs: SnapshotJobs::new(events.clone()),
+            jobs,
             pauses: Pauses::default(),
             orders: Arc::default(),
             rewind: None,
@@ -172,8 +173,8 @@ impl Controller {
     }
 
     fn finish(mut self) -> Result<(), Error> {
-        self.abandon_jobs();
         self.worker.finish();
+        self.abandon_jobs();
         // Clients of exports first, whose BLOCK_EXPORT_DELETED monitors still hear. The guest's disks
         // are flushed, then all images are closed; the console goes last: it puts the terminal back.
         let exports = self.blocks.exports().stop();

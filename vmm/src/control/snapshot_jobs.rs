@@ -7,8 +7,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use block::Progress;
-use qmp::jobs::{AutoFlags, Jobs, Outcome, StateError, Work, WorkReport};
-use qmp::schema::{JobInfo, JobStatus, JobType, RunState};
+use qmp::jobs::{NewJob, Outcome, StateError, Work, WorkReport};
+use qmp::schema::{JobType, RunState};
 use snapshot::{Base, PageSet};
 use tracing::error;
 
@@ -19,13 +19,14 @@ use super::rewind::Rewind;
 use super::work::{
     self, Freeze, Frozen, Loaded, Task, Tracked, WorkContext, WorkError, WorkMessage,
 };
+use crate::blocks::jobs::JobList;
 use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
 
 /// The jobs, and what they are to do.
 pub(super) struct SnapshotJobs {
-    list: Jobs,
+    list: JobList,
     waiting: VecDeque<Waiting>,
     pub(super) current: Option<Current>,
     /// The load that [`WorkMessage::Rewind`] is for.
@@ -68,7 +69,7 @@ impl Work for Handle {
         *self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn cancel(&mut self) -> bool {
+    fn cancel(&mut self, _force: bool) -> bool {
         let possible = !self.committed.load(Ordering::Acquire);
         if possible {
             self.progress.cancel();
@@ -77,22 +78,16 @@ impl Work for Handle {
     }
 }
 
+impl Handle {
+    /// Whether the list still has the job. To be asked with the list's lock held.
+    fn is_wanted(&self) -> bool {
+        Arc::strong_count(&self.progress) > 1
+    }
+}
+
 impl SnapshotJobs {
-    pub(super) fn new(events: qmp::Events) -> Self {
-        Self {
-            list: Jobs::new(move |event| events.emit(event)),
-            waiting: VecDeque::new(),
-            current: None,
-            rewinding: None,
-        }
-    }
-
-    pub(super) fn query(&self) -> Vec<JobInfo> {
-        self.list.query()
-    }
-
-    pub(super) fn dismiss(&mut self, id: &str) -> Result<(), qmp::Error> {
-        self.list.dismiss(id)
+    pub(super) fn new(list: JobList) -> Self {
+        Self { list, waiting: VecDeque::new(), current: None, rewinding: None }
     }
 
     /// What the working job has done so far is of no use.
@@ -105,10 +100,11 @@ impl SnapshotJobs {
     /// The next job that has something to do, now running.
     fn next(&mut self) -> Option<Waiting> {
         while let Some(next) = self.waiting.pop_front() {
-            // One that was cancelled meanwhile is concluded.
-            let status = self.list.get(&next.id).map(|job| job.status);
-            if status == Some(JobStatus::Created) {
-                report(self.list.start(&next.id));
+            // One that was cancelled meanwhile is concluded, and its id may be another job's.
+            let mut jobs = self.list.lock();
+            if next.handle.is_wanted() {
+                report(jobs.start(&next.id));
+                drop(jobs);
                 return Some(next);
             }
         }
@@ -121,7 +117,7 @@ impl SnapshotJobs {
             Err(WorkError::Cancelled) => Outcome::Cancelled,
             Err(WorkError::Failed(text)) => Outcome::Failure(text),
         };
-        report(self.list.finish(id, outcome));
+        self.list.report(|jobs| jobs.finish(id, outcome));
     }
 }
 
@@ -141,16 +137,9 @@ impl Controller {
             Task::Delete { .. } => JobType::SnapshotDelete,
         };
         let handle = Handle::default();
-        self.jobs.list.create(&id, kind, AutoFlags::of(kind), Box::new(handle.clone()))?;
+        self.jobs.list.lock().create(NewJob::new(&id, kind), Box::new(handle.clone()))?;
         self.jobs.waiting.push_back(Waiting { id, task, handle });
         self.start_next_job();
-        Ok(())
-    }
-
-    pub(super) fn cancel_job(&mut self, id: &str) -> Result<(), qmp::Error> {
-        self.jobs.list.cancel(id)?;
-        // One that waits is concluded now, and its id may be used again.
-        self.jobs.waiting.retain(|waiting| waiting.id != id);
         Ok(())
     }
 
@@ -359,12 +348,14 @@ impl Controller {
 
     /// Cancels what can be cancelled and waits for the rest, so that no image is left half changed.
     pub(super) fn abandon_jobs(&mut self) {
-        while self.jobs.list.close() > 0 {
+        self.jobs.list.lock().close();
+        while self.jobs.current.is_some() {
             match self.inbox.wait() {
                 Some(Message::Work(message)) => self.work_message(message),
                 Some(_) => {}
                 None => return,
             }
         }
+        self.jobs.list.finish();
     }
 }

@@ -1,6 +1,8 @@
-use std::sync::{Arc, Mutex};
+mod block;
+mod groups;
+mod random;
 
-use proptest::prelude::*;
+use std::sync::{Arc, Mutex};
 
 use super::state::{accepts, may_become};
 use super::*;
@@ -13,6 +15,9 @@ struct Script {
     asked: Vec<&'static str>,
     progress: (u64, u64),
     stubborn: bool,
+    /// It settles when [`Jobs::settled`] is told so.
+    slow: bool,
+    completes: bool,
 }
 
 #[derive(Clone, Default)]
@@ -35,8 +40,8 @@ impl Work for TestWork {
         self.0.lock().unwrap().progress
     }
 
-    fn cancel(&mut self) -> bool {
-        self.ask("cancel")
+    fn cancel(&mut self, force: bool) -> bool {
+        self.ask(if force { "cancel" } else { "end" })
     }
 
     fn pause(&mut self) -> bool {
@@ -47,8 +52,26 @@ impl Work for TestWork {
         self.ask("resume");
     }
 
+    fn can_complete(&self) -> bool {
+        self.0.lock().unwrap().completes
+    }
+
     fn complete(&mut self) {
         self.ask("complete");
+    }
+
+    fn set_speed(&mut self, speed: u64) {
+        self.ask(if speed == 0 { "unlimited" } else { "slower" });
+    }
+
+    fn settle(&mut self, how: Settle) -> Step {
+        match self.0.lock().unwrap() {
+            script if !script.slow => Step::Done,
+            mut script => {
+                script.asked.push(if how == Settle::Commit { "commit" } else { "abort" });
+                Step::Later
+            }
+        }
     }
 }
 
@@ -57,6 +80,7 @@ type Log = Arc<Mutex<Vec<(String, JobStatus)>>>;
 struct Fixture {
     jobs: Jobs,
     log: Log,
+    told: Arc<Mutex<Vec<Event>>>,
     work: TestWork,
 }
 
@@ -66,11 +90,17 @@ impl Fixture {
     fn new() -> Self {
         let log = Log::default();
         let sink = log.clone();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let all = told.clone();
         let jobs = Jobs::new(move |event| {
-            let Event::JobStatusChange { id, status } = event else { panic!("{event:?}") };
-            sink.lock().unwrap().push((id.clone(), *status));
+            all.lock().unwrap().push(event.clone());
+            if let Event::JobStatusChange { id, status } = event {
+                sink.lock().unwrap().push((id.clone(), *status));
+            }
         });
-        Self { jobs, log, work: TestWork::default() }
+        let work = TestWork::default();
+        work.0.lock().unwrap().completes = true;
+        Self { jobs, log, told, work }
     }
 
     /// With a job "j" that was started.
@@ -82,13 +112,33 @@ impl Fixture {
     }
 
     fn create(&mut self, id: &str, kind: JobType, auto: AutoFlags) -> Result<(), Error> {
-        self.jobs.create(id, kind, auto, Box::new(self.work.clone()))
+        self.jobs.create(NewJob { auto, ..NewJob::new(id, kind) }, Box::new(self.work.clone()))
+    }
+
+    /// All events since the last call: a state as "id:state", another event as "id:NAME".
+    fn told(&mut self) -> String {
+        self.states();
+        let told = std::mem::take(&mut *self.told.lock().unwrap());
+        told.iter().map(tell).collect::<Vec<_>>().join(" ")
     }
 
     /// The states gone through since the last call.
     fn states(&mut self) -> String {
         let log = std::mem::take(&mut *self.log.lock().unwrap());
         log.iter().map(|(_, status)| status.as_str()).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn tell(event: &Event) -> String {
+    match event {
+        Event::JobStatusChange { id, status } => format!("{id}:{status}"),
+        Event::BlockJobPending { id, .. } => format!("{id}:PENDING"),
+        Event::BlockJobReady { device, .. } => format!("{device}:READY"),
+        Event::BlockJobCompleted { device, error: None, .. } => format!("{device}:COMPLETED"),
+        Event::BlockJobCompleted { device, .. } => format!("{device}:FAILED"),
+        Event::BlockJobCancelled { device, .. } => format!("{device}:CANCELLED"),
+        Event::BlockJobError { device, action, .. } => format!("{device}:ERROR({action})"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -332,93 +382,5 @@ fn the_tables_are_qemus() {
         assert_eq!(accepts(status, JobVerb::Complete), complete, "{status}");
         assert_eq!(accepts(status, JobVerb::Finalize), status == S::Pending, "{status}");
         assert_eq!(accepts(status, JobVerb::Dismiss), status == S::Concluded, "{status}");
-    }
-}
-
-#[derive(Debug, Clone)]
-enum Act {
-    Create(bool, bool),
-    Start,
-    Paused,
-    Ready,
-    Finish(u8),
-    Verb(JobVerb),
-    Stubborn(bool),
-    Close,
-}
-
-fn act() -> impl Strategy<Value = Act> {
-    prop_oneof![
-        1 => any::<(bool, bool)>().prop_map(|(finalize, dismiss)| Act::Create(finalize, dismiss)),
-        3 => Just(Act::Start),
-        2 => Just(Act::Paused),
-        1 => Just(Act::Ready),
-        2 => (0..3_u8).prop_map(Act::Finish),
-        6 => prop::sample::select(JobVerb::ALL).prop_map(Act::Verb),
-        1 => any::<bool>().prop_map(Act::Stubborn),
-        1 => Just(Act::Close),
-    ]
-}
-
-/// Every job's life, as told, is a walk through the table that concludes at most once, and is where
-/// the list says.
-fn check_log(log: &[(String, JobStatus)], jobs: &Jobs) {
-    for id in ["a", "b"] {
-        let mut at = JobStatus::Undefined;
-        for (_, status) in log.iter().filter(|(of, _)| of == id) {
-            if at == JobStatus::Null {
-                at = JobStatus::Undefined;
-            }
-            assert!(may_become(at, *status), "{id}: {at} to {status} in {log:?}");
-            at = *status;
-        }
-        let listed = jobs.get(id).map_or(JobStatus::Null, |job| job.status);
-        let told = if at == JobStatus::Undefined { JobStatus::Null } else { at };
-        assert_eq!(listed, told, "{id} in {log:?}");
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
-    #[test]
-    fn no_order_of_verbs_and_reports_leaves_the_table(
-        acts in prop::collection::vec((prop::sample::select(vec!["a", "b"]), act()), 0..60),
-    ) {
-        let mut f = Fixture::new();
-        for (id, act) in acts {
-            let before = f.log.lock().unwrap().len();
-            let jobs = &mut f.jobs;
-            let refused = match act {
-                Act::Create(finalize, dismiss) => {
-                    let work = Box::new(f.work.clone());
-                    jobs.create(id, JobType::Mirror, AutoFlags { finalize, dismiss }, work).is_err()
-                }
-                Act::Start => jobs.start(id).is_err(),
-                Act::Paused => jobs.paused(id).is_err(),
-                Act::Ready => jobs.ready(id).is_err(),
-                // Work that is over reports once; what it does before is not checked here.
-                Act::Finish(0) => { let _ = jobs.finish(id, Outcome::Success); false }
-                Act::Finish(1) => { let _ = jobs.finish(id, Outcome::Cancelled); false }
-                Act::Finish(_) => { let _ = jobs.finish(id, Outcome::Failure("no".into())); false }
-                Act::Verb(JobVerb::Cancel) => jobs.cancel(id).is_err(),
-                Act::Verb(JobVerb::Pause) => jobs.pause(id).is_err(),
-                Act::Verb(JobVerb::Resume) => jobs.resume(id).is_err(),
-                Act::Verb(JobVerb::Complete) => jobs.complete(id).is_err(),
-                Act::Verb(JobVerb::Dismiss) => jobs.dismiss(id).is_err(),
-                Act::Verb(JobVerb::Finalize) => jobs.finalize(id).is_err(),
-                Act::Verb(_) => false,
-                Act::Stubborn(stubborn) => {
-                    f.work.0.lock().unwrap().stubborn = stubborn;
-                    false
-                }
-                Act::Close => {
-                    jobs.close();
-                    false
-                }
-            };
-            let log = f.log.lock().unwrap();
-            prop_assert!(!refused || log.len() == before, "a refusal told an event");
-            check_log(&log, &f.jobs);
-        }
     }
 }

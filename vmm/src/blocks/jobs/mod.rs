@@ -1,0 +1,9 @@
+//! Jobs: the list of all of them, and block operations that run as jobs.
+
+mod commands;
+mod list;
+mod operation;
+
+pub use commands::{is_job_command, run};
+pub use list::JobList;
+pub use operation::{JobOptions, Kind, Mirroring, NewOperation};
