@@ -140,6 +140,7 @@ impl Graph {
     /// # Errors
     /// There is no such node, a user of it relies on its size, or the image cannot be resized.
     pub fn resize(&self, name: &str, size: u64) -> Result<()> {
+        self.state().check_unclaimed(name)?;
         self.state().check_no_overlay(name)?;
         let user = self.attach(name, User::unnamed(Perm::RESIZE, Perm::all()))?;
         user.node().resize(size, Preallocation::Off, &Progress::default())

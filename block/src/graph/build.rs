@@ -174,7 +174,7 @@ pub(super) fn qcow2_node(
     options.read_only = read_only;
     options.data_file = data;
     let full = full_backing(&probe, file)?;
-    let overridden = backing.as_ref().map(|node| node.filename()) != full;
+    let overridden = is_overridden(backing.as_deref(), full.as_deref());
     let filename = shown_name(&file.filename(), overridden, backing.as_deref());
     let below = backing.clone().map(below);
     let image = Qcow2::open_with(probe, below, options)?.with_discard(flags.unmap);
@@ -309,6 +309,10 @@ pub(super) fn full_backing(probe: &Probe, file: &Arc<Node>) -> Result<Option<Str
 }
 
 fn resolve(overlay: &str, backing: &str) -> Result<String> {
+    // A node's options in the place of a name, which QEMU shows and writes where a name does not tell all.
+    if backing.starts_with("json:") {
+        return Ok(backing.to_owned());
+    }
     let before_slash = backing.split('/').next().unwrap_or_default();
     let path = match before_slash.split_once(':') {
         Some(("file", _)) => &backing["file:".len()..],
@@ -337,9 +341,54 @@ pub(super) fn probe_format(path: &str) -> Result<&'static str> {
 
 /// The name that QMP shows for a qcow2 node once it is over `backing`.
 pub(super) fn name_over(details: &Details, backing: Option<&Node>) -> String {
-    let overridden = backing.map(Node::filename) != details.full_backing;
+    let overridden = is_overridden(backing, details.full_backing.as_deref());
     let file = details.file.as_ref().map(|file| file.filename()).unwrap_or_default();
     shown_name(&file, overridden, backing)
+}
+
+/// Whether a node is over another image than the one that it names.
+fn is_overridden(backing: Option<&Node>, named: Option<&str>) -> bool {
+    match (backing, named) {
+        (None, None) => false,
+        (Some(node), Some(named)) => !same_file(&node.filename(), named),
+        _ => true,
+    }
+}
+
+/// Whether two names of images are the same, of which one may be relative to the working directory.
+fn same_file(a: &str, b: &str) -> bool {
+    let absolute = |name: &str| std::path::absolute(name).ok();
+    a == b || (!is_json(a) && !is_json(b) && absolute(a) == absolute(b))
+}
+
+fn is_json(name: &str) -> bool {
+    name.starts_with("json:")
+}
+
+/// What an overlay at `path` has to name so that it finds the image of `node` below it wherever it is
+/// opened: QEMU takes a name that is not absolute to be relative to the overlay's directory.
+pub(super) fn name_for_overlay(node: &Node, path: &Path) -> String {
+    let name = node.filename();
+    let beside = path.parent().is_none_or(|dir| dir.as_os_str().is_empty());
+    if beside || is_json(&name) || name.starts_with('/') {
+        return name;
+    }
+    match std::path::absolute(&name) {
+        Ok(path) => path.to_string_lossy().into_owned(),
+        Err(_) => name,
+    }
+}
+
+/// A node as the options that open it, for `json:` names.
+fn as_options(node: &Node) -> serde_json::Value {
+    let name = node.filename();
+    if let Some(options) = name.strip_prefix("json:")
+        && let Ok(options) = serde_json::from_str(options)
+    {
+        return options;
+    }
+    let file = node.details().file.as_ref().map_or("file", |file| file.driver());
+    serde_json::json!({"driver": node.driver(), "file": {"driver": file, "filename": name}})
 }
 
 /// The name QMP shows: the file's, or a json: text if the backing file is not the image's own.
@@ -347,12 +396,12 @@ fn shown_name(file: &str, overridden: bool, backing: Option<&Node>) -> String {
     if !overridden {
         return file.to_owned();
     }
-    let text = |text: &str| serde_json::Value::from(text).to_string();
-    let file_of = |name: &str| format!("{{\"driver\": \"file\", \"filename\": {}}}", text(name));
-    let backing = backing.map_or("null".to_owned(), |node| {
-        format!("{{\"driver\": {}, \"file\": {}}}", text(node.driver()), file_of(&node.filename()))
+    let all = serde_json::json!({
+        "backing": backing.map(as_options),
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": file},
     });
-    format!("json:{{\"backing\": {backing}, \"driver\": \"qcow2\", \"file\": {}}}", file_of(file))
+    format!("json:{all}")
 }
 
 fn window_name(file: &Node, window: Window) -> String {

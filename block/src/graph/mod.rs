@@ -9,6 +9,8 @@
 //! | `locks` | what of this other processes see |
 //! | `attach` | devices and exports as users of nodes |
 //! | `replace` | other nodes in the places of those in use |
+//! | `external` | external snapshots |
+//! | `claim` | nodes that block jobs work with |
 //! | `hold` | requests held back for several changes |
 //! | `info` | what QMP tells of a node |
 //!
@@ -27,7 +29,9 @@ use crate::{Error, Result};
 
 mod attach;
 mod build;
+mod claim;
 mod damage;
+mod external;
 mod hold;
 mod info;
 mod locks;
@@ -40,6 +44,8 @@ pub mod text;
 
 pub use attach::{Attachment, User};
 pub(crate) use build::Flags;
+pub use claim::Claim;
+pub use external::{ExternalSnapshot, Overlay};
 pub use hold::Held;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 pub use options::DetectZeroes;
@@ -52,8 +58,8 @@ use options::Source;
 pub use options::is_well_formed;
 use permissions::{Edge, Parent, Role};
 
-/// All nodes. Safe to use from several threads.
-#[derive(Default)]
+/// All nodes. Safe to use from several threads. Clones are one graph.
+#[derive(Clone, Default)]
 pub struct Graph {
     state: Arc<Mutex<State>>,
 }
@@ -70,6 +76,7 @@ struct State {
     next_user: u64,
     /// Users that go on with the node that takes their node's place.
     followers: BTreeMap<u64, Link>,
+    claims: BTreeMap<u64, claim::Claimed>,
     /// How many hold requests back, and the gates of nodes that were made since.
     holds: usize,
     made_while_held: Vec<Holding>,

@@ -8,8 +8,9 @@ use super::build::{self, Built, Flags};
 use super::check_name;
 use super::damage::Damage;
 use super::locks;
-use super::options::{Backing, Driver, NodeOptions, NodeRef, Window};
+use super::options::{Backing, Driver, NodeOptions, NodeRef, Source, Window};
 use super::permissions::{Edge, Parent, Role, reaches};
+use super::text;
 use crate::node::{Details, Node};
 use crate::qcow2::Probe;
 use crate::storage::{Aio, Locking};
@@ -36,6 +37,8 @@ pub(super) struct Opener<'a> {
     /// Device and inode of the images of the chain being opened.
     chain: HashSet<(u64, u64)>,
     damage: Arc<Damage>,
+    /// The root is made for others, too.
+    implicit_root: bool,
 }
 
 /// What an opening leads to.
@@ -55,13 +58,25 @@ impl<'a> Opener<'a> {
         damage: Arc<Damage>,
     ) -> Self {
         let (made, pending, chain) = (Vec::new(), Vec::new(), HashSet::new());
-        Self { existing, made, edges, pending, next, chain, damage }
+        Self { existing, made, edges, pending, next, chain, damage, implicit_root: false }
     }
 
     /// Opens the node and all below it. On failure the locks of nodes that were there before may
     /// have been widened.
     pub(super) fn open_root(mut self, options: &NodeOptions) -> Result<Opened> {
         let root = self.open(options, Flags::default(), None)?;
+        Ok(Opened { root, made: self.made, edges: self.edges, next: self.next })
+    }
+
+    /// As [`Opener::open_root`], of a node that goes when nobody uses it any more; what its options do
+    /// not say is as `inherited`.
+    pub(super) fn open_implicit(
+        mut self,
+        options: &NodeOptions,
+        inherited: Flags,
+    ) -> Result<Opened> {
+        self.implicit_root = true;
+        let root = self.open(options, inherited, None)?;
         Ok(Opened { root, made: self.made, edges: self.edges, next: self.next })
     }
 
@@ -142,7 +157,10 @@ impl<'a> Opener<'a> {
         place: usize,
     ) -> Arc<Node> {
         let details = Details {
-            implicit: above.is_some() && options.node_name.is_none(),
+            implicit: match above {
+                Some(_) => options.node_name.is_none(),
+                None => self.implicit_root,
+            },
             options: Some(options.clone()),
             inherits_from: above.map(str::to_owned),
             ..built.details
@@ -286,6 +304,10 @@ impl<'a> Opener<'a> {
             aio: Aio::default(),
             host_device: false,
         })));
+        if let Some(json) = path.strip_prefix("json:") {
+            let options = NodeOptions::parse(&text::json(json)?, Source::Json)?;
+            return self.open(&options, above.of_backing(), Some(overlay));
+        }
         let format = match format {
             Some(format) => format.to_owned(),
             None => build::probe_format(path)?.to_owned(),

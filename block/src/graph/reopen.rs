@@ -16,12 +16,13 @@
 //! Up to 6 every failure leaves all nodes as they were; 7 cannot fail.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use serde_json::Value;
 
 use super::build::{self, Built, Flags};
 use super::locks;
+use super::open::not_found;
 use super::options::{Backing, Driver, ImageOptions, NodeOptions, NodeRef, Source};
 use super::permissions::{self, Edge, Facts, Parent, Role, Uses, parents_first, reaches};
 use super::{Graph, State};
@@ -54,46 +55,67 @@ impl Graph {
             NodeOptions::parse_in(options, &format!("options[{index}]"), Source::Json)
         };
         let list = list.iter().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
-        let mut state = self.state();
+        let state = self.state();
         let mut planner = Planner { state: &state, plans: BTreeMap::new() };
         for options in &list {
             planner.root(options)?;
         }
-        planner.add_formats_of_files()?;
-        let plans = planner.plans;
-        let edges = new_edges(&state, &plans)?;
-        let uses = permissions::check(&edges, &facts(&state, &plans))?;
-        let (swaps, above) = match prepare(&state, &plans, &edges, &uses) {
-            Ok(prepared) => prepared,
-            Err(error) => {
-                state.put_locks_back();
-                return Err(error);
-            }
-        };
-        for Swap { node, closed, built } in swaps {
-            // Before the old image goes: it must not store once more what the new one keeps now.
-            built.details.bitmaps.adopt(&node.bitmaps());
-            // One may have been enabled while the image was read-only: what is stored of it, which
-            // says that it follows no writes, goes stale with the next. A failure refuses writes.
-            if let Some(image) = built.details.qcow2.as_ref().filter(|image| !image.is_read_only())
-                && let Err(error) = image.resume_bitmaps()
-            {
-                tracing::error!(node = node.name(), "bitmaps cannot be marked: {error}");
-            }
-            state.damage.watch(node.name(), &built.details);
-            node.replace(&closed, built.format, built.details);
-            // A raw node may have become another part of its file.
-            node.bitmaps().resize(node.size());
-        }
-        drop(above);
-        state.edges = edges;
-        // A backing file that was opened with its overlay goes when that has another.
-        let orphans = state.forget_orphans();
-        locks::reduce(&state.nodes, &uses);
-        drop(state);
-        drop(orphans);
-        Ok(())
+        let plans = planner.finish()?;
+        carry_out(state, plans)
     }
+
+    /// Has a node that is in use take writes or refuse them from now on, and what was opened with it
+    /// to keep its bytes in; all else stays as it is.
+    ///
+    /// # Errors
+    /// Somebody writes to it, it cannot be written, or another process uses it; it is as it was then.
+    pub fn set_read_only(&self, name: &str, read_only: bool) -> Result<()> {
+        let state = self.state();
+        let node = state.get(name).cloned().ok_or_else(|| not_found(name))?;
+        if node.read_only() == read_only {
+            return Ok(());
+        }
+        let mut planner = Planner { state: &state, plans: BTreeMap::new() };
+        planner.access(&node, read_only)?;
+        let plans = planner.finish()?;
+        carry_out(state, plans)
+    }
+}
+
+/// Steps 2 to 7.
+fn carry_out(mut state: MutexGuard<'_, State>, plans: BTreeMap<String, Plan>) -> Result<()> {
+    let edges = new_edges(&state, &plans)?;
+    let uses = permissions::check(&edges, &facts(&state, &plans))?;
+    let (swaps, above) = match prepare(&state, &plans, &edges, &uses) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            state.put_locks_back();
+            return Err(error);
+        }
+    };
+    for Swap { node, closed, built } in swaps {
+        // Before the old image goes: it must not store once more what the new one keeps now.
+        built.details.bitmaps.adopt(&node.bitmaps());
+        // One may have been enabled while the image was read-only: what is stored of it, which
+        // says that it follows no writes, goes stale with the next. A failure refuses writes.
+        if let Some(image) = built.details.qcow2.as_ref().filter(|image| !image.is_read_only())
+            && let Err(error) = image.resume_bitmaps()
+        {
+            tracing::error!(node = node.name(), "bitmaps cannot be marked: {error}");
+        }
+        state.damage.watch(node.name(), &built.details);
+        node.replace(&closed, built.format, built.details);
+        // A raw node may have become another part of its file.
+        node.bitmaps().resize(node.size());
+    }
+    drop(above);
+    state.edges = edges;
+    // A backing file that was opened with its overlay goes when that has another.
+    let orphans = state.forget_orphans();
+    locks::reduce(&state.nodes, &uses);
+    drop(state);
+    drop(orphans);
+    Ok(())
 }
 
 fn cannot_change<T>(option: &str) -> Result<T> {
@@ -108,6 +130,25 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn find(&self, name: &str) -> Option<Arc<Node>> {
         self.state.get(name).cloned()
+    }
+
+    fn finish(mut self) -> Result<BTreeMap<String, Plan>> {
+        self.add_formats_of_files()?;
+        Ok(self.plans)
+    }
+
+    /// The options that a node has, but for `read-only`.
+    fn access(&mut self, node: &Arc<Node>, read_only: bool) -> Result<()> {
+        let details = node.details();
+        let Some(mut options) = details.options.clone() else {
+            return Err(Error::NotSupported(format!("Node '{}' cannot be reopened", node.name())));
+        };
+        options.read_only = Some(read_only);
+        if let Driver::Qcow2 { backing, .. } = &mut options.driver {
+            // Whatever is below it now.
+            *backing = Backing::FromImage;
+        }
+        self.plan_unchecked(node, options, details.flags, 0)
     }
 
     /// An entry of the list.
@@ -129,9 +170,6 @@ impl Planner<'_> {
         depth: usize,
     ) -> Result<()> {
         let details = node.details();
-        let Some(old) = details.options.as_ref().filter(|_| depth < MAX_DEPTH) else {
-            return Err(Error::NotSupported(format!("Node '{}' cannot be reopened", node.name())));
-        };
         let names_backing = match &options.driver {
             Driver::Qcow2 { backing, .. } => *backing != Backing::FromImage,
             _ => false,
@@ -141,6 +179,21 @@ impl Planner<'_> {
         if has_backing && !names_backing && !details.implicit {
             return Err(Error::Invalid(format!("backing is missing for '{}'", node.name())));
         }
+        self.plan_unchecked(node, options, inherited, depth)
+    }
+
+    /// As [`Planner::plan`]; without a word of what is below, it stays there.
+    fn plan_unchecked(
+        &mut self,
+        node: &Arc<Node>,
+        options: NodeOptions,
+        inherited: Flags,
+        depth: usize,
+    ) -> Result<()> {
+        let details = node.details();
+        let Some(old) = details.options.as_ref().filter(|_| depth < MAX_DEPTH) else {
+            return Err(Error::NotSupported(format!("Node '{}' cannot be reopened", node.name())));
+        };
         if options.driver.name() != old.driver.name() {
             return cannot_change("driver");
         }

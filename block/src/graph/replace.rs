@@ -17,7 +17,7 @@ use std::sync::Arc;
 use super::build::{self, Built};
 use super::open::{MAX_CHAIN, not_found};
 use super::options::{Driver, NodeOptions};
-use super::permissions::{Edge, Parent, Role, reaches};
+use super::permissions::{Edge, Parent, Role, Uses, reaches};
 use super::{Graph, State, locks};
 use crate::format::Format;
 use crate::node::{Closed, Details, Link, Node};
@@ -63,6 +63,14 @@ impl Graph {
         ])
     }
 
+    /// Whether [`Graph::change`] could make these steps now, as far as this process is concerned.
+    ///
+    /// # Errors
+    /// As [`Graph::change`].
+    pub fn check_change(&self, steps: &[Step]) -> Result<()> {
+        plan(&self.state(), steps).map(drop)
+    }
+
     /// Makes all steps, in order, with requests held back meanwhile, or none of them. What images
     /// name as their backing file stays as it is.
     ///
@@ -72,13 +80,7 @@ impl Graph {
     /// was then.
     pub fn change(&self, steps: &[Step]) -> Result<()> {
         let mut state = self.state();
-        let edges = edges_after(&state, steps)?;
-        check_chains(&edges)?;
-        let moves = moves(&state, &edges);
-        for moved in &moves {
-            moved.check(&state)?;
-        }
-        let uses = locks::check(&edges, &state.nodes, &[])?;
+        let (edges, moves, uses) = plan(&state, steps)?;
         let widened = locks::widen(&state.nodes, &uses);
         let prepared = widened.and_then(|()| prepare(&state, &moves));
         let (gates, sets) = match prepared {
@@ -100,6 +102,18 @@ impl Graph {
         drop(orphans);
         Ok(())
     }
+}
+
+/// The uses after the steps, those that are others than now, and what they come to: step 1.
+fn plan(state: &State, steps: &[Step]) -> Result<(Vec<Edge>, Vec<Move>, Uses)> {
+    let edges = edges_after(state, steps)?;
+    check_chains(&edges)?;
+    let moves = moves(state, &edges);
+    for moved in &moves {
+        moved.check(state)?;
+    }
+    let uses = locks::check(&edges, &state.nodes, &[])?;
+    Ok((edges, moves, uses))
 }
 
 /// The uses after the steps.

@@ -23,8 +23,7 @@ pub fn object(text: &str, implied: &str) -> Result<Map<String, Value>> {
 
 fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
     if text.trim_start().starts_with('{') {
-        let value = serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))?;
-        return Ok((value, Source::Json));
+        return Ok((json(text)?, Source::Json));
     }
     let mut all = Map::new();
     for (index, part) in split(text).iter().enumerate() {
@@ -38,6 +37,10 @@ fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
         insert(&mut all, key, key, value)?;
     }
     Ok((Value::Object(all), Source::Text))
+}
+
+pub(super) fn json(text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))
 }
 
 fn json_error(error: &serde_json::Error) -> String {

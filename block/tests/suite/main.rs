@@ -13,6 +13,7 @@ mod compressed;
 mod concurrency;
 mod create;
 mod data_file;
+mod external;
 mod faults;
 mod graph;
 mod headers;
