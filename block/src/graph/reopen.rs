@@ -61,7 +61,7 @@ impl Graph {
             planner.root(options)?;
         }
         let plans = planner.finish()?;
-        carry_out(state, plans)
+        carry_out(state, &plans)
     }
 
     /// Has a node that is in use take writes or refuse them from now on, and what was opened with it
@@ -78,15 +78,15 @@ impl Graph {
         let mut planner = Planner { state: &state, plans: BTreeMap::new() };
         planner.access(&node, read_only)?;
         let plans = planner.finish()?;
-        carry_out(state, plans)
+        carry_out(state, &plans)
     }
 }
 
 /// Steps 2 to 7.
-fn carry_out(mut state: MutexGuard<'_, State>, plans: BTreeMap<String, Plan>) -> Result<()> {
-    let edges = new_edges(&state, &plans)?;
-    let uses = permissions::check(&edges, &facts(&state, &plans))?;
-    let (swaps, above) = match prepare(&state, &plans, &edges, &uses) {
+fn carry_out(mut state: MutexGuard<'_, State>, plans: &BTreeMap<String, Plan>) -> Result<()> {
+    let edges = new_edges(&state, plans)?;
+    let uses = permissions::check(&edges, &facts(&state, plans))?;
+    let (swaps, above) = match prepare(&state, plans, &edges, &uses) {
         Ok(prepared) => prepared,
         Err(error) => {
             state.put_locks_back();
