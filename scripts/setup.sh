@@ -26,6 +26,7 @@ test)
     need qemu-io qemu-utils
     need nbdcopy libnbd-bin
     need nbdsh python3-libnbd
+    need iasl acpica-tools
     need python3 python3
     python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"
     ;;

@@ -1,4 +1,5 @@
-//! Device models: the serial console, the i8042 reset line, and virtio devices over MMIO.
+//! Device models: the serial console, the i8042 reset line, virtio devices over MMIO, and what ACPI tells
+//! of them.
 //!
 //! A device knows guest memory, eventfds and [`block::Node`]; it knows nothing of KVM, QMP or file
 //! formats. Each has a plain, versioned state struct. `docs/devices.md` tells threads, lock order,
@@ -7,6 +8,7 @@
 // Tests cast numbers they chose themselves; the crate itself is checked without `test`.
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
+pub mod acpi;
 pub mod interrupt;
 pub mod legacy;
 pub mod presence;

@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::cli::values::MACHINE_TYPE;
 use crate::image;
+use crate::machine::recorded::GENERATION_KIND;
 use crate::machine::spec::{DeviceKind, DeviceSpec, MachineSpec};
 
 /// Which checkpoint to revive.
@@ -152,6 +153,7 @@ pub fn plan(
             None => machine.command_line.clone(),
         },
         dirty_tracking: given.dirty_tracking,
+        acpi: machine.devices.iter().any(|device| device.kind == GENERATION_KIND),
         forked: false,
         devices,
     };
@@ -185,7 +187,9 @@ fn node_names(blockdevs: &[String]) -> Vec<String> {
 
 /// The virtio devices by slot. The others are there in every machine.
 fn in_slots(devices: &[DeviceConfig]) -> Vec<&DeviceConfig> {
-    let mut slots: Vec<_> = devices.iter().filter(|device| device.bus == Bus::Mmio).collect();
+    let in_slot =
+        |device: &&DeviceConfig| device.bus == Bus::Mmio && device.kind != GENERATION_KIND;
+    let mut slots: Vec<_> = devices.iter().filter(in_slot).collect();
     slots.sort_by_key(|device| device.address);
     slots
 }

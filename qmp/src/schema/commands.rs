@@ -29,6 +29,8 @@ command_enum! {
     QueryName = "query-name" -> NameInfo;
     /// The machine's UUID, all zeros if it was given none.
     QueryUuid = "query-uuid" -> UuidInfo;
+    /// The VM generation id that the guest finds.
+    QueryVmGenerationId = "query-vm-generation-id" -> GuidInfo;
     /// Whether KVM is there and used.
     QueryKvm = "query-kvm" -> KvmInfo;
     /// The vCPUs, without interrupting them.

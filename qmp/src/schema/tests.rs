@@ -173,6 +173,7 @@ fn what_commands_return_is_read_back_from_what_the_table_says() {
     check_type::<StatusInfo>();
     check_type::<NameInfo>();
     check_type::<UuidInfo>();
+    check_type::<GuidInfo>();
     check_type::<KvmInfo>();
     check_type::<Vec<CpuInfoFast>>();
     check_type::<Vec<BlockInfo>>();

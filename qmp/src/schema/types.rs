@@ -263,6 +263,12 @@ objects! {
         "UUID" uuid: String,
     }
 
+    /// From `query-vm-generation-id`.
+    GuidInfo {
+        /// The id.
+        "guid" guid: String,
+    }
+
     /// From `query-kvm`.
     KvmInfo {
         /// Whether KVM is used.

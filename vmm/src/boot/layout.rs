@@ -85,6 +85,15 @@ pub const BOOT_AREA_END: GuestAddress = GuestAddress(CMDLINE_ADDR.0 + CMDLINE_RO
 /// where the MP specification (1.4, section 4) has an operating system look first.
 pub const EBDA_ADDR: GuestAddress = GuestAddress(0x9_fc00);
 
+/// The ACPI tables, the RSDP first, where a PC has BIOS extensions: guests search here from 0xe0000 on.
+pub const ACPI_ADDR: GuestAddress = GuestAddress(0xe_0000);
+
+/// Room for the ACPI tables in bytes.
+pub const ACPI_ROOM: u64 = GENERATION_ADDR.0 - ACPI_ADDR.0;
+
+/// The VM generation id, in a page of its own: guests map it.
+pub const GENERATION_ADDR: GuestAddress = GuestAddress(0xe_f000);
+
 /// The MP configuration table, in what a PC has as BIOS ROM. Not in the EBDA, which has no room
 /// for the entries of more than 30 vCPUs.
 pub const MP_TABLE_ADDR: GuestAddress = GuestAddress(0xf_0000);
@@ -182,6 +191,8 @@ mod tests {
             (PAGE_DIRECTORIES_ADDR.0, page_directories),
             (CMDLINE_ADDR.0, BOOT_AREA_END.0),
             (EBDA_ADDR.0, 0xa_0000),
+            (ACPI_ADDR.0, ACPI_ADDR.0 + ACPI_ROOM),
+            (GENERATION_ADDR.0, GENERATION_ADDR.0 + PAGE_SIZE),
             (MP_TABLE_ADDR.0, 0x10_0000),
             (MMIO_START.0, MMIO_START.0 + MMIO_DEVICES_MAX * MMIO_DEVICE_SIZE),
             (u64::from(IOAPIC_ADDR), u64::from(IOAPIC_ADDR) + PAGE_SIZE),

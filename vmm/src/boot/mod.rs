@@ -18,6 +18,7 @@ mod zero_page;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use devices::acpi::Tables;
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -40,6 +41,8 @@ pub struct BootSpec<'a> {
     pub cmdline: &'a str,
     /// vCPUs, whose APIC ids are counted from 0.
     pub vcpus: u8,
+    /// ACPI tables for [`layout::ACPI_ADDR`], if the guest is to find any.
+    pub acpi: Option<&'a Tables>,
 }
 
 /// What was loaded, as [`initial_registers`] needs it.
@@ -74,6 +77,7 @@ pub struct Boot {
     initrd: Option<Initrd>,
     cmdline: Vec<u8>,
     vcpus: u8,
+    acpi: Option<Tables>,
     ram: u64,
 }
 
@@ -94,7 +98,8 @@ impl Boot {
         let header = zero_page::setup_header_for(kernel.setup_header());
         let cmdline = cmdline_bytes(spec.cmdline, header.cmdline_size)?;
         let initrd = place_initrd(spec.initrd, kernel.elf().end(), header.initrd_addr_max, ram)?;
-        Ok(Self { path, kernel, header, initrd, cmdline, vcpus: spec.vcpus, ram })
+        let acpi = spec.acpi.cloned();
+        Ok(Self { path, kernel, header, initrd, cmdline, vcpus: spec.vcpus, acpi, ram })
     }
 
     /// Writes everything to guest memory, which must have the regions that
@@ -114,14 +119,19 @@ impl Boot {
             load_initrd(mem, initrd)?;
         }
 
-        let params = zero_page::zero_page(self.header, self.ram, initrd_range);
+        let mut params = zero_page::zero_page(self.header, self.ram, initrd_range);
+        let acpi = self.acpi.as_ref().map(Tables::bytes).unwrap_or_default();
+        if !acpi.is_empty() {
+            zero_page::set_rsdp(&mut params, layout::ACPI_ADDR);
+        }
         let ram_end = mem.last_addr().0.saturating_add(1);
         let tables = entry::page_tables(entry::identity_mapped_gib(ram_end));
-        let writes: [(&'static str, GuestAddress, &[u8]); 6] = [
+        let writes: [(&'static str, GuestAddress, &[u8]); 7] = [
             ("command line", layout::CMDLINE_ADDR, &self.cmdline),
             ("zero page", layout::ZERO_PAGE_ADDR, params.as_slice()),
             ("MP floating pointer", layout::EBDA_ADDR, &mptable::floating_pointer()),
             ("MP table", layout::MP_TABLE_ADDR, &mptable::configuration_table(self.vcpus)),
+            ("ACPI tables", layout::ACPI_ADDR, acpi),
             ("GDT", layout::GDT_ADDR, &entry::gdt()),
             ("page tables", layout::PML4_ADDR, &tables),
         ];

@@ -14,7 +14,7 @@ fn memory(ram: u64) -> Memory {
 }
 
 fn spec(kernel: &Path) -> BootSpec<'_> {
-    BootSpec { kernel, initrd: None, cmdline: "console=ttyS0", vcpus: 2 }
+    BootSpec { kernel, initrd: None, cmdline: "console=ttyS0", vcpus: 2, acpi: None }
 }
 
 fn bytes(mem: &Memory, address: u64, length: usize) -> Vec<u8> {

@@ -3,6 +3,8 @@
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 
+use vm_memory::GuestAddress;
+
 use super::layout;
 
 /// `type_of_loader`: one without an assigned id. Linux ignores an initrd if this is 0.
@@ -61,6 +63,11 @@ pub(super) fn zero_page(header: setup_header, ram: u64, initrd: Option<(u32, u32
     params.e820_table = table;
     params.e820_entries = entries;
     params
+}
+
+/// Tells where the ACPI tables begin: `acpi_rsdp_addr`, of boot protocol 2.14.
+pub(super) fn set_rsdp(params: &mut boot_params, address: GuestAddress) {
+    params.acpi_rsdp_addr = address.0;
 }
 
 /// The memory map, by address: what is RAM, and what is not to be touched. The 32-bit hole with

@@ -51,7 +51,8 @@ pub struct Cli {
 #[derive(Debug, Args)]
 pub struct MachineArgs {
     /// Machine type: microvm, or none for a storage daemon without a guest; with
-    /// microvm,dirty-tracking=off every checkpoint writes all of RAM
+    /// microvm,dirty-tracking=off every checkpoint writes all of RAM; with microvm,acpi=on the guest
+    /// finds its devices in ACPI tables, not on its command line, and has a VM generation id
     #[arg(long, value_name = "TYPE", default_value = "microvm")]
     pub machine: String,
     /// Accelerator; there is only kvm

@@ -87,7 +87,9 @@ impl Options {
     /// Names the option and the value that cannot be used.
     pub fn from_args(args: &MachineArgs) -> Result<Self, Error> {
         let guest = match values::machine_type(&args.machine)? {
-            MachineType::Microvm { dirty_tracking } => Some(guest_options(args, dirty_tracking)?),
+            MachineType::Microvm { dirty_tracking, acpi } => {
+                Some(guest_options(args, dirty_tracking, acpi)?)
+            }
             MachineType::None => {
                 no_guest_options(args)?;
                 None
@@ -113,14 +115,25 @@ impl Options {
     }
 }
 
-fn guest_options(args: &MachineArgs, dirty_tracking: bool) -> Result<GuestOptions, Error> {
+fn guest_options(
+    args: &MachineArgs,
+    dirty_tracking: bool,
+    acpi: Option<bool>,
+) -> Result<GuestOptions, Error> {
+    if acpi.is_some() && (args.restore.is_some() || args.fork.is_some()) {
+        let reason = "acpi is taken from the checkpoint";
+        return Err(Error::new("machine", &args.machine, reason));
+    }
     values::check_accel(args.accel.as_deref())?;
     values::check_cpu(args.cpu.as_deref().unwrap_or("host"))?;
     let devices =
         args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
     let serial_text = args.serial.as_deref().unwrap_or("stdio");
     Ok(GuestOptions {
-        machine: machine_spec(args, devices, dirty_tracking)?,
+        machine: MachineSpec {
+            acpi: acpi.unwrap_or(false),
+            ..machine_spec(args, devices, dirty_tracking)?
+        },
         serial: values::serial(serial_text)?,
         serial_text: serial_text.to_owned(),
         start_paused: args.start_paused,
@@ -234,6 +247,7 @@ fn machine_spec(
         initrd: args.initrd.clone(),
         cmdline: args.append.clone().unwrap_or_default(),
         dirty_tracking,
+        acpi: false,
         forked: false,
         devices,
     })

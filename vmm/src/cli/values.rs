@@ -38,6 +38,8 @@ pub enum MachineType {
     Microvm {
         /// Whether what the guest writes may be tracked between checkpoints.
         dirty_tracking: bool,
+        /// Whether there are ACPI tables, where it was said.
+        acpi: Option<bool>,
     },
     /// A storage daemon without one.
     None,
@@ -49,12 +51,14 @@ pub fn machine_type(text: &str) -> Result<MachineType, Error> {
     let mut options = text::object(text, "type").map_err(|e| error(&e.to_string()))?;
     let machine = match take(&mut options, "type").as_deref() {
         Some(MACHINE_TYPE) => {
-            let dirty_tracking = match take(&mut options, "dirty-tracking").as_deref() {
-                None | Some("on" | "true") => true,
-                Some("off" | "false") => false,
-                Some(_) => return Err(error("dirty-tracking is on or off")),
+            let mut switch = |name: &str| match take(&mut options, name).as_deref() {
+                None => Ok(None),
+                Some("on" | "true") => Ok(Some(true)),
+                Some("off" | "false") => Ok(Some(false)),
+                Some(_) => Err(error(&format!("{name} is on or off"))),
             };
-            MachineType::Microvm { dirty_tracking }
+            let dirty_tracking = switch("dirty-tracking")?.unwrap_or(true);
+            MachineType::Microvm { dirty_tracking, acpi: switch("acpi")? }
         }
         Some("none") => MachineType::None,
         _ => return Err(error("the machine type is microvm or none")),
@@ -262,13 +266,23 @@ mod tests {
 
     #[test]
     fn a_machine_has_a_type_and_may_go_without_dirty_tracking() {
-        let microvm = |dirty_tracking| MachineType::Microvm { dirty_tracking };
+        let microvm = |dirty_tracking| MachineType::Microvm { dirty_tracking, acpi: None };
+        let acpi = |acpi| MachineType::Microvm { dirty_tracking: true, acpi: Some(acpi) };
+        assert_eq!(machine_type("microvm,acpi=on").unwrap(), acpi(true));
+        assert_eq!(machine_type("microvm,acpi=off").unwrap(), acpi(false));
         assert_eq!(machine_type("microvm").unwrap(), microvm(true));
         assert_eq!(machine_type("type=microvm,dirty-tracking=off").unwrap(), microvm(false));
         assert_eq!(machine_type("microvm,dirty-tracking=on").unwrap(), microvm(true));
         assert_eq!(machine_type("none").unwrap(), MachineType::None);
         assert!(machine_type("").unwrap_err().to_string().starts_with("--machine: "));
-        for bad in ["q35", "microvm,dirty-tracking=1", "none,dirty-tracking=on", "microvm,x=y"] {
+        for bad in [
+            "q35",
+            "microvm,dirty-tracking=1",
+            "none,dirty-tracking=on",
+            "microvm,x=y",
+            "microvm,acpi=auto",
+            "none,acpi=on",
+        ] {
             let error = machine_type(bad).unwrap_err().to_string();
             assert!(error.starts_with(&format!("--machine {bad}: ")), "{error}");
         }

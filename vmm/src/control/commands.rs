@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use block::qcow2::Compression;
 use qmp::schema::{
-    Command, CpuInfoFast, CpuInstanceProperties, KvmInfo, LoadInfo, LoadMode, NameInfo,
+    Command, CpuInfoFast, CpuInstanceProperties, GuidInfo, KvmInfo, LoadInfo, LoadMode, NameInfo,
     ShutdownCause, SnapshotCompression, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo,
     UuidInfo,
 };
@@ -37,6 +37,11 @@ impl Controller {
             Command::QueryUuid => {
                 value(&UuidInfo { uuid: self.machine.spec().uuid.hyphenated().to_string() })
             }
+            Command::QueryVmGenerationId => match self.machine.generation() {
+                Some(id) => value(&GuidInfo { guid: id.hyphenated().to_string() }),
+                // QEMU's words.
+                None => Err(qmp::Error::generic("VM Generation ID device not found")),
+            },
             Command::QueryKvm => value(&KvmInfo { enabled: true, present: true }),
             Command::QueryCpusFast => value(&self.cpus()),
             Command::QueryBlock => self.block_devices(),

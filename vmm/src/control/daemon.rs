@@ -22,6 +22,7 @@ pub const WITHOUT: &[&str] = &[
     "query-status",
     "query-name",
     "query-uuid",
+    "query-vm-generation-id",
     "query-kvm",
     "query-cpus-fast",
     "stop",

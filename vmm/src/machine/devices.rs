@@ -5,6 +5,7 @@
 //! | serial console (16550) | ports 0x3f8 to 0x3ff | 4 |
 //! | i8042, reset line only | ports 0x60 to 0x64 | - |
 //! | sleep control register, power-off only | port 0x600 | - |
+//! | sleep status register, event device: with ACPI | port 0x601, ports 0x608 to 0x60b | -, 3 |
 //! | virtio-mmio, by slot | 4 KiB each from `boot::layout::MMIO_START` | from 5 |
 
 use std::io::Write;
@@ -19,7 +20,8 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
-use super::spec::{DeviceKind, DeviceSpec};
+use super::acpi::{self, Events};
+use super::spec::{DeviceKind, DeviceSpec, MachineSpec};
 use super::state::DeviceStates;
 use crate::boot::{IOAPIC_PINS, layout};
 use crate::bus::{Bus, BusDevice, Space};
@@ -32,12 +34,15 @@ pub const SERIAL_IRQ: u32 = 4;
 /// First port of the keyboard controller.
 pub const I8042_PORT: u64 = 0x60;
 /// ACPI's SLEEP_CONTROL register of hardware-reduced machines (ACPI 6.5, 4.8.3.7).
-const SLEEP_CONTROL_PORT: u64 = 0x600;
+pub const SLEEP_CONTROL_PORT: u64 = 0x600;
 /// SLP_EN, and SLP_TYP in bits 4:2 of that register.
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE: u8 = 0b111 << 2;
 /// The sleep type that means power-off here.
-const SLEEP_TYPE_S5: u8 = 5 << 2;
+pub const SLEEP_TYPE_S5_VALUE: u8 = 5;
+const SLEEP_TYPE_S5: u8 = SLEEP_TYPE_S5_VALUE << 2;
+/// What pulls the reset line when it is written to port 0x64.
+pub const RESET_VALUE: u8 = 0xfe;
 /// Interrupt of the first virtio device; those below belong to the PC's own devices.
 const FIRST_VIRTIO_IRQ: u32 = 5;
 /// As many as there are IOAPIC pins left.
@@ -85,6 +90,7 @@ pub struct DeviceSet {
     serial: Arc<Mutex<SerialPort>>,
     i8042: Arc<Mutex<ResetController>>,
     virtio: Vec<VirtioSlot>,
+    events: Option<Events>,
     wants_input: EventFd,
     presence: Presence,
 }
@@ -95,7 +101,7 @@ impl DeviceSet {
     /// # Errors
     /// A node is missing or used twice, there are too many devices, or the host refuses.
     pub fn attach(
-        specs: &[DeviceSpec],
+        spec: &MachineSpec,
         vm: &VmFd,
         memory: &GuestMemory,
         bus: &mut Bus,
@@ -103,8 +109,8 @@ impl DeviceSet {
         console: Box<dyn Write + Send>,
         signals: GuestSignals,
     ) -> Result<Self, Error> {
-        if specs.len() > MAX_VIRTIO_DEVICES {
-            return Err(Error::TooManyDevices(specs.len()));
+        if spec.devices.len() > MAX_VIRTIO_DEVICES {
+            return Err(Error::TooManyDevices(spec.devices.len()));
         }
         let wants_input = event_fd("serial")?;
         let line = irq_line(vm, "serial", SERIAL_IRQ)?;
@@ -114,11 +120,16 @@ impl DeviceSet {
         let i8042 = Arc::new(Mutex::new(ResetController(I8042::new(signals.reset))));
         bus.insert(Space::Port, I8042_PORT, 5, i8042.clone())?;
         let sleep = Arc::new(Mutex::new(SleepControl(signals.power_off)));
-        bus.insert(Space::Port, SLEEP_CONTROL_PORT, 1, sleep)?;
+        // The status register behind it always reads as zero: nothing wakes up.
+        bus.insert(Space::Port, SLEEP_CONTROL_PORT, if spec.acpi { 2 } else { 1 }, sleep)?;
+        let events = match spec.acpi {
+            true => Some(Events::attach(irq_line(vm, "ACPI events", acpi::EVENTS_IRQ)?, bus)?),
+            false => None,
+        };
 
         let presence = Presence::default();
-        let mut set = Self { serial, i8042, virtio: Vec::new(), wants_input, presence };
-        for spec in specs {
+        let mut set = Self { serial, i8042, virtio: Vec::new(), events, wants_input, presence };
+        for spec in &spec.devices {
             set.attach_virtio(spec, vm, memory, bus, graph)?;
         }
         Ok(set)
@@ -160,6 +171,11 @@ impl DeviceSet {
     /// The virtio devices by slot.
     pub fn virtio(&self) -> impl Iterator<Item = &VirtioSlot> {
         self.virtio.iter()
+    }
+
+    /// The event device, of a machine with ACPI.
+    pub fn events(&self) -> Option<&Events> {
+        self.events.as_ref()
     }
 
     /// How many virtio devices there are.
@@ -208,6 +224,9 @@ impl DeviceSet {
 
     /// Lets every device go on.
     pub fn resume(&self) -> Result<(), Error> {
+        if let Some(events) = &self.events {
+            events.resume()?;
+        }
         self.each(|transport| transport.resume())
     }
 
@@ -215,13 +234,22 @@ impl DeviceSet {
     pub fn capture(&self) -> Result<DeviceStates, Error> {
         let mut virtio = Vec::with_capacity(self.virtio.len());
         self.each(|transport| transport.state().map(|state| virtio.push(state)))?;
-        Ok(DeviceStates { serial: self.serial().0.state(), i8042: self.i8042().0.state(), virtio })
+        Ok(DeviceStates {
+            serial: self.serial().0.state(),
+            i8042: self.i8042().0.state(),
+            virtio,
+            events: self.events.as_ref().map(Events::state),
+        })
     }
 
     /// Replaces the state of the paused devices.
     pub fn restore(&self, states: &DeviceStates) -> Result<(), Error> {
         self.serial().0.restore(&states.serial)?;
         self.i8042().0.restore(&states.i8042);
+        // The shape was compared before.
+        if let (Some(events), Some(state)) = (&self.events, &states.events) {
+            events.restore(state)?;
+        }
         let mut states = states.virtio.iter();
         self.each(|transport| match states.next() {
             Some(state) => transport.restore(state),
@@ -304,11 +332,13 @@ fn make_device(
     }
 }
 
-fn slot_address(index: usize) -> u64 {
+/// Guest physical address of a slot's registers.
+pub fn slot_address(index: usize) -> u64 {
     layout::MMIO_START.0 + index as u64 * layout::MMIO_DEVICE_SIZE
 }
 
-fn slot_irq(index: usize) -> u32 {
+/// Interrupt of a slot.
+pub fn slot_irq(index: usize) -> u32 {
     // At most MAX_VIRTIO_DEVICES.
     FIRST_VIRTIO_IRQ + u32::try_from(index).unwrap_or(0)
 }
@@ -375,7 +405,11 @@ impl BusDevice for SleepControl {
         data.fill(0);
     }
 
-    fn write(&mut self, _offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // What is written to the status register acknowledges a wake-up; there was none.
+        if offset != 0 {
+            return;
+        }
         let enters =
             |value: u8| value & (SLEEP_ENABLE | SLEEP_TYPE) == SLEEP_ENABLE | SLEEP_TYPE_S5;
         if data.first().copied().is_some_and(enters)

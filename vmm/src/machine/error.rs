@@ -47,6 +47,15 @@ pub enum Error {
     /// A state does not fit the console.
     #[error("serial console: {0}")]
     Serial(#[from] ::devices::legacy::SerialError),
+    /// A state does not fit the event device.
+    #[error("ACPI event device: {0}")]
+    Events(#[from] ::devices::acpi::ged::UnknownEvents),
+    /// An event of the machine cannot be told.
+    #[error("ACPI event device: the interrupt cannot be raised: {0}")]
+    EventLine(std::io::Error),
+    /// The VM generation id cannot be written to guest memory.
+    #[error("the VM generation id cannot be written: {0}")]
+    Generation(vm_memory::GuestMemoryError),
     /// The host is out of event descriptors.
     #[error("device {name}: cannot make an event descriptor: {source}")]
     EventFd {

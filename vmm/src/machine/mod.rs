@@ -7,6 +7,7 @@
 //! stopped vCPU. Resuming goes the other way round. State is captured and restored only in between,
 //! when nothing moves.
 
+pub mod acpi;
 pub mod devices;
 pub mod error;
 pub mod missing;
@@ -18,10 +19,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::devices::GuestMemory;
+use ::devices::acpi::Event;
 use block::Graph;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use snapshot::{Base, PageSet, Rewinder, Tracker};
+use uuid::Uuid;
 
 use crate::boot::{self, Boot, BootSpec};
 use crate::bus::Bus;
@@ -63,6 +66,8 @@ pub struct Machine {
     clock: ClockState,
     /// KVM has no shadow of the guest's page tables.
     nested_paging: bool,
+    /// The VM generation id, of a machine with ACPI.
+    generation: Option<Uuid>,
     /// RAM that is still in an image.
     missing: Option<Arc<Missing>>,
     /// The vCPUs were told to stop, and those that can have; see [`Machine::halt`].
@@ -97,8 +102,7 @@ impl Machine {
         let tracker = Tracker::new(&PageSet::of(&memory));
 
         let mut bus = Bus::default();
-        let devices =
-            DeviceSet::attach(&spec.devices, &vm, &memory, &mut bus, graph, console, signals)?;
+        let devices = DeviceSet::attach(&spec, &vm, &memory, &mut bus, graph, console, signals)?;
         let bus = Arc::new(bus);
 
         let cpuid = cpuid::supported(&kvm)?;
@@ -124,6 +128,7 @@ impl Machine {
         let clock = ClockState { kvmclock_ns: 0 };
         let pristine = capture(&vm, &vcpus, &devices, clock)?;
         let cpuid = cpuid::for_vcpu(&cpuid, Topology { vcpus: spec.vcpus }, 0)?;
+        let generation = spec.acpi.then(Uuid::new_v4);
         Ok(Self {
             vcpus,
             devices,
@@ -136,6 +141,7 @@ impl Machine {
             info,
             pristine,
             clock,
+            generation,
             nested_paging: kvm::nested_paging(),
             missing: None,
             halted: false,
@@ -153,6 +159,9 @@ impl Machine {
         // What an earlier boot left must not be there: the loader writes no zeroes.
         memory::discard(&self.memory)?;
         let info = prepared.load(&self.memory)?;
+        if let Some(id) = self.generation {
+            acpi::write_id(&self.memory, id)?;
+        }
         let mut state = self.pristine.clone();
         state.clock = self.clock;
         if let Some(first) = state.vcpus.first_mut() {
@@ -160,7 +169,7 @@ impl Machine {
             *first.regs_mut() = entry.regs;
             *first.sregs_mut() = entry.sregs;
         }
-        self.restore(&state, None)
+        self.replace(&state, None)
     }
 
     /// Lets the guest run.
@@ -298,9 +307,30 @@ impl Machine {
         Ok(())
     }
 
-    /// Replaces the state of the paused machine. RAM must hold that state's memory already; where it
-    /// is that of a checkpoint, `base` tells which.
+    /// Replaces the state of the paused machine by that of a checkpoint. RAM must hold that state's memory
+    /// already; `base` tells which it is, where saves can be built upon it.
     pub fn restore(&mut self, state: &MachineState, base: Option<Base>) -> Result<(), Error> {
+        self.replace(state, base)?;
+        self.new_generation()
+    }
+
+    /// Has the guest find another VM generation id, and tells it so when it runs.
+    fn new_generation(&mut self) -> Result<(), Error> {
+        if let Some(events) = self.devices.events() {
+            let id = Uuid::new_v4();
+            acpi::write_id(&self.memory, id)?;
+            events.raise(Event::Generation)?;
+            self.generation = Some(id);
+        }
+        Ok(())
+    }
+
+    /// The VM generation id, of a machine with ACPI.
+    pub fn generation(&self) -> Option<Uuid> {
+        self.generation
+    }
+
+    fn replace(&mut self, state: &MachineState, base: Option<Base>) -> Result<(), Error> {
         self.check_fits(state)?;
         let base = base.filter(|_| self.spec.dirty_tracking);
         self.tracker.forget();
@@ -327,7 +357,8 @@ impl Machine {
             memory::forget_shadow_pages(&self.vm, &self.memory)?;
         }
         self.tracker.loaded(base);
-        self.put(state)
+        self.put(state)?;
+        self.new_generation()
     }
 
     /// vCPUs, interrupt chips, devices and clock.
@@ -391,7 +422,8 @@ impl Machine {
 
     /// How many parts the machine has.
     pub fn shape(&self) -> Shape {
-        Shape { vcpus: self.vcpus.len(), virtio: self.devices.virtio_count() }
+        let acpi = self.devices.events().is_some();
+        Shape { vcpus: self.vcpus.len(), virtio: self.devices.virtio_count(), acpi }
     }
 
     /// What the machine is made of.
@@ -446,11 +478,15 @@ impl Machine {
 /// There is no kernel, or it cannot be booted.
 pub fn prepare_boot(spec: &MachineSpec) -> Result<Boot, Error> {
     let kernel = spec.kernel.as_deref().ok_or(Error::NoKernel)?;
+    // Devices that are in the tables would be found twice.
+    let unlisted = if spec.acpi { 0 } else { spec.devices.len() };
+    let tables = acpi::tables(spec);
     let boot_spec = BootSpec {
         kernel,
         initrd: spec.initrd.as_deref(),
-        cmdline: &devices::extend_cmdline(&spec.cmdline, spec.devices.len()),
+        cmdline: &devices::extend_cmdline(&spec.cmdline, unlisted),
         vcpus: spec.vcpus,
+        acpi: tables.as_ref(),
     };
     Ok(Boot::prepare(&boot_spec, spec.ram_bytes)?)
 }

@@ -5,10 +5,16 @@ use std::path::Path;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use snapshot::config::{Bus, CpuFacts, CpuidLeaf, DeviceConfig, DiskConfig, MachineConfig};
 
-use super::Machine;
 use super::devices::{self, VirtioSlot};
 use super::spec::DeviceKind;
+use super::{Machine, acpi};
+use crate::boot::layout;
 use crate::cli::values::MACHINE_TYPE;
+
+/// Kind of ACPI's event device.
+const EVENTS_KIND: &str = "acpi-events";
+/// Kind of the VM generation id.
+pub const GENERATION_KIND: &str = "vmgenid";
 
 /// Describes `machine`.
 pub fn describe(machine: &Machine) -> MachineConfig {
@@ -46,6 +52,12 @@ fn describe_devices(machine: &Machine) -> Vec<DeviceConfig> {
         port("i8042", devices::I8042_PORT, None),
     ];
     all.extend(machine.devices().virtio().map(describe_virtio));
+    if machine.spec().acpi {
+        all.push(port(EVENTS_KIND, acpi::EVENTS_PORT, Some(acpi::EVENTS_IRQ)));
+        // In memory: a program that does not know it finds it among the virtio devices, and refuses.
+        let at = layout::GENERATION_ADDR.0;
+        all.push(DeviceConfig { bus: Bus::Mmio, ..port(GENERATION_KIND, at, None) });
+    }
     all
 }
 

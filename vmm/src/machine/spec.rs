@@ -23,6 +23,8 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// Whether what the guest writes may be tracked between checkpoints.
     pub dirty_tracking: bool,
+    /// Whether the guest finds ACPI tables, and a VM generation id.
+    pub acpi: bool,
     /// RAM is to be mapped from an image in part: see [`crate::fork`].
     pub forked: bool,
     /// Devices in the order of the command line, which is that of their slots.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use ::devices::acpi::EventState;
 use ::devices::legacy::{I8042State, SerialState};
 use ::devices::virtio::MmioState;
 use snapshot::format::FormatError;
@@ -17,6 +18,7 @@ const CLOCK: &str = "clock";
 const SERIAL: &str = "serial";
 const I8042: &str = "i8042";
 const VIRTIO: &str = "virtio-mmio";
+const EVENTS: &str = "acpi-events";
 
 /// Everything but RAM and disks.
 #[derive(Clone)]
@@ -40,6 +42,8 @@ pub struct DeviceStates {
     pub i8042: I8042State,
     /// virtio devices by slot.
     pub virtio: Vec<MmioState>,
+    /// The event device, of a machine with ACPI.
+    pub events: Option<EventState>,
 }
 
 impl MachineState {
@@ -60,6 +64,9 @@ impl MachineState {
         for (slot, device) in (0..).zip(&devices.virtio) {
             sections.push(Section::encode(VIRTIO, slot, MmioState::VERSION, device)?);
         }
+        if let Some(events) = &devices.events {
+            sections.push(Section::encode(EVENTS, 0, EventState::VERSION, events)?);
+        }
         Ok(sections)
     }
 }
@@ -71,11 +78,14 @@ pub struct Shape {
     pub vcpus: usize,
     /// Number of virtio devices.
     pub virtio: usize,
+    /// Whether there is ACPI.
+    pub acpi: bool,
 }
 
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} vCPUs and {} virtio devices", self.vcpus, self.virtio)
+        let acpi = if self.acpi { "with ACPI" } else { "without ACPI" };
+        write!(f, "{} vCPUs and {} virtio devices, {acpi}", self.vcpus, self.virtio)
     }
 }
 
@@ -103,6 +113,10 @@ impl MachineState {
                     .take(shape.virtio)
                     .map(|slot| sections.take(VIRTIO, slot, 1..=MmioState::VERSION))
                     .collect::<Result<_, _>>()?,
+                events: match shape.acpi {
+                    true => Some(sections.take(EVENTS, 0, 1..=EventState::VERSION)?),
+                    false => None,
+                },
             },
         };
         sections.finish()?;
@@ -111,6 +125,10 @@ impl MachineState {
 
     /// The shape of the machine this is the state of.
     pub fn shape(&self) -> Shape {
-        Shape { vcpus: self.vcpus.len(), virtio: self.devices.virtio.len() }
+        Shape {
+            vcpus: self.vcpus.len(),
+            virtio: self.devices.virtio.len(),
+            acpi: self.devices.events.is_some(),
+        }
     }
 }

@@ -59,6 +59,7 @@ pub(crate) fn start(ram: u64, vcpus: u8) -> Running {
         initrd: None,
         cmdline: String::new(),
         dirty_tracking: true,
+        acpi: false,
         forked: false,
         devices: vec![DeviceSpec { id: None, kind }],
     };
