@@ -17,8 +17,13 @@ use super::write::{Target, commit, plan};
 use super::{PIECE, Qcow2};
 
 impl Qcow2 {
-    /// The metadata, unless another has it.
-    fn try_meta(&self) -> Option<MutexGuard<'_, Meta>> {
+    /// As [`Qcow2::meta`], unless that would have to wait.
+    pub(super) fn try_meta(&self) -> Option<MutexGuard<'_, Meta>> {
+        self.try_meta_to_look().filter(|meta| !meta.frozen)
+    }
+
+    /// As [`Qcow2::meta_to_look`], unless another has the metadata.
+    fn try_meta_to_look(&self) -> Option<MutexGuard<'_, Meta>> {
         match self.meta.try_lock() {
             Ok(meta) => Some(meta),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -41,7 +46,7 @@ impl Qcow2 {
             return false;
         };
         let extents = {
-            let Some(mut meta) = self.try_meta() else {
+            let Some(mut meta) = self.try_meta_to_look() else {
                 return false;
             };
             if !meta.tables_are_here(guest, len) {
@@ -97,7 +102,7 @@ impl Qcow2 {
         };
         let mut targets = Vec::new();
         {
-            let Some(mut meta) = self.try_meta() else {
+            let Some(mut meta) = self.try_meta_to_look() else {
                 return Some(false);
             };
             if !self.can_plan(&meta, guest, len) {
@@ -188,7 +193,7 @@ impl Qcow2 {
             return Some(Old::Zero);
         }
         let extents = {
-            let mut meta = self.try_meta()?;
+            let mut meta = self.try_meta_to_look()?;
             if !meta.tables_are_here(guest, len) {
                 return None;
             }

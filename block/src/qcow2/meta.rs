@@ -38,6 +38,8 @@ mod switch;
 mod sync;
 mod tables;
 
+pub(super) use give_back::discard;
+pub(super) use sync::Sync;
 pub(super) use tables::{check_l1, read_l1};
 
 /// See the module.
@@ -77,6 +79,8 @@ pub(super) struct Meta {
     /// Ids of the snapshots whose VM state is open, once per opener.
     pub(crate) readers: Vec<String>,
     pub(crate) writable: bool,
+    /// What needs the tables as they are is under way; see [`super::flush`].
+    pub(crate) frozen: bool,
     /// Refcounts may be behind on disk while the dirty bit is set.
     lazy: bool,
     /// What made the image corrupt; writes are refused from then on.
@@ -137,6 +141,7 @@ impl Meta {
             point: None,
             readers: Vec::new(),
             writable,
+            frozen: false,
             lazy,
             broken: None,
             places: Places { check: options.overlap_check, ..Places::default() },

@@ -4,12 +4,13 @@
 //! |---|---|
 //! | `layout` | sizes, table entries |
 //! | `header`, `header_write` | the header, checked; rewritten |
-//! | `options` | how an image is to be opened |
+//! | `probe`, `options`, `info` | what the header tells before an image is open; how it is to be opened; what it tells then |
 //! | `cache` | L2 tables and refcount blocks in memory |
 //! | `counts` | the refcounts of one block |
 //! | `refcount` | references to host clusters, allocation |
 //! | `meta`, `meta/sync` | all of these together; the order in which they are written |
 //! | `overlap`, `corruption` | keeping writes off the metadata, and telling of damage |
+//! | `flush` | making all of it durable, while those who only look go on |
 //! | `inflight` | which guest ranges are being worked on |
 //! | `subcluster` | what an L2 entry says of the parts of its cluster |
 //! | `read`, `compressed`, `write`, `write_compressed`, `zero` | requests |
@@ -18,11 +19,12 @@
 //! | `bitmaps` | persistent dirty bitmaps |
 //!
 //! Lock order: a range of [`inflight`] first, then a snapshot's own tables, then the metadata
-//! mutex. No guest data is transferred while the metadata mutex is held.
+//! mutex. No guest data is transferred while the metadata mutex is held, and a flush lets it go while the
+//! disk works ([`flush`]).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
@@ -41,14 +43,17 @@ mod compressed;
 mod corruption;
 mod counts;
 pub mod create;
+mod flush;
 mod header;
 mod header_write;
 mod inflight;
+mod info;
 mod layout;
 mod locate;
 mod meta;
 mod options;
 mod overlap;
+mod probe;
 mod read;
 mod refcount;
 mod resize;
@@ -63,84 +68,19 @@ pub use bitmaps::StoredBitmap;
 pub use corruption::Corruption;
 pub use header::Compression;
 pub(crate) use inflight::{Held, InFlight};
+pub use info::Qcow2Info;
 pub use options::{Options, PassDiscard};
 pub use overlap::OverlapCheck;
+pub use probe::Probe;
 pub(crate) use write::Target;
 
-use header::{Header, autoclear, compatible, field, incompatible};
+use header::{autoclear, field};
 use layout::Geometry;
 use meta::Meta;
 
 /// Requests are worked on in pieces of this many bytes (or one cluster), so that what is kept of
 /// one in memory is bounded.
 const PIECE: u64 = 4 << 20;
-
-/// The header of an image, read and checked, before its backing file is open.
-#[derive(Debug)]
-pub struct Probe {
-    storage: Arc<dyn Storage>,
-    header: Header,
-}
-
-impl Probe {
-    /// Reads the header.
-    ///
-    /// # Errors
-    /// [`Error::NotFormat`], [`Error::Corrupt`] or [`Error::NotSupported`], saying what is wrong.
-    pub fn new(storage: Arc<dyn Storage>) -> Result<Self> {
-        let header = Header::read(&*storage)?;
-        Ok(Self { storage, header })
-    }
-
-    /// The backing file's name as the image has it.
-    pub fn backing_file(&self) -> Option<&str> {
-        self.header.backing_file.as_deref()
-    }
-
-    /// Whether data clusters are in another file, which must be opened too.
-    pub fn needs_data_file(&self) -> bool {
-        self.header.geometry.external
-    }
-
-    /// That file's name as the image has it, if it has one.
-    pub fn data_file(&self) -> Option<String> {
-        self.header.data_file()
-    }
-
-    /// The backing file's format, where the image tells it.
-    pub fn backing_format(&self) -> Option<&str> {
-        self.header.backing_format.as_deref()
-    }
-}
-
-/// What `query-named-block-nodes` tells of a qcow2 image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Qcow2Info {
-    /// "0.10" for version 2, "1.1" for version 3.
-    pub compat: &'static str,
-    /// How compressed clusters are compressed.
-    pub compression: Compression,
-    /// Whether the image asks for lazy refcounts.
-    pub lazy_refcounts: bool,
-    /// Width of a refcount in bits.
-    pub refcount_bits: u32,
-    /// Whether the image is marked as corrupt.
-    pub corrupt: bool,
-    /// Whether the image was not closed properly.
-    pub dirty: bool,
-    /// Cluster size in bytes.
-    pub cluster_size: u64,
-    /// Whether L2 entries have subclusters.
-    pub extended_l2: bool,
-    /// External data file as the image has it.
-    pub data_file: Option<String>,
-    /// Whether the external data file is kept as a raw image; `None` without one.
-    pub data_file_raw: Option<bool>,
-    /// Backing file as the image has it.
-    pub backing_file: Option<String>,
-    /// Backing file's format as the image has it.
-    pub backing_format: Option<String>,
-}
 
 /// An open qcow2 image.
 pub struct Qcow2 {
@@ -152,6 +92,8 @@ pub struct Qcow2 {
     geometry: Geometry,
     compression: Compression,
     meta: Mutex<Meta>,
+    /// Told when the tables may be changed again.
+    thawed: Condvar,
     in_flight: InFlight,
     /// Changed only while no request is under way; the lock is held for a look.
     backing: RwLock<Option<Arc<dyn Format>>>,
@@ -185,16 +127,16 @@ impl Qcow2 {
         backing: Option<Arc<dyn Format>>,
         options: Options,
     ) -> Result<Self> {
-        let Probe { storage, mut header } = probe;
+        let (storage, mut header) = probe.into_parts();
         if options.discard_no_unref && header.geometry.version < 3 {
             return Err(Error::Invalid(
                 "discard-no-unref is only supported since qcow2 version 3".to_owned(),
             ));
         }
         let writable = !options.read_only;
-        check_data_file(&header, &options)?;
+        probe::check_data_file(&header, &options)?;
         if writable {
-            header = make_writable(&storage, header)?;
+            header = probe::make_writable(&storage, header)?;
         }
         let (geometry, compression, mut size) = (header.geometry, header.compression, header.size);
         let raw_data = geometry.external && header.autoclear & autoclear::RAW_DATA != 0;
@@ -208,6 +150,7 @@ impl Qcow2 {
             geometry,
             compression,
             meta: Mutex::new(meta),
+            thawed: Condvar::new(),
             storage,
             in_flight: InFlight::default(),
             backing: RwLock::new(backing),
@@ -298,52 +241,6 @@ impl Qcow2 {
         &self.bitmaps
     }
 
-    /// What the header tells.
-    pub fn info(&self) -> Qcow2Info {
-        let meta = self.meta();
-        let header = &meta.header;
-        Qcow2Info {
-            compat: if header.geometry.version < 3 { "0.10" } else { "1.1" },
-            compression: header.compression,
-            lazy_refcounts: header.compatible & compatible::LAZY != 0,
-            refcount_bits: 1 << header.geometry.refcount_order,
-            corrupt: header.incompatible & incompatible::CORRUPT != 0,
-            dirty: header.incompatible & incompatible::DIRTY != 0,
-            cluster_size: header.geometry.cluster_size(),
-            extended_l2: header.geometry.extended,
-            data_file: header.data_file(),
-            data_file_raw: header.geometry.external.then_some(self.raw_data),
-            backing_file: header.backing_file.clone(),
-            backing_format: header.backing_format.clone(),
-        }
-    }
-
-    fn meta(&self) -> MutexGuard<'_, Meta> {
-        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// After a change of snapshots: gives space back to the host, the end of the file included.
-    fn give_space_back(&self) {
-        if self.punch_all() {
-            self.meta().truncate_tail();
-        }
-    }
-
-    /// Punches out what was freed, letting requests in between; says whether it could.
-    fn punch_all(&self) -> bool {
-        loop {
-            match self.meta().punch_some() {
-                Ok(true) => {}
-                Ok(false) => return true,
-                Err(e) => {
-                    tracing::warn!(image = self.storage.name(), "space is not given back: {e}");
-                    return false;
-                }
-            }
-            std::thread::yield_now();
-        }
-    }
-
     fn disk_size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
@@ -367,33 +264,6 @@ impl Qcow2 {
     fn clusters_of(&self, offset: u64, len: u64) -> Range<u64> {
         let size = self.geometry.cluster_size();
         self.geometry.cluster_start(offset)..(offset + len).next_multiple_of(size)
-    }
-}
-
-/// Refuses an image that only a repair by hand may write to, and repairs one that was not closed
-/// properly, whose refcounts may be behind. Gives its header as it is then.
-fn make_writable(storage: &Arc<dyn Storage>, header: Header) -> Result<Header> {
-    if header.incompatible & incompatible::CORRUPT != 0 {
-        return Err(Error::NotSupported(format!(
-            "Image '{name}' is marked as corrupt and can be opened read-only only; repair it with: qemu-img check -r all '{name}'",
-            name = storage.name()
-        )));
-    }
-    if header.incompatible & incompatible::DIRTY == 0 {
-        return Ok(header);
-    }
-    check::repair_at_open(&**storage)?;
-    Header::read(&**storage)
-}
-
-/// An image with an external data file needs it; others must not have one. QEMU's texts.
-fn check_data_file(header: &Header, options: &Options) -> Result<()> {
-    match (header.geometry.external, &options.data_file) {
-        (true, None) => Err(Error::Invalid("'data-file' is required for this image".to_owned())),
-        (false, Some(_)) => Err(Error::Invalid(
-            "'data-file' can only be set for images with an external data file".to_owned(),
-        )),
-        _ => Ok(()),
     }
 }
 
@@ -452,25 +322,7 @@ impl Format for Qcow2 {
     }
 
     fn flush(&self) -> Result<()> {
-        let mut meta = self.meta();
-        if !meta.writable {
-            return Ok(());
-        }
-        if meta.is_dirty() {
-            meta.sync()?;
-            // What the guest discarded since the last flush may be much.
-            let more = meta.has_freed();
-            drop(meta);
-            if more {
-                self.punch_all();
-            }
-            return Ok(());
-        }
-        drop(meta);
-        if self.geometry.external {
-            self.data.flush()?;
-        }
-        self.storage.flush()
+        self.flush_disk()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

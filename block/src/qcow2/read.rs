@@ -101,7 +101,7 @@ pub(super) fn map(
 impl Qcow2 {
     /// Maps a range of the active disk.
     pub(super) fn map_active(&self, guest: u64, len: u64) -> Result<Vec<Extent>> {
-        let mut meta = self.meta();
+        let mut meta = self.meta_to_look();
         meta.trim_clean();
         let l1 = |meta: &Meta, index| meta.l1.get(to_usize(index)).copied().unwrap_or(0);
         let extents = map(&mut meta, l1, guest, len);

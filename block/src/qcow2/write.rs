@@ -62,9 +62,13 @@ impl Qcow2 {
     fn write_in_place(&self, guest: u64, len: u64, bufs: &[WriteBuf<'_>]) -> Result<bool> {
         let _held = self.in_flight.shared(self.clusters_of(guest, len));
         let targets = {
-            let mut meta = self.meta();
+            let mut meta = self.meta_to_look();
             meta.check_writable()?;
-            meta.trim()?;
+            if meta.frozen {
+                meta.trim_clean();
+            } else {
+                meta.trim()?;
+            }
             let mut targets = Vec::new();
             if !plan(&mut meta, guest, len, &mut targets, false)? {
                 return Ok(false);

@@ -66,7 +66,10 @@ fn status_and_depth_of_a_chain_are_what_qemu_nbd_tells() {
         run("qemu-nbd", &args);
         told(&format!("nbd+unix:///d?socket={socket}"), context)
     });
-    let node = setup.open("d", &top);
+    // To read only: the servers may not have ended yet, and have it locked as readers do.
+    let file = format!("file.driver=file,file.filename={path}");
+    let node = setup.graph.add_text(&format!("driver=qcow2,node-name=d,read-only=on,{file}"));
+    let node = node.unwrap();
     setup.export("d", false).unwrap();
     assert!(status(&node).len() > 8, "{:?}", status(&node));
     assert_eq!(contexts.map(|context| told(&setup.uri("d"), context)), theirs);

@@ -1,7 +1,8 @@
 //! The host's space of clusters that nobody uses any more.
 
 use crate::Result;
-use crate::qcow2::layout::{Run, push_run};
+use crate::qcow2::layout::{Geometry, Run, push_run};
+use crate::storage::Storage;
 
 use super::Meta;
 
@@ -14,18 +15,35 @@ const PUNCH_BYTES: u64 = 32 << 20;
 /// In so many runs at most: each is a call of the host that takes a while, however small it is.
 const PUNCH_RUNS: usize = 16;
 
+/// Gives the host's space of clusters back. An error is of no consequence.
+pub(in crate::qcow2) fn discard(storage: &dyn Storage, geometry: Geometry, part: Run) {
+    let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
+    if let Err(e) = storage.discard(at, len) {
+        tracing::debug!(image = storage.name(), "space is not given back: {e}");
+    }
+}
+
 impl Meta {
     /// Gives some of the host's space of free clusters back, unless they are in use again; says
     /// whether there is more. Hosts take long for it and the caller holds the lock, hence in parts.
     pub(crate) fn punch_some(&mut self) -> Result<bool> {
+        for part in self.take_freed()? {
+            discard(&*self.storage, self.geometry(), part);
+        }
+        Ok(self.has_freed())
+    }
+
+    /// Free clusters whose space is to be given back now, no longer on the list. Nobody may take them
+    /// before that is done.
+    pub(crate) fn take_freed(&mut self) -> Result<Vec<Run>> {
         self.check_writable()?;
-        let geometry = self.geometry();
-        let mut left = geometry.clusters(PUNCH_BYTES).max(1);
+        let mut left = self.geometry().clusters(PUNCH_BYTES).max(1);
         // Snapshots free in the order of the guest; few large calls are faster than many.
         let mut runs = std::mem::take(&mut self.freed);
         runs.sort_unstable_by_key(|run| run.first);
         runs.into_iter().for_each(|run| push_run(&mut self.freed, run));
         let mut runs_left = PUNCH_RUNS;
+        let mut parts = Vec::new();
         while left > 0
             && runs_left > 0
             && let Some(mut run) = self.freed.pop()
@@ -36,14 +54,9 @@ impl Meta {
                 run = Run { first: run.first + (run.count - left), count: left };
             }
             left -= run.count;
-            for part in self.refcounts.free_parts(run)? {
-                let (at, len) = (geometry.offset_of(part.first).0, geometry.bytes_of(part.count));
-                if let Err(e) = self.storage.discard(at, len) {
-                    tracing::debug!(image = self.storage.name(), "space is not given back: {e}");
-                }
-            }
+            parts.extend(self.refcounts.free_parts(run)?);
         }
-        Ok(!self.freed.is_empty())
+        Ok(parts)
     }
 
     /// Whether there is space that [`Meta::punch_some`] would give back.

@@ -1,17 +1,90 @@
 //! How changes of the metadata reach the disk, in the order that [`super`] describes, and what is given
 //! back afterwards.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::num::{be_bytes, to_u64};
 use crate::qcow2::header::{field, incompatible};
 use crate::qcow2::snapshot;
+use crate::storage::Storage;
 use crate::{Result, WriteBuf};
 
 use super::Meta;
 
 /// Clusters waiting to be given back before a sync is due.
 const MAX_PENDING_RUNS: usize = 4096;
+
+/// A [`Meta::sync`] under way: writes by turns with flushes, which need no lock. Between its steps
+/// nobody else may change the tables.
+#[derive(Debug, Default)]
+pub(crate) struct Sync {
+    next: Step,
+}
+
+/// What comes next, numbered as in the order of [`super`].
+#[derive(Debug, Default)]
+enum Step {
+    /// An external data file's flush, before any table refers to what is in it.
+    #[default]
+    Data,
+    /// 1 and 2.
+    Counts,
+    /// 3, the L2 tables.
+    Tables,
+    /// 3, the L1 table, and 4.
+    L1,
+    /// 5.
+    GiveBack,
+    End,
+}
+
+impl Sync {
+    /// Makes the next writes, and says which file is to be flushed after them. `None`: all is done.
+    pub(crate) fn step(&mut self, meta: &mut Meta) -> Result<Option<Arc<dyn Storage>>> {
+        loop {
+            match self.next {
+                Step::Data => {
+                    self.next = Step::Counts;
+                    if let Some(data) = &meta.data {
+                        return Ok(Some(data.clone()));
+                    }
+                }
+                Step::Counts if !meta.has_changes() => {
+                    self.next = Step::End;
+                    return Ok(Some(meta.storage.clone()));
+                }
+                Step::Counts => {
+                    let switched = meta.write_first()?;
+                    if !switched || meta.l2.is_dirty() || meta.l1_dirty.is_some() {
+                        self.next = Step::Tables;
+                        return Ok(Some(meta.storage.clone()));
+                    }
+                    // A switch has made all durable that it wrote.
+                    self.next = Step::GiveBack;
+                }
+                Step::Tables => {
+                    meta.l2.write_back(&*meta.storage)?;
+                    self.next = Step::L1;
+                    if meta.l1_dirty.is_some() {
+                        // An entry must not lead to a table that is not there.
+                        return Ok(Some(meta.storage.clone()));
+                    }
+                }
+                Step::L1 => {
+                    meta.write_l1()?;
+                    self.next = Step::GiveBack;
+                    return Ok(Some(meta.storage.clone()));
+                }
+                Step::GiveBack => {
+                    self.next = Step::End;
+                    meta.give_back_pending()?;
+                }
+                Step::End => return Ok(None),
+            }
+        }
+    }
+}
 
 impl Meta {
     /// Whether [`Meta::trim`] has something to do.
@@ -36,12 +109,15 @@ impl Meta {
     /// In an image that was found corrupt this saves the writes from before: all tables in memory
     /// are in places that were checked. Nothing is given back any more, as counts may be wrong.
     pub(crate) fn sync(&mut self) -> Result<()> {
-        if let Some(data) = &self.data {
-            data.flush()?;
+        let mut sync = Sync::default();
+        while let Some(file) = sync.step(self)? {
+            file.flush()?;
         }
-        if !self.has_changes() {
-            return self.storage.flush();
-        }
+        Ok(())
+    }
+
+    /// Step 1 of the order; says whether tables were switched.
+    fn write_first(&mut self) -> Result<bool> {
         self.settle()?;
         if std::mem::take(&mut self.flags_lag)
             && self.broken.is_none()
@@ -51,12 +127,11 @@ impl Meta {
         }
         let switching = self.is_switching();
         self.write_counts()?;
-        // A switch has made all durable that it wrote.
-        if !switching || self.l2.is_dirty() || self.l1_dirty.is_some() {
-            self.storage.flush()?;
-            self.write_tables()?;
-            self.storage.flush()?;
-        }
+        Ok(switching)
+    }
+
+    /// Step 5 of the order.
+    fn give_back_pending(&mut self) -> Result<()> {
         if self.broken.is_some() {
             self.pending = Default::default();
             return Ok(());
@@ -143,11 +218,9 @@ impl Meta {
         Ok(())
     }
 
-    /// Step 3 of the order.
-    fn write_tables(&mut self) -> Result<()> {
-        self.l2.write_back(&*self.storage)?;
+    /// The last part of step 3 of the order.
+    fn write_l1(&mut self) -> Result<()> {
         if let Some(range) = self.l1_dirty.clone() {
-            self.storage.flush()?;
             let bytes = be_bytes(&self.l1[range.clone()]);
             let at = self.header.l1_offset + to_u64(range.start) * 8;
             self.storage.write_at(at, &[WriteBuf::new(&bytes)])?;

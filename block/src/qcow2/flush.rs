@@ -1,0 +1,124 @@
+//! Flush, and space given back: the tables stay as they are while the disk works, and who only looks at
+//! them goes on.
+//!
+//! ```text
+//!   freeze ──> writes of a step, lock held ──> lock let go, file is flushed ──┐
+//!                    ▲                                                        │
+//!                    └────────────────────────────────────────────────────────┴──> thaw
+//! ```
+//!
+//! The order of [`Meta::sync`] needs tables that do not change between its steps: a new entry must not
+//! reach the disk by a step that its data or refcount was too late for. So the tables are frozen, not
+//! locked: [`Qcow2::meta`], which all who change something go through, waits for the thaw, while
+//! [`Qcow2::meta_to_look`] does not. Reads, and writes to clusters that are there, wait for no flush.
+//!
+//! Free clusters must not be taken while their space is being given back: the same freeze keeps them.
+
+use std::sync::{MutexGuard, PoisonError};
+
+use crate::Result;
+
+use super::Qcow2;
+use super::meta::{Meta, Sync, discard};
+
+/// Thaws the tables, also after a panic. Not to be dropped with the lock held.
+struct Frozen<'a>(&'a Qcow2);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.meta_to_look().frozen = false;
+        self.0.thawed.notify_all();
+    }
+}
+
+impl Qcow2 {
+    /// The metadata, to change it or to look at what must not be halfway; waits for a flush.
+    pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
+        let meta = self.meta_to_look();
+        self.thawed.wait_while(meta, |meta| meta.frozen).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The metadata, to find out where data is. Nothing but clean tables in the cache, and the mark of a
+    /// corrupt image, may be changed.
+    pub(super) fn meta_to_look(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Freezes the tables, whose lock the caller has and gives up.
+    fn freeze<'a>(&'a self, mut meta: MutexGuard<'a, Meta>) -> Frozen<'a> {
+        meta.frozen = true;
+        drop(meta);
+        Frozen(self)
+    }
+
+    /// Makes all durable that was completed before.
+    pub(super) fn flush_disk(&self) -> Result<()> {
+        let meta = self.meta();
+        if !meta.writable {
+            return Ok(());
+        }
+        if !meta.is_dirty() {
+            drop(meta);
+            if self.geometry.external {
+                self.data.flush()?;
+            }
+            return self.storage.flush();
+        }
+        let frozen = self.freeze(meta);
+        let more = self.sync_frozen();
+        drop(frozen);
+        // What the guest discarded since the last flush may be much.
+        if more? {
+            self.punch_all();
+        }
+        Ok(())
+    }
+
+    /// As [`Meta::sync`], without the lock while files are flushed. Says whether host space is left to
+    /// be given back.
+    fn sync_frozen(&self) -> Result<bool> {
+        let mut sync = Sync::default();
+        loop {
+            let mut meta = self.meta_to_look();
+            let Some(file) = sync.step(&mut meta)? else {
+                return Ok(meta.has_freed());
+            };
+            drop(meta);
+            file.flush()?;
+        }
+    }
+
+    /// After a change of snapshots: gives space back to the host, the end of the file included.
+    pub(super) fn give_space_back(&self) {
+        if self.punch_all() {
+            self.meta().truncate_tail();
+        }
+    }
+
+    /// Punches out what was freed, letting requests in between; says whether it could.
+    fn punch_all(&self) -> bool {
+        loop {
+            let mut meta = self.meta();
+            let parts = match meta.take_freed() {
+                Ok(parts) => parts,
+                Err(e) => {
+                    tracing::warn!(image = self.storage.name(), "space is not given back: {e}");
+                    return false;
+                }
+            };
+            let more = meta.has_freed();
+            let frozen = self.freeze(meta);
+            for part in parts {
+                discard(&*self.storage, self.geometry, part);
+            }
+            drop(frozen);
+            if !more {
+                return true;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
