@@ -4,7 +4,7 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`, or `forks`, or `rewind`, or `live` and sizes.
+//! only; or `snapshots`, or `forks`; or `rewind` or `live` and sizes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -46,7 +46,7 @@ fn main() {
         [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
         [what, sizes @ ..] if what == "live" => live::measure(sizes, &dir, &mut report),
-        [what] if what == "rewind" => rewind::measure(&programs(&mut report), &dir, &mut report),
+        [what, sizes @ ..] if what == "rewind" => rewind::measure(sizes, &dir, &mut report),
         [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
         [what] if what == "forks" => {
             if tardigrade_tests::require::kvm() {
@@ -85,7 +85,7 @@ fn machines(args: &[String], dir: &Path, report: &mut Report) {
             }
         }
     }
-    rewind::measure(&programs, dir, report);
+    rewind::measure(&[], dir, report);
     // How the image is opened has no part in a start.
     for program in programs.iter().filter(|program| **program != Program::QemuDirect) {
         eprintln!("start of {}", program.name());

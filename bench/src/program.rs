@@ -116,6 +116,10 @@ impl Machine {
         &self.serial
     }
 
+    pub(crate) fn qmp_path(&self) -> &Path {
+        &self.qmp
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

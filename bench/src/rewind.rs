@@ -1,85 +1,194 @@
 //! Going back to one checkpoint again and again, as a fuzzer does, through QMP.
+//!
+//! The checkpoint has a guest that finds a byte at its serial port. It takes it, writes to 256 pages, says how
+//! many of them were as in the checkpoint, and waits for another byte. Then it is taken back.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write as _};
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use tardigrade_tests::baremetal::image;
+use serde_json::{Value, json};
 use tardigrade_tests::baremetal::layout::FREE;
+use tardigrade_tests::baremetal::{Monitor, image};
 use tardigrade_tests::disk::qemu_img;
 
-use crate::program::{Machine, Program};
-use crate::report::Report;
+use crate::checkpoint::ticks_per_ms;
+use crate::program::{Machine, PATIENCE, Program};
+use crate::report::{Report, number};
 
 const MIB: u64 = 1 << 20;
-
 /// RAM of the guest in MiB.
 const SIZES: &[u64] = &[256, 4096];
-
-/// How long loads are repeated.
+/// RAM with data in MiB, none of which is in `TRIAL`.
+const USED: u64 = 200;
+/// What the guest writes to between two loads, zero in the checkpoint: 256 pages.
+const TRIAL: Range<u64> = FREE + USED * MIB..FREE + (USED + 1) * MIB;
+const PAGES: u16 = 256;
+/// How long loads are repeated, for each number.
 const TIME: Duration = Duration::from_secs(5);
+/// How often the guest tells of its time.
+const LOOKS: usize = 21;
 
-/// A guest that fills memory at CPL 3 without an end, and is taken back to its beginning. It dirties
-/// as much as it gets to between two loads.
-///
-/// Of QEMU there is the time of a load in the table of checkpoints: it has no cheaper way back, and
-/// does not come to an end with this guest.
-pub(crate) fn measure(programs: &[Program], dir: &Path, report: &mut Report) {
-    let programs: Vec<_> = programs.iter().filter(|&&one| one == Program::Tardigrade).collect();
-    for &ram in SIZES {
-        for program in &programs {
-            eprintln!("{} goes back, {ram} MiB of RAM", program.name());
-            loads(**program, ram, dir, report);
-        }
+const RATE: &str = "trials a second";
+const CYCLE: &str = "load and run, us";
+const LOAD: &str = "load, us";
+const GUEST: &str = "guest, us";
+const PUT_BACK: &str = "put back, KiB";
+
+/// Of QEMU there is the time of a load in the table of checkpoints: it has no cheaper way back.
+pub(crate) fn measure(sizes: &[String], dir: &Path, report: &mut Report) {
+    if !tardigrade_tests::require::kvm() {
+        return;
     }
-    let names: Vec<_> = programs.iter().map(|program| program.name()).collect();
-    report.section(move |report| {
-        let mut text = String::from(
-            "| Load of the same checkpoint again and again | loads a second | MiB dirtied between loads |\n\
-             |---|---:|---:|\n",
-        );
-        for name in &names {
-            for &ram in SIZES {
-                let value = |what, digits| {
-                    let value = report.median(what, name, ram);
-                    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
-                };
-                let (rate, dirty) = (value("loads a second", 1), value("dirty MiB", 2));
-                let _ = writeln!(text, "| {name}, {ram} MiB of RAM | {rate} | {dirty} |");
-            }
-        }
-        text + "\n"
-    });
+    let given: Vec<u64> = sizes.iter().filter_map(|size| size.parse().ok()).collect();
+    for ram in if given.is_empty() { SIZES.to_vec() } else { given } {
+        eprintln!("going back, {ram} MiB of RAM");
+        trials(ram, dir, report);
+    }
+    report.section(table);
 }
 
-fn loads(program: Program, ram: u64, dir: &Path, report: &mut Report) {
+fn table(report: &Report) -> String {
+    let mut text = String::from(
+        "| Load, run, load, ... of one checkpoint; the guest writes to 256 pages in between | times a second | \
+         put back each time, KiB | load and run, median, µs | load, median, µs | the writes, in the guest, median, µs |\n\
+         |---|---:|---:|---:|---:|---:|\n",
+    );
+    for ram in report.sizes(RATE) {
+        let value = |what: &str, digits| {
+            number(report.median(what, Program::Tardigrade.name(), ram), digits)
+        };
+        let (rate, kib) = (value(RATE, 0), value(PUT_BACK, 0));
+        let (all, load, guest) = (value(CYCLE, 0), value(LOAD, 0), value(GUEST, 0));
+        let _ = writeln!(text, "| {ram} MiB of RAM | {rate} | {kib} | {all} | {load} | {guest} |");
+    }
+    text + "\n"
+}
+
+fn trials(ram: u64, dir: &Path, report: &mut Report) {
     let (kernel, disk) = (dir.join("guest.elf"), dir.join("disk.qcow2"));
     image::write(&kernel);
     // It may be the first.
     let _ = std::fs::remove_file(&disk);
     qemu_img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "64M"]);
+    let program = Program::Tardigrade;
     let mut machine = Machine::start(program, program.command(&kernel, ram), &disk, dir);
     let mut guest = machine.monitor();
-    // Small, or QEMU would not come to a second load in the time; and never at its end in it.
-    let used = FREE..200 * MIB;
-    guest.fill(used.clone(), 1);
-    guest.start_fill(used, 2);
-    machine.job("snapshot-save", "bench");
-    machine.job("snapshot-load", "bench");
-    machine.job("snapshot-load", "bench");
-    let before = machine.rewound();
-    let (start, mut count) = (Instant::now(), 0);
+    let ticks = ticks_per_ms(&mut guest);
+    guest.fill(FREE..FREE + USED * MIB, 1);
+    guest.start_trials(TRIAL);
+    // It has read the request, byte by byte.
+    std::thread::sleep(Duration::from_millis(300));
     let mut qmp = machine.connect();
+    qmp.execute("stop", json!({})).unwrap();
+    guest.send(&[1]);
+    // The byte is to be in the guest's serial port. If it is not, the guest will not answer.
+    std::thread::sleep(Duration::from_millis(300));
+    machine.job("snapshot-save", "bench");
+    qmp.execute("cont", json!({})).unwrap();
+    assert_eq!(guest.trial(), PAGES);
+
+    let mut loads = Loads::connect(machine.qmp_path());
+    let before = machine.rewound().unwrap_or(0);
+    let (start, mut count) = (Instant::now(), 0);
     while start.elapsed() < TIME {
-        machine.job_on(&mut qmp, "snapshot-load", "bench");
+        let load = Instant::now();
+        loads.start();
+        // Not before it was taken back, and has run.
+        assert_eq!(guest.trial(), PAGES, "the guest was not as in the checkpoint");
+        loads.finish();
+        report.add(CYCLE, program.name(), ram, load.elapsed().as_secs_f64() * 1e6);
         count += 1;
     }
     let rate = f64::from(count) / start.elapsed().as_secs_f64();
-    report.add("loads a second", program.name(), ram, rate);
-    if let Some((before, after)) = before.zip(machine.rewound()) {
-        let each = (after - before) as f64 / f64::from(count) / MIB as f64;
-        report.add("dirty MiB", program.name(), ram, each);
+    report.add(RATE, program.name(), ram, rate);
+    let put_back = (machine.rewound().unwrap_or(0) - before) as f64 / f64::from(count);
+    report.add(PUT_BACK, program.name(), ram, put_back / 1024.0);
+    let start = Instant::now();
+    while start.elapsed() < TIME {
+        let load = Instant::now();
+        loads.start();
+        loads.finish();
+        report.add(LOAD, program.name(), ram, load.elapsed().as_secs_f64() * 1e6);
+        assert_eq!(guest.trial(), PAGES);
+    }
+    for _ in 0..LOOKS {
+        loads.start();
+        assert_eq!(guest.trial(), PAGES);
+        loads.finish();
+        report.add(GUEST, program.name(), ram, own_time(&mut guest) / ticks * 1e3);
     }
     machine.quit();
     std::fs::remove_file(&disk).unwrap();
+}
+
+/// TSC ticks from the first to the last write of a trial.
+fn own_time(guest: &mut Monitor) -> f64 {
+    guest.send(&[0]);
+    guest.answer().unwrap();
+    guest.peek(TRIAL.start + 8) as f64
+}
+
+/// Loads over one connection, with as few messages as a client needs: the job of the load before is
+/// dismissed together with the next command.
+struct Loads {
+    to: UnixStream,
+    from: BufReader<UnixStream>,
+    line: String,
+    count: u64,
+}
+
+impl Loads {
+    fn connect(path: &Path) -> Self {
+        let to = UnixStream::connect(path).unwrap();
+        to.set_read_timeout(Some(PATIENCE)).unwrap();
+        let from = BufReader::new(to.try_clone().unwrap());
+        let mut loads = Self { to, from, line: String::new(), count: 0 };
+        loads.message();
+        loads.to.write_all(b"{\"execute\":\"qmp_capabilities\"}").unwrap();
+        loads.message();
+        // There is a job to be dismissed from now on.
+        loads.command("");
+        loads.finish();
+        loads
+    }
+
+    fn start(&mut self) {
+        let dismiss = json!({"execute": "job-dismiss", "arguments": {"id": self.job()}});
+        self.count += 1;
+        self.command(&dismiss.to_string());
+    }
+
+    fn job(&self) -> String {
+        format!("trial{}", self.count)
+    }
+
+    fn command(&mut self, before: &str) {
+        let load = json!({"execute": "snapshot-load", "arguments": {
+            "job-id": self.job(), "tag": "bench", "vmstate": "disk0", "devices": ["disk0"]
+        }});
+        self.to.write_all(format!("{before}{load}").as_bytes()).unwrap();
+    }
+
+    /// Waits until the load is over.
+    fn finish(&mut self) {
+        let job = self.job();
+        loop {
+            let message = self.message();
+            assert!(message.get("error").is_none(), "{message}");
+            let data = &message["data"];
+            if data["status"] == "concluded" && data["id"] == job.as_str() {
+                return;
+            }
+        }
+    }
+
+    fn message(&mut self) -> Value {
+        self.line.clear();
+        self.from.read_line(&mut self.line).unwrap();
+        serde_json::from_str(&self.line).unwrap()
+    }
 }

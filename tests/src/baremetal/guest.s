@@ -47,6 +47,8 @@ routines:                               # in the order of `Routine` in monitor.r
     .long chain - header
     .long disk_chain - header
     .long dirty - header
+    .long trials - header
+    .long touch - header
 routines_end:
 
 # ---- Start ----------------------------------------------------------------------------------
@@ -526,6 +528,38 @@ watch_time:
     mov rax, r9
     ret
 
+# A fuzzer's trials: for each byte at the serial port calls `touch`, which is routine rdi, from rsi to rdx,
+# and sends what it gives in two bytes, the lower first; until the byte is 0.
+trials:
+    push rbx
+    push rbp
+    push r12
+    mov ebx, edi
+    mov rbp, rsi
+    mov r12, rdx
+1:  mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jz 1b
+    mov edx, 0x3f8
+    in al, dx
+    test al, al
+    jz 2f
+    mov edi, ebx
+    mov rsi, rbp
+    mov rdx, r12
+    call user
+    mov edx, 0x3f8
+    out dx, al
+    mov al, ah
+    out dx, al
+    jmp 1b
+2:  xor eax, eax
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+
 # ---- Routines for CPL 3 ---------------------------------------------------------------------
 
 # Fills rdi to rsi with words made of their address and the seed rdx.
@@ -640,6 +674,29 @@ dirty:
     mov rdi, r8
     jmp 1b
 2:  mov rax, rcx
+    ud2
+
+# Writes to all pages from rdi to rsi; gives how many of them were zero before. The second word of the first
+# one has the time it took, in TSC ticks.
+touch:
+    mov r8, rdi
+    rdtsc
+    shl rdx, 32
+    lea r9, [rdx + rax]
+    xor ecx, ecx
+1:  cmp qword ptr [rdi], 0
+    jne 2f
+    inc ecx
+2:  inc qword ptr [rdi]
+    add rdi, 4096
+    cmp rdi, rsi
+    jb 1b
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    sub rax, r9
+    mov [r8 + 8], rax
+    mov eax, ecx
     ud2
 
 # ---- Exceptions and interrupts --------------------------------------------------------------

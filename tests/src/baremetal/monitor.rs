@@ -79,6 +79,10 @@ pub enum Routine {
     DiskChain,
     /// CPL 3: start, end, stop word with ticks a page behind it.
     Dirty,
+    /// [`Routine::Touch`], start, end. See [`Monitor::trial`].
+    Trials,
+    /// CPL 3: start, end.
+    Touch,
 }
 
 /// An exception in the guest.
@@ -104,7 +108,7 @@ pub struct Monitor {
 impl Monitor {
     /// Connects to the serial socket.
     pub fn connect(socket: &Path) -> Self {
-        assert_eq!(image::routines(), Routine::Dirty as u64 + 1, "the tables differ");
+        assert_eq!(image::routines(), Routine::Touch as u64 + 1, "the tables differ");
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream }
@@ -249,6 +253,20 @@ impl Monitor {
     /// Fills memory with words made of their address and the seed, at native speed.
     pub fn fill(&mut self, range: Range<u64>, seed: u64) {
         self.user(Routine::Fill, &[range.start, range.end, seed]);
+    }
+
+    /// Lets the guest do trials on a range of memory: one for each byte that it is sent, until that is 0.
+    /// The second word of the range tells how many TSC ticks the last one took.
+    pub fn start_trials(&mut self, range: Range<u64>) {
+        self.start(Routine::Trials, &[Routine::Touch as u64, range.start, range.end]);
+    }
+
+    /// Waits until the guest has done a trial: has written to all pages of the range. Gives how many of
+    /// them were zero before.
+    pub fn trial(&mut self) -> u16 {
+        let mut pages = [0; 2];
+        self.read(&mut pages);
+        u16::from_le_bytes(pages)
     }
 
     /// Starts [`Monitor::fill`]; whoever loads a checkpoint in the middle of it need not wait for it.
