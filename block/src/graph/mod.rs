@@ -7,7 +7,7 @@
 //! | `reopen` | changing nodes that are in use |
 //! | `permissions` | QEMU's rules of who may use a node for what |
 //! | `locks` | what of this other processes see |
-//! | `attach` | devices and exports as users of nodes |
+//! | `attach`, `image_file` | devices, exports and jobs as users of nodes |
 //! | `replace` | other nodes in the places of those in use |
 //! | `external` | external snapshots |
 //! | `claim` | nodes that block jobs work with |
@@ -33,6 +33,7 @@ mod claim;
 mod damage;
 mod external;
 mod hold;
+mod image_file;
 mod info;
 mod locks;
 mod open;
@@ -47,6 +48,7 @@ pub(crate) use build::Flags;
 pub use claim::Claim;
 pub use external::{ExternalSnapshot, Overlay};
 pub use hold::Held;
+pub(crate) use image_file::ImageFile;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 pub use options::DetectZeroes;
 pub(crate) use options::NodeOptions;

@@ -5,7 +5,7 @@
 //! return at once and may be called by any thread, also by one that holds locks which the
 //! observer takes: the observer is called with none of these locks held.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::throttle::{Bucket, Rate};
@@ -113,7 +113,7 @@ struct State {
     speed: Bucket,
 }
 
-type Observer = Box<dyn Fn(Notice) + Send + Sync>;
+type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
 
 /// Between one operation and those who watch it. See the module.
 pub struct Control {
@@ -140,11 +140,13 @@ impl Default for Control {
 impl Control {
     /// For one operation. `observer` is called by its thread, with no lock held.
     pub fn new(observer: impl Fn(Notice) + Send + Sync + 'static) -> Self {
+        let observer: Observer = Arc::new(observer);
+        let paused = Arc::clone(&observer);
         Self {
-            progress: Progress::default(),
+            progress: Progress::watched(move || paused(Notice::Paused)),
             state: Mutex::default(),
             changed: Condvar::new(),
-            observer: Box::new(observer),
+            observer,
             start: Instant::now(),
         }
     }
@@ -184,6 +186,7 @@ impl Control {
     /// Asks the operation to rest; [`Notice::Paused`] tells that it does.
     pub fn pause(&self) {
         self.change(|state| state.pause = true);
+        self.progress.pause();
     }
 
     /// Lets it go on. What failed before is forgotten.
@@ -193,6 +196,7 @@ impl Control {
             state.resumed += 1;
             state.io_status = IoStatus::Ok;
         });
+        self.progress.resume();
     }
 
     /// Asks an operation that is ready to complete, once it is not paused.
@@ -252,7 +256,7 @@ impl Control {
         self.progress.advance(total.saturating_sub(current));
     }
 
-    /// For steps that know nothing but progress and the end.
+    /// For steps that know nothing but progress, pauses and the end.
     pub fn steps(&self) -> &Progress {
         &self.progress
     }
@@ -389,7 +393,6 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::mpsc::{Receiver, channel};
     use std::thread;
 

@@ -12,8 +12,10 @@
 //! far it is. See `docs/block-jobs.md`.
 
 mod control;
+mod create;
 
 pub use control::{Action, Control, Finish, IoStatus, Notice, OnError, Side, Wake};
+pub use create::Create;
 
 use crate::Result;
 

@@ -103,6 +103,8 @@ command_enum! {
     JobFinalize(JobArguments) = "job-finalize" -> ();
     /// Removes a concluded job from the list.
     JobDismiss(JobArguments) = "job-dismiss" -> ();
+    /// Starts a job that makes an image.
+    BlockdevCreate(CreateArguments) = "blockdev-create" -> ();
     /// The block jobs, newest first.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJobInfo>;
     /// Asks a block job to end early.

@@ -59,6 +59,7 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockDirtyBitmapDisable(_)
             | Command::BlockDirtyBitmapMerge(_)
             | Command::QueryCheckpoints(_)
+            | Command::BlockdevCreate(_)
     )
 }
 
@@ -160,6 +161,9 @@ impl Blocks {
                 self.merge_bitmaps(&arguments).and_then(|()| done())
             }
             Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
+            Command::BlockdevCreate(arguments) => {
+                self.create_image(arguments).and_then(|()| done())
+            }
             other => Err(qmp::Error::command_not_found(other.name())),
         }
     }

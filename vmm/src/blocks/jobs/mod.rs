@@ -2,6 +2,7 @@
 
 mod commands;
 mod list;
+mod make;
 mod operation;
 
 pub use commands::{is_job_command, run};
