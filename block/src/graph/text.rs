@@ -1,9 +1,14 @@
 //! Options as the command line has them: `driver=qcow2,file.driver=file,...` (QEMU's keyval), or JSON.
 
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::options::Source;
 use crate::{Error, Result};
+
+pub use super::options::{Members, Source};
 
 /// Reads the value of `--blockdev`. All values of `key=value` text are strings.
 pub(crate) fn parse(text: &str) -> Result<(Value, Source)> {
@@ -15,8 +20,21 @@ pub(crate) fn parse(text: &str) -> Result<(Value, Source)> {
 /// # Errors
 /// It is neither `key=value` text nor a JSON object.
 pub fn object(text: &str, implied: &str) -> Result<Map<String, Value>> {
-    match parse_as(text, implied)?.0 {
-        Value::Object(object) => Ok(object),
+    typed_object(text, implied).map(|(object, _)| object)
+}
+
+/// As [`object`], to take the members out one by one.
+///
+/// # Errors
+/// As for [`object`].
+pub fn members(text: &str, implied: &str) -> Result<Members> {
+    let (object, source) = typed_object(text, implied)?;
+    Ok(Members::new(object, String::new(), source))
+}
+
+fn typed_object(text: &str, implied: &str) -> Result<(Map<String, Value>, Source)> {
+    match parse_as(text, implied)? {
+        (Value::Object(object), source) => Ok((object, source)),
         _ => Err(Error::Invalid("a JSON object is expected".to_owned())),
     }
 }
@@ -40,7 +58,69 @@ fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
 }
 
 pub(super) fn json(text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))
+    let Unique(value) = serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))?;
+    Ok(value)
+}
+
+/// A value in which no object has a key twice.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        from.deserialize_any(UniqueVisitor).map(Self)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> std::result::Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E: de::Error>(self, value: bool) -> std::result::Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E: de::Error>(self, value: i64) -> std::result::Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> std::result::Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> std::result::Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> std::result::Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> std::result::Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Unique(value)) = all.next_element()? {
+            list.push(value);
+        }
+        Ok(list.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut all: A) -> std::result::Result<Value, A::Error> {
+        let mut members = Map::new();
+        while let Some((key, Unique(value))) = all.next_entry::<String, Unique>()? {
+            if members.insert(key, value).is_some() {
+                return Err(de::Error::custom("duplicate key"));
+            }
+        }
+        Ok(members.into())
+    }
 }
 
 fn json_error(error: &serde_json::Error) -> String {
@@ -125,6 +205,17 @@ mod tests {
         }
         let error = parse(r#"{"driver":}"#).unwrap_err().to_string();
         assert_eq!(error, "JSON parse error, expected value at line 1 column 11");
+    }
+
+    #[test]
+    fn a_key_that_is_there_twice_in_json_is_refused_and_in_text_the_last_wins() {
+        for text in [r#"{"a":1,"a":2}"#, r#"{"driver":"raw","file":{"b":[{"c":1,"c":1}]}}"#] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.starts_with("JSON parse error, duplicate key at line 1"), "{error}");
+        }
+        let all = json!({"a": [1, -1, 1.5, "x", null, true, {"b": {}}], "c": u64::MAX});
+        assert_eq!(parse(&all.to_string()).unwrap().0, all);
+        assert_eq!(parse("driver=raw,driver=file").unwrap().0, json!({"driver": "file"}));
     }
 
     #[test]

@@ -1,98 +1,44 @@
 //! `--nbd-server` and `--export`, with qemu-storage-daemon's options.
 
-use block::graph::text;
+use block::graph::text::{self, Members};
 use qmp::schema::{
     BlockExportOptions, BlockExportType, InetSocketAddress, NbdServerArguments, SocketAddress,
     UnixSocketAddress,
 };
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::Error;
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 
-/// The members of an option's value, taken out one by one.
-struct Fields {
-    members: Map<String, Value>,
-    path: &'static str,
-}
+type Result<T> = block::Result<T>;
 
-type Result<T> = std::result::Result<T, String>;
-
-impl Fields {
-    fn path_of(&self, name: &str) -> String {
-        format!("{}{name}", self.path)
-    }
-
-    fn text(&mut self, name: &str) -> Result<Option<String>> {
-        match self.members.remove(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(Value::Number(number)) => Ok(Some(number.to_string())),
-            Some(_) => Err(format!(
-                "Invalid parameter type for '{}', expected: string",
-                self.path_of(name)
-            )),
-        }
-    }
-
-    fn needed(&mut self, name: &str) -> Result<String> {
-        self.text(name)?.ok_or_else(|| format!("Parameter '{}' is missing", self.path_of(name)))
-    }
-
-    fn flag(&mut self, name: &str) -> Result<Option<bool>> {
-        match self.members.remove(name) {
-            None => Ok(None),
-            Some(Value::Bool(on)) => Ok(Some(on)),
-            Some(Value::String(text)) if text == "on" => Ok(Some(true)),
-            Some(Value::String(text)) if text == "off" => Ok(Some(false)),
-            Some(_) => Err(format!("Parameter '{}' expects 'on' or 'off'", self.path_of(name))),
-        }
-    }
-
-    fn number(&mut self, name: &str) -> Result<Option<i64>> {
-        let Some(text) = self.text(name)? else { return Ok(None) };
-        match text.parse() {
-            Ok(number) => Ok(Some(number)),
-            Err(_) => Err(format!("Parameter '{}' expects a number", self.path_of(name))),
-        }
-    }
-
-    fn end(self) -> Result<()> {
-        match self.members.keys().next() {
-            Some(name) => Err(format!("Parameter '{}' is unexpected", self.path_of(name))),
-            None => Ok(()),
-        }
-    }
-}
-
-fn fields(text: &str, implied: &str) -> Result<Fields> {
-    let members = text::object(text, implied).map_err(|error| error.to_string())?;
-    Ok(Fields { members, path: "" })
+fn invalid<T>(text: String) -> Result<T> {
+    Err(block::Error::Invalid(text))
 }
 
 /// `--nbd-server`
 pub fn nbd_server(text: &str) -> std::result::Result<NbdServerSpec, Error> {
-    read_nbd_server(text).map_err(|reason| Error::new("nbd-server", text, reason))
+    read_nbd_server(text).map_err(|e| Error::new("nbd-server", text, e.to_string()))
 }
 
 fn read_nbd_server(text: &str) -> Result<NbdServerSpec> {
-    let mut all = fields(text, "addr")?;
-    let addr = match all.members.remove("addr") {
-        Some(Value::Object(members)) => address(Fields { members, path: "addr." })?,
-        _ => return Err("Parameter 'addr.type' is missing".to_owned()),
+    let mut all = text::members(text, "addr")?;
+    let addr = match all.take("addr") {
+        Some(Value::Object(members)) => address(all.inner("addr", members))?,
+        _ => return all.missing("addr.type"),
     };
     let arguments = NbdServerArguments {
         addr,
         handshake_max_seconds: all.number("handshake-max-seconds")?,
-        tls_creds: all.text("tls-creds")?,
-        tls_authz: all.text("tls-authz")?,
+        tls_creds: all.string("tls-creds")?,
+        tls_authz: all.string("tls-authz")?,
         max_connections: all.number("max-connections")?,
     };
-    all.end()?;
-    NbdServerSpec::from_arguments(arguments).map_err(|error| error.desc)
+    all.end(&[])?;
+    NbdServerSpec::from_arguments(arguments).or_else(|error| invalid(error.desc))
 }
 
-fn address(mut all: Fields) -> Result<SocketAddress> {
+fn address(mut all: Members) -> Result<SocketAddress> {
     let kind = all.needed("type")?;
     let address = match kind.as_str() {
         "unix" => SocketAddress::Unix(UnixSocketAddress { path: all.needed("path")? }),
@@ -100,54 +46,54 @@ fn address(mut all: Fields) -> Result<SocketAddress> {
             host: all.needed("host")?,
             port: all.needed("port")?,
         }),
-        _ => return Err(format!("Parameter 'type' does not accept value '{kind}'")),
+        _ => return invalid(format!("Parameter 'type' does not accept value '{kind}'")),
     };
-    all.end()?;
+    all.end(&[])?;
     Ok(address)
 }
 
 /// `--export`
 pub fn export(text: &str) -> std::result::Result<ExportSpec, Error> {
-    read_export(text).map_err(|reason| Error::new("export", text, reason))
+    read_export(text).map_err(|e| Error::new("export", text, e.to_string()))
 }
 
 fn read_export(text: &str) -> Result<ExportSpec> {
-    let mut all = fields(text, "type")?;
+    let mut all = text::members(text, "type")?;
     let kind = all.needed("type")?;
     if kind != BlockExportType::Nbd.as_str() {
-        return Err(format!("Parameter 'type' does not accept value '{kind}'"));
+        return invalid(format!("Parameter 'type' does not accept value '{kind}'"));
     }
     let options = BlockExportOptions {
         kind: BlockExportType::Nbd,
         id: all.needed("id")?,
         node_name: all.needed("node-name")?,
-        fixed_iothread: all.flag("fixed-iothread")?,
-        iothread: all.text("iothread")?,
-        writable: all.flag("writable")?,
-        writethrough: all.flag("writethrough")?,
-        name: all.text("name")?,
-        description: all.text("description")?,
+        fixed_iothread: all.bool("fixed-iothread")?,
+        iothread: all.string("iothread")?,
+        writable: all.bool("writable")?,
+        writethrough: all.bool("writethrough")?,
+        name: all.string("name")?,
+        description: all.string("description")?,
         bitmaps: list(&mut all, "bitmaps")?,
-        allocation_depth: all.flag("allocation-depth")?,
+        allocation_depth: all.bool("allocation-depth")?,
     };
-    all.end()?;
-    ExportSpec::from_options(options).map_err(|error| error.desc)
+    all.end(&[])?;
+    ExportSpec::from_options(options).or_else(|error| invalid(error.desc))
 }
 
 /// A JSON array, or `name.0=..,name.1=..`.
-fn list(all: &mut Fields, name: &str) -> Result<Option<Vec<Value>>> {
-    match all.members.remove(name) {
+fn list(all: &mut Members, name: &str) -> Result<Option<Vec<Value>>> {
+    match all.take(name) {
         None => Ok(None),
         Some(Value::Array(list)) => Ok(Some(list)),
         Some(Value::Object(mut members)) => {
             let take = |index: usize| members.remove(&index.to_string());
             let list: Vec<_> = (0..).map_while(take).collect();
             match members.keys().next() {
-                Some(key) => Err(format!("Parameter '{name}.{key}' is unexpected")),
+                Some(key) => invalid(format!("Parameter '{name}.{key}' is unexpected")),
                 None => Ok(Some(list)),
             }
         }
-        Some(_) => Err(format!("Invalid parameter type for '{name}', expected: array")),
+        Some(_) => all.wrong_type(name, "array"),
     }
 }
 
