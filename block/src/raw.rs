@@ -215,6 +215,10 @@ impl Format for Raw {
         self.storage.discard(self.offset + offset, len)
     }
 
+    fn fast_zeroes(&self) -> bool {
+        self.storage.fast_zeroes()
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_write(offset, len)?;
         self.storage.write_zeroes(self.offset + offset, len, unmap && self.unmap)

@@ -35,6 +35,8 @@ pub struct FileStorage {
     /// Set once a flush failed: the kernel drops the pages it could not write and a later flush
     /// would tell of success, so none is believed any more.
     flush_failed: AtomicBool,
+    /// The host turned out to have no call that makes zeroes: they are written.
+    plain_zeroes: AtomicBool,
 }
 
 impl FileStorage {
@@ -77,6 +79,7 @@ impl FileStorage {
             options,
             device: kind.is_block_device(),
             flush_failed: AtomicBool::new(false),
+            plain_zeroes: AtomicBool::new(false),
             name,
         })
     }
@@ -271,9 +274,16 @@ impl Storage for FileStorage {
         let what = if unmap { Allocate::PunchHole } else { Allocate::Zero };
         match sys::fallocate(self.file.as_fd(), what, offset, len) {
             Ok(()) => Ok(()),
-            Err(e) if unsupported(&e) => self.write_plain_zeroes(offset, len),
+            Err(e) if unsupported(&e) => {
+                self.plain_zeroes.store(true, Ordering::Relaxed);
+                self.write_plain_zeroes(offset, len)
+            }
             Err(e) => Err(self.error("write zeroes", offset, e)),
         }
+    }
+
+    fn fast_zeroes(&self) -> bool {
+        !self.plain_zeroes.load(Ordering::Relaxed)
     }
 
     fn allocated(&self) -> Result<u64> {

@@ -44,6 +44,11 @@ pub trait Storage: Send + Sync + Debug {
     /// Makes the range read as zeroes; with `unmap` its space may be given back.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
+    /// Whether [`Storage::write_zeroes`] is faster than writing zeroes, as far as is known.
+    fn fast_zeroes(&self) -> bool {
+        true
+    }
+
     /// Bytes the host really uses.
     fn allocated(&self) -> Result<u64>;
 

@@ -12,7 +12,7 @@ use block::queue::{AlignedBuf, Completion, OwnedBufs, Queue, Request};
 use block::storage::{Aio, FileOptions, FileStorage};
 use block::{Format, Graph, Node, WriteBuf};
 
-use crate::common::{self, Random, create, have_qemu_img};
+use crate::common::{self, Random, Start as _, create, have_qemu_img};
 use crate::kinds::{Base, Kind, Start};
 use crate::operations::{BITMAPS, OPERATIONS, Operation, RESIZES, View, prepared, view};
 use crate::record::Host;
@@ -60,7 +60,7 @@ fn a_write_of_which_the_host_writes_a_part_fails_and_gives_its_clusters_back() {
          exec '{}' --exact short::limited --ignored --nocapture --test-threads=1",
         me.display()
     );
-    let output = Command::new("sh").args(["-c", &script]).env(IMAGE, &image).output().unwrap();
+    let output = Command::new("sh").args(["-c", &script]).env(IMAGE, &image).run().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("\ndone\n"), "{text}{errors}");

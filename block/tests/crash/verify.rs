@@ -8,7 +8,7 @@ use block::qcow2::Qcow2;
 use block::qcow2::check::{self, Finding, Repair, Severity};
 use block::{Format, Node, ReadBuf, WriteBuf};
 
-use crate::common::{self, id_of, land, new_snapshot};
+use crate::common::{self, Start as _, id_of, land, new_snapshot};
 use crate::kinds::{BITMAP, Base, Start};
 use crate::pages::Pages;
 use crate::points::each_point;
@@ -235,7 +235,7 @@ pub(crate) fn few_bits(error: &block::Error) -> bool {
 fn qemu_check(base: &Base, dir: &Path, files: &[Pages], repairing: bool) -> Check {
     let image = base.put(dir, "crash.qcow2", files);
     let args = ["check", "-f", "qcow2", &common::path(&image)];
-    let output = Command::new("qemu-img").args(args).output().unwrap();
+    let output = Command::new("qemu-img").args(args).run().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     let flag = |line: &str| repairing && line.contains("OFLAG_COPIED");
     match (output.status.code(), text.lines().find(|l| l.starts_with("ERROR") && !flag(l))) {

@@ -10,3 +10,4 @@ mod exports;
 mod hostile;
 mod model;
 mod status;
+mod zeroes;

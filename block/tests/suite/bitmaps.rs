@@ -12,7 +12,9 @@ use block::bitmap::NewBitmap;
 use block::nbd::{Address, ExportOptions, Server, ServerOptions};
 use block::{Graph, Node, Preallocation, Progress, WriteBuf};
 
-use crate::common::{self, Random, check, create, have_qemu_img, open, path, qemu_img, qemu_io};
+use crate::common::{
+    self, Random, Start as _, check, create, have_qemu_img, open, path, qemu_img, qemu_io,
+};
 
 /// A storage daemon with the image as node "d".
 struct Daemon {
@@ -30,7 +32,7 @@ impl Daemon {
             .args(["--chardev", "stdio,id=m", "--monitor", "m", "--blockdev", &node])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .spawn()
+            .start()
             .unwrap();
         let answers = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut this = Self { child, answers };

@@ -7,7 +7,7 @@ use block::qcow2::check::{self, Options, Report};
 use block::storage::{FileOptions, FileStorage};
 use serde_json::Value;
 
-use crate::common::{create, have_qemu_img, path, qemu_img, qemu_io};
+use crate::common::{Start as _, create, have_qemu_img, path, qemu_img, qemu_io};
 
 /// Numbers that look random and are the same in every run.
 pub(crate) struct Random(pub(crate) u64);
@@ -31,7 +31,7 @@ pub(crate) fn qemu_check(image: &Path, args: &[&str]) -> (i32, Option<Value>, St
         .args(["check", "-f", "qcow2", "--output=json"])
         .args(args)
         .arg(image)
-        .output()
+        .run()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     (output.status.code().unwrap(), serde_json::from_slice(&output.stdout).ok(), text)

@@ -1,14 +1,45 @@
 //! What the tests share: qemu-img as oracle, and short ways to read and write images.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::Arc;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use block::{Format, Graph, NewSnapshot, Node, ReadBuf, Result, SnapshotChange, WriteBuf};
 
+/// Held while a program is being started: until it is executed it has our files, and with them our
+/// locks of images, which another test may have closed by then.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// Waits until no program has files of ours: those closed before are free for others, and for us.
+pub(crate) fn wait_for_starts() {
+    drop(STARTING.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// Starting programs beside other tests that open and close images in this process.
+pub(crate) trait Start {
+    /// As `spawn`.
+    fn start(&mut self) -> std::io::Result<Child>;
+
+    /// As `output`.
+    fn run(&mut self) -> std::io::Result<Output>;
+}
+
+impl Start for Command {
+    fn start(&mut self) -> std::io::Result<Child> {
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        // It returns once the program is executed.
+        self.spawn()
+    }
+
+    fn run(&mut self) -> std::io::Result<Output> {
+        self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.start()?.wait_with_output()
+    }
+}
+
 /// Whether qemu-img can be run; says so where it cannot.
 pub(crate) fn have_qemu_img(test: &str) -> bool {
-    let found = Command::new("qemu-img").arg("--version").output().is_ok();
+    let found = Command::new("qemu-img").arg("--version").run().is_ok();
     if !found {
         eprintln!("SKIPPED {test}: qemu-img is not installed (apt-get install qemu-utils)");
     }
@@ -16,7 +47,7 @@ pub(crate) fn have_qemu_img(test: &str) -> bool {
 }
 
 fn run(program: &str, args: &[&str]) -> Output {
-    Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"))
+    Command::new(program).args(args).run().unwrap_or_else(|e| panic!("{program}: {e}"))
 }
 
 /// Runs qemu-img, which must succeed; gives its output.
@@ -107,6 +138,7 @@ pub(crate) fn create(dir: &Path, name: &str, size: &str, options: &str) -> PathB
 
 /// A graph with the image as node "d".
 pub(crate) fn open(image: &Path) -> (Graph, Arc<Node>) {
+    wait_for_starts();
     let graph = Graph::new();
     let node = graph
         .add_text(&format!(

@@ -7,7 +7,7 @@ use block::qcow2::create::{CreateOptions, create};
 use block::{FileCreateOptions, Preallocation, Progress, create_file, create_raw};
 use serde_json::{Value, json};
 
-use crate::common::{check, have_qemu_img, path, qemu_img, qemu_io, read_all};
+use crate::common::{Start as _, check, have_qemu_img, path, qemu_img, qemu_io, read_all};
 
 /// Makes an image from members of QAPI's BlockdevCreateOptionsQcow2.
 fn make(at: &Path, mut options: Value) -> block::Result<()> {
@@ -154,7 +154,7 @@ fn options_that_do_not_fit_are_refused_with_qemus_texts() {
             .collect();
         let output = Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2", "-o", &options.join(","), &path(&theirs)])
-            .output()
+            .run()
             .unwrap();
         let text = String::from_utf8(output.stderr).unwrap();
         let error = make(&ours, case.clone()).unwrap_err().to_string();

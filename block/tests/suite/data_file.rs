@@ -13,6 +13,7 @@ use crate::common::{self, Random, check, create, have_qemu_img, path, qemu_conte
 const SIZE: u64 = (4 << 20) + 5 * 512;
 
 fn file(path: &Path) -> Arc<dyn Storage> {
+    common::wait_for_starts();
     Arc::new(FileStorage::open(path, FileOptions::default()).unwrap())
 }
 

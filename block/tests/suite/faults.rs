@@ -10,8 +10,8 @@ use block::storage::memory::{MemoryStorage, Op};
 use block::{Format, Result, WriteBuf};
 
 use crate::common::{
-    self, check, check_leaks_only, create, have_qemu_img, land, load, new_snapshot, qemu_contents,
-    save,
+    self, Start as _, check, check_leaks_only, create, have_qemu_img, land, load, new_snapshot,
+    qemu_contents, save,
 };
 
 fn open(storage: &Arc<MemoryStorage>) -> Qcow2 {
@@ -124,7 +124,7 @@ fn leaks_at_most(dir: &Path, bytes: &[u8], case: &str) {
     let file = dir.join("cut-off.qcow2");
     std::fs::write(&file, bytes).unwrap();
     let args = ["check", "-f", "qcow2", &common::path(&file)];
-    let output = Command::new("qemu-img").args(args).output().unwrap();
+    let output = Command::new("qemu-img").args(args).run().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(matches!(output.status.code(), Some(0 | 3)), "{case}: {text}");
 }
@@ -134,7 +134,7 @@ fn leaks_are_all(dir: &Path, bytes: &[u8], case: &str) {
     let file = dir.join("cut-off.qcow2");
     std::fs::write(&file, bytes).unwrap();
     let args = ["check", "-q", "-f", "qcow2", "-r", "leaks", &common::path(&file)];
-    let status = Command::new("qemu-img").args(args).output().unwrap().status;
+    let status = Command::new("qemu-img").args(args).run().unwrap().status;
     assert!(status.success(), "{case}: {status}");
     check(&file);
 }

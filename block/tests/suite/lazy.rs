@@ -9,7 +9,9 @@ use block::storage::Storage;
 use block::storage::memory::{MemoryStorage, Op};
 use block::{Format, Result};
 
-use crate::common::{self, check, create, have_qemu_img, path, qemu_contents, qemu_io, save};
+use crate::common::{
+    self, Start as _, check, create, have_qemu_img, path, qemu_contents, qemu_io, save,
+};
 
 fn open(storage: &Arc<MemoryStorage>, lazy: Option<bool>) -> Result<Qcow2> {
     let storage: Arc<dyn Storage> = storage.clone();
@@ -136,7 +138,7 @@ fn an_image_that_qemu_did_not_close_is_repaired_when_it_is_opened_for_writing() 
     let image = create(dir.path(), "a.qcow2", "4M", "lazy_refcounts=on");
     let commands = ["-c", "write -P 7 64k 1M", "-c", "flush", "-c", "abort"];
     let status =
-        Command::new("qemu-io").args(["-f", "qcow2"]).args(commands).arg(path(&image)).output();
+        Command::new("qemu-io").args(["-f", "qcow2"]).args(commands).arg(path(&image)).run();
     assert!(!status.unwrap().status.success());
     let bytes = std::fs::read(&image).unwrap();
     assert!(is_dirty(&bytes));

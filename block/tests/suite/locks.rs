@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use block::Graph;
 
-use crate::common::{create, have_qemu_img, open, path, qemu_img};
+use crate::common::{Start as _, create, have_qemu_img, open, path, qemu_img};
 
 /// A qemu-io that has the image open until it is dropped.
 struct Holder {
@@ -24,7 +24,7 @@ impl Holder {
             .args(["-f", "qcow2", &path(image)])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .spawn()
+            .start()
             .unwrap();
         let mut input = child.stdin.take().unwrap();
         // Its answer tells that the image is open.
@@ -83,7 +83,7 @@ fn qemu_is_refused_an_image_that_we_write() {
     let dir = tempfile::tempdir().unwrap();
     let image = create(dir.path(), "a.qcow2", "1M", "");
     let (graph, node) = open(&image);
-    let output = Command::new("qemu-img").args(["info", &path(&image)]).output().unwrap();
+    let output = Command::new("qemu-img").args(["info", &path(&image)]).run().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && text.contains("lock"), "{text}");
     qemu_img(&["info", "-U", &path(&image)]);
@@ -132,13 +132,12 @@ fn a_reopen_takes_and_gives_up_locks_that_qemu_sees() {
     drop(Holder::start(&image, true));
     drop(reader);
     graph.reopen(&[options(false)]).unwrap();
-    let output = Command::new("qemu-img").args(["info", &path(&image)]).output().unwrap();
+    let output = Command::new("qemu-img").args(["info", &path(&image)]).run().unwrap();
     assert!(!output.status.success(), "QEMU reads an image that is being written");
     graph.reopen(&[options(true)]).unwrap();
     qemu_img(&["info", &path(&image)]);
     drop(Holder::start(&image, true));
-    let output =
-        Command::new("qemu-io").args(["-f", "qcow2", "-c", "length", &path(&image)]).output();
+    let output = Command::new("qemu-io").args(["-f", "qcow2", "-c", "length", &path(&image)]).run();
     let said = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
     assert!(said.contains("lock"), "QEMU writes an image that is being read: {said}");
 }
@@ -160,7 +159,7 @@ fn a_raw_node_locks_its_file_only_while_it_is_used() {
         .unwrap();
     let writes = || {
         let args = ["-f", "raw", "-c", "write 0 512", &path(&image)];
-        Command::new("qemu-io").args(args).output().unwrap().status.success()
+        Command::new("qemu-io").args(args).run().unwrap().status.success()
     };
     assert!(writes(), "nobody uses the node");
     let user = graph.attach("r", block::User::device("vda", true, false)).unwrap();

@@ -9,7 +9,7 @@ use block::storage::Storage;
 use block::storage::memory::MemoryStorage;
 use block::{Error, Format, WriteBuf};
 
-use crate::common::{self, create, have_qemu_img, path, save};
+use crate::common::{self, Start as _, create, have_qemu_img, path, save};
 
 const CLUSTER: usize = 65536;
 
@@ -102,7 +102,7 @@ fn a_write_onto_metadata_is_prevented_told_and_ends_all_writes() {
         let file = dir.path().join("b.qcow2");
         std::fs::write(&file, &bytes).unwrap();
         let args = ["-f", "qcow2", "-c", "write 0 512", &path(&file)];
-        let output = Command::new("qemu-io").args(args).output().unwrap();
+        let output = Command::new("qemu-io").args(args).run().unwrap();
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         if OverlapCheck::default().contains(kind) {
             assert!(text.contains(&reason), "{title}: {text}");
@@ -141,7 +141,7 @@ fn a_write_onto_the_bitmap_directory_is_prevented_as_by_qemu() {
     assert_eq!(storage.bytes()[79] & 2, 2, "the corrupt bit");
     std::fs::write(&file, &bytes).unwrap();
     let args = ["-f", "qcow2", "-c", "write 0 512", &path(&file)];
-    let output = Command::new("qemu-io").args(args).output().unwrap();
+    let output = Command::new("qemu-io").args(args).run().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(text.contains(reason), "{text}");
 }

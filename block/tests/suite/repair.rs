@@ -8,7 +8,7 @@ use block::storage::memory::MemoryStorage;
 use block::storage::{FileOptions, FileStorage};
 
 use crate::check::{Random, damage, our_check, qemu_check, zoo};
-use crate::common::{have_qemu_img, path, qemu_img, qemu_io};
+use crate::common::{Start as _, have_qemu_img, path, qemu_img, qemu_io};
 
 fn repair(image: &Path, repair: Repair) -> block::Result<Report> {
     let storage = FileStorage::open(image, FileOptions::default())?;
@@ -119,7 +119,7 @@ fn a_lazy_image_that_was_killed_is_repaired_at_opening() {
     let status = Command::new("qemu-io")
         .args(["-f", "qcow2", "-c", "write -P 7 1M 3M", "-c", "flush", "-c", "sigraise 9"])
         .arg(&image)
-        .output()
+        .run()
         .unwrap();
     assert!(!status.status.success());
     let bytes = std::fs::read(&image).unwrap();

@@ -9,8 +9,8 @@ use block::storage::memory::MemoryStorage;
 use block::{Format, Preallocation, Progress};
 
 use crate::common::{
-    check as qemu_check, create, have_qemu_img, open, path, qemu_contents, qemu_img, qemu_io, read,
-    read_all, save, write,
+    Start as _, check as qemu_check, create, have_qemu_img, open, path, qemu_contents, qemu_img,
+    qemu_io, read, read_all, save, write,
 };
 
 const OFF: Preallocation = Preallocation::Off;
@@ -245,7 +245,7 @@ fn a_resize_that_fails_or_is_cut_off_leaves_the_disk_whole() {
 fn judge(dir: &Path, bytes: &[u8], contents: &[u8]) {
     let file = dir.join("judged.qcow2");
     std::fs::write(&file, bytes).unwrap();
-    let status = Command::new("qemu-img").args(["check", "-q", &path(&file)]).status().unwrap();
+    let status = Command::new("qemu-img").args(["check", "-q", &path(&file)]).run().unwrap().status;
     assert!(matches!(status.code(), Some(0 | 3)), "{status}");
     assert!(qemu_contents(dir, &file, None) == contents);
 }

@@ -11,7 +11,7 @@ use block::raw::Raw;
 use block::storage::{FileOptions, FileStorage, Locking, Storage};
 use block::{Format, Node};
 
-use crate::common::{self, Random, check, create, have_qemu_img, path, qemu_img};
+use crate::common::{self, Random, Start as _, check, create, have_qemu_img, path, qemu_img};
 
 /// Not a whole number of clusters.
 const SIZE: usize = (3 << 20) + 3 * 512;
@@ -184,7 +184,7 @@ fn qemus(image: &Path, ops: &[Op]) {
         };
         args.extend(["-c".to_owned(), text]);
     }
-    let output = Command::new("qemu-io").args(&args).arg(image).output().unwrap();
+    let output = Command::new("qemu-io").args(&args).arg(image).run().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     // Version 2 cannot discard over a backing file.
     let fails = text.lines().find(|line| {

@@ -17,7 +17,7 @@ use block::storage::FileStorage;
 use block::storage::memory::MemoryStorage;
 use block::{Format, Graph};
 
-use crate::common::{self, Random, create, have_qemu_img};
+use crate::common::{self, Random, Start as _, create, have_qemu_img};
 use crate::kinds::{Base, Kind, Start};
 use crate::record::Host;
 use crate::unlocked;
@@ -110,7 +110,7 @@ impl Victim {
     }
 
     fn spawn(command: &mut Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).start().unwrap();
         let said = BufReader::new(child.stdout.take().unwrap());
         Self { child, said }
     }
