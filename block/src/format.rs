@@ -48,6 +48,15 @@ pub trait Format: Send + Sync {
     /// Makes the range read as zeroes; with `unmap` its space may be given back.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
+    /// Gives the range its own copy of what it reads from the image below; what is read stays the same,
+    /// also beside writes. What it has already stays as it is.
+    ///
+    /// # Errors
+    /// Among others if the format has nothing below.
+    fn copy_up(&self, _offset: u64, _len: u64) -> Result<()> {
+        Err(Error::NotSupported(format!("the {} format has no backing files", self.driver())))
+    }
+
     /// How a range is stored, in order. A call does a bounded amount of work: the list may end before
     /// the range does, but has at least one extent unless the range is empty.
     fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {

@@ -16,6 +16,8 @@ pub struct User {
     permissions: Permissions,
     /// Follows when another node takes the node's place.
     follows: bool,
+    /// Hides from the nodes below what the node's other users need.
+    below_others: bool,
 }
 
 impl User {
@@ -26,7 +28,12 @@ impl User {
         let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         shared.set(Perm::WRITE, share_rw);
         let permissions = Permissions { used: used(writable), shared };
-        Self { description: format!("block device '{id}'"), permissions, follows: true }
+        Self {
+            description: format!("block device '{id}'"),
+            permissions,
+            follows: true,
+            below_others: false,
+        }
     }
 
     /// An export. Others may write meanwhile, but not change the size.
@@ -35,10 +42,21 @@ impl User {
         Self { follows: true, ..Self::unnamed(used(writable), shared) }
     }
 
+    /// A job that sees to it that the others who use the node read the same through it whatever is done
+    /// to the nodes below: what they need of these is not asked for.
+    pub(crate) fn below_others(used: Perm, shared: Perm) -> Self {
+        Self { below_others: true, ..Self::unnamed(used, shared) }
+    }
+
     /// A user for as long as a command or a job takes; it stays at its node.
     pub fn unnamed(used: Perm, shared: Perm) -> Self {
         let permissions = Permissions { used, shared };
-        Self { description: "an unnamed block device".to_owned(), permissions, follows: false }
+        Self {
+            description: "an unnamed block device".to_owned(),
+            permissions,
+            follows: false,
+            below_others: false,
+        }
     }
 }
 
@@ -109,8 +127,8 @@ impl Graph {
         let mut state = self.state();
         let node = state.get(name).cloned().ok_or_else(|| not_found(name))?;
         let id = state.next_user;
-        let User { description, permissions, follows } = user;
-        let parent = Parent::User { id, description, permissions };
+        let User { description, permissions, follows, below_others } = user;
+        let parent = Parent::User { id, description, permissions, below_others };
         let edge = Edge { parent, child: name.to_owned(), label: "root", role: Role::Filtered };
         let mut edges = state.edges.clone();
         edges.push(edge);

@@ -367,7 +367,7 @@ fn is_json(name: &str) -> bool {
 
 /// What an overlay at `path` has to name so that it finds the image of `node` below it wherever it is
 /// opened: QEMU takes a name that is not absolute to be relative to the overlay's directory.
-pub(super) fn name_for_overlay(node: &Node, path: &Path) -> String {
+pub(crate) fn name_for_overlay(node: &Node, path: &Path) -> String {
     let name = node.filename();
     let beside = path.parent().is_none_or(|dir| dir.as_os_str().is_empty());
     if beside || is_json(&name) || name.starts_with('/') {
@@ -377,6 +377,12 @@ pub(super) fn name_for_overlay(node: &Node, path: &Path) -> String {
         Ok(path) => path.to_string_lossy().into_owned(),
         Err(_) => name,
     }
+}
+
+/// The path that a name of a backing file means in the image of these details.
+pub(super) fn full_name(details: &Details, name: &str) -> Result<String> {
+    let file = details.file.as_ref().map(|file| file.filename()).unwrap_or_default();
+    resolve(&file, name)
 }
 
 /// A node as the options that open it, for `json:` names.

@@ -9,6 +9,7 @@
 //! | `locks` | what of this other processes see |
 //! | `attach`, `image_file` | devices, exports and jobs as users of nodes |
 //! | `replace` | other nodes in the places of those in use |
+//! | `chain` | chains of backing files, and what images name |
 //! | `external` | external snapshots |
 //! | `claim` | nodes that block jobs work with |
 //! | `hold` | requests held back for several changes |
@@ -29,6 +30,7 @@ use crate::{Error, Result};
 
 mod attach;
 mod build;
+pub(crate) mod chain;
 mod claim;
 mod damage;
 mod external;
@@ -44,7 +46,7 @@ mod replace;
 pub mod text;
 
 pub use attach::{Attachment, User};
-pub(crate) use build::Flags;
+pub(crate) use build::{Flags, name_for_overlay};
 pub use claim::Claim;
 pub use external::{ExternalSnapshot, Overlay};
 pub use hold::Held;

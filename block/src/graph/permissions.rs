@@ -89,6 +89,8 @@ pub(crate) enum Parent {
         /// How QEMU calls it: "block device 'vda'", "an unnamed block device".
         description: String,
         permissions: Permissions,
+        /// Hides from the nodes below what others need of this one: it does that for them.
+        below_others: bool,
     },
 }
 
@@ -106,6 +108,10 @@ pub(crate) struct Edge {
 impl Edge {
     fn parent_is(&self, node: &str) -> bool {
         matches!(&self.parent, Parent::Node(name) if name == node)
+    }
+
+    fn is_below_others(&self) -> bool {
+        matches!(self.parent, Parent::User { below_others: true, .. })
     }
 
     fn describe(&self) -> String {
@@ -144,8 +150,16 @@ pub(crate) fn check(edges: &[Edge], nodes: &BTreeMap<String, Facts>) -> Result<U
             .filter(|edge| edge.child == name)
             .map(|edge| (edge, of_edge(edge, facts, nodes, &uses)))
             .collect();
-        no_conflict(name, &above)?;
-        let all = above.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
+        // As if it were between the node and the others, like QEMU's filters of jobs.
+        let (below, others): (Vec<_>, Vec<_>) =
+            above.into_iter().partition(|(edge, _)| edge.is_below_others());
+        no_conflict(name, &others)?;
+        let mut all = others.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
+        if !below.is_empty() {
+            let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+            all = Permissions { used: all.used & writes, shared: Perm::all() };
+        }
+        all = below.iter().fold(all, |all, (_, p)| all.and(*p));
         if !facts.writable && all.used.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
             return Err(Error::Invalid(if facts.was_writable {
                 format!("Read-only block node '{name}' cannot support read-write users")
@@ -246,7 +260,7 @@ mod tests {
     fn user(id: u64, child: &str, used: Perm, shared: Perm) -> Edge {
         let permissions = Permissions { used, shared };
         let description = "an unnamed block device".to_owned();
-        let parent = Parent::User { id, description, permissions };
+        let parent = Parent::User { id, description, permissions, below_others: false };
         Edge { parent, child: child.to_owned(), label: "root", role: Role::Filtered }
     }
 
@@ -298,6 +312,32 @@ mod tests {
         let error = check(&[chain[0].clone(), write, reader], &nodes).unwrap_err().to_string();
         assert!(error.contains("permissions 'write' are both required by an unnamed"), "{error}");
         assert!(error.contains("unshared by node 'top' (uses node 'base' as 'backing'"), "{error}");
+    }
+
+    #[test]
+    fn what_is_hidden_below_a_user_lets_it_write_there_and_nobody_else() {
+        let chain = [
+            node("overlay", "top", "backing", Role::Backing),
+            node("top", "base", "backing", Role::Backing),
+            user(1, "overlay", READ | Perm::WRITE, READ | Perm::WRITE_UNCHANGED),
+        ];
+        let nodes = facts(&["overlay"], &["top"]);
+        let nodes: BTreeMap<_, _> = nodes.into_iter().chain(facts(&["base"], &[])).collect();
+        let shared = READ | Perm::WRITE_UNCHANGED;
+        let writer = user(2, "base", READ | Perm::WRITE | Perm::RESIZE, shared);
+        let mut reader = user(3, "top", READ, Perm::all());
+        let with = |more: &[Edge]| check(&[&chain[..], more].concat(), &nodes).map(drop);
+        with(&[reader.clone(), writer.clone()]).unwrap_err();
+        if let Parent::User { below_others, .. } = &mut reader.parent {
+            *below_others = true;
+        }
+        with(&[reader.clone(), writer.clone()]).unwrap();
+        let other = node("x", "base", "backing", Role::Backing);
+        let reads = user(4, "x", READ, shared);
+        let nodes: BTreeMap<_, _> = nodes.clone().into_iter().chain(facts(&["x"], &[])).collect();
+        let edges = [&chain[..], &[reader, writer, other, reads]].concat();
+        let error = check(&edges, &nodes).unwrap_err().to_string();
+        assert!(error.contains("unshared by node 'x' (uses node 'base' as 'backing'"), "{error}");
     }
 
     #[test]

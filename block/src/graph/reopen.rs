@@ -61,6 +61,9 @@ impl Graph {
             planner.root(options)?;
         }
         let plans = planner.finish()?;
+        for name in plans.keys() {
+            state.check_unclaimed(name)?;
+        }
         carry_out(state, &plans)
     }
 

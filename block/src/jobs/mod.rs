@@ -11,11 +11,15 @@
 //! that is its moment. A [`Control`] tells the operation to pause, end, or go slower, and others how
 //! far it is. See `docs/block-jobs.md`.
 
+mod commit;
 mod control;
 mod create;
+mod stream;
 
+pub use commit::{Commit, CommitOptions};
 pub use control::{Action, Control, Finish, IoStatus, Notice, OnError, Side, Wake};
 pub use create::Create;
+pub use stream::{Stream, StreamOptions};
 
 use crate::Result;
 

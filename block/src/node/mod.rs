@@ -349,6 +349,30 @@ impl Node {
         drop((old_format, old_details));
     }
 
+    /// What the image names as its backing file now, as a path, and what QMP shows then: `shown` tells.
+    pub(crate) fn set_full_backing(
+        &self,
+        full_backing: Option<String>,
+        shown: impl FnOnce(&Details, Option<&Self>) -> String,
+    ) {
+        let mut place = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        let mut details = Details { full_backing, ..Details::clone(&place.details) };
+        details.filename = shown(&details, details.backing.as_deref());
+        place.details = Arc::new(details);
+    }
+
+    /// What the image names as its backing file, and its format.
+    pub(crate) fn recorded_backing(&self) -> Option<(String, String)> {
+        let info = self.qcow2()?.info();
+        Some((info.backing_file?, info.backing_format.unwrap_or_default()))
+    }
+
+    /// What `overlay` has to name so that this image is found below it.
+    pub(crate) fn name_for(&self, overlay: &Self) -> String {
+        let file = overlay.details().file.as_ref().map(|file| file.filename()).unwrap_or_default();
+        crate::graph::name_for_overlay(self, std::path::Path::new(&file))
+    }
+
     /// Whether only this node has its image: no job works on its snapshots. With the gate closed.
     pub(crate) fn is_alone_with_format(&self) -> bool {
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);

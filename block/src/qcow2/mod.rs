@@ -14,6 +14,7 @@
 //! | `inflight` | which guest ranges are being worked on |
 //! | `subcluster` | what an L2 entry says of the parts of its cluster |
 //! | `read`, `compressed`, `write`, `write_compressed`, `zero` | requests |
+//! | `copy_up` | taking over what the backing file has |
 //! | `status` | what is data and what is zeroes |
 //! | `snapshot` | internal snapshots and VM state |
 //! | `bitmaps` | persistent dirty bitmaps |
@@ -40,6 +41,7 @@ mod bitmaps;
 mod cache;
 pub mod check;
 mod compressed;
+mod copy_up;
 mod corruption;
 mod counts;
 pub mod create;
@@ -335,6 +337,10 @@ impl Format for Qcow2 {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.zero_disk(offset, len, unmap && self.unmap)
+    }
+
+    fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
+        self.take_over(offset, len)
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Result<Vec<StatusExtent>> {

@@ -10,7 +10,7 @@ use super::subcluster::{Cluster, mask};
 
 /// What shall become of whole clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wish {
+pub(super) enum Wish {
     /// Not needed any more.
     Discard,
     /// Must read as zeroes; the space may go.
@@ -160,7 +160,7 @@ impl Qcow2 {
     /// Changes the subclusters of a range within one cluster. Says whether it could do it. `holes`
     /// gets what keeps its place but not its space (host offset and bytes): the entry says zero
     /// already, and what it said before may be zero or as it was.
-    fn change_cluster(
+    pub(super) fn change_cluster(
         &self,
         meta: &mut Meta,
         guest: u64,

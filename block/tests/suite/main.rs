@@ -7,6 +7,7 @@
 )]
 
 mod bitmaps;
+mod chains;
 mod check;
 mod common;
 mod compressed;

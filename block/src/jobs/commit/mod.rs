@@ -1,0 +1,137 @@
+//! block-commit: what is in the upper images of a chain goes into a lower one, and the upper ones are
+//! left out of it.
+
+use std::sync::Arc;
+
+use super::{Control, OnError, Operation};
+use crate::graph::Graph;
+use crate::graph::chain::find_image;
+use crate::{Error, Node, Result};
+
+mod middle;
+
+use middle::Middle;
+
+/// The members of QMP's block-commit that are about the images.
+#[derive(Debug, Clone, Default)]
+pub struct CommitOptions {
+    /// The node at the top of the chain.
+    pub device: String,
+    /// The highest image that is left out, by the name of its file; by default that of `device`.
+    pub top: Option<String>,
+    /// The same by the name of its node.
+    pub top_node: Option<String>,
+    /// The image that gets the data, by the name of its file; by default the lowest.
+    pub base: Option<String>,
+    /// The same by the name of its node.
+    pub base_node: Option<String>,
+    /// What the overlay of the top is to name as its backing file; by default that of the base.
+    pub backing_file: Option<String>,
+    /// What is done about failed reads and writes.
+    pub on_error: OnError,
+}
+
+/// A commit, of images that are written to (which is ready, and completes when it is told to) or not.
+pub struct Commit {
+    kind: Middle,
+}
+
+impl Commit {
+    /// Finds the images and claims them.
+    ///
+    /// # Errors
+    /// With QEMU's texts.
+    pub fn new(graph: &Graph, options: &CommitOptions) -> Result<Self> {
+        let CommitOptions { device, backing_file, on_error, .. } = options;
+        let chain = graph
+            .chain(device)
+            .map_err(|_| Error::Invalid(format!("Device '{device}' not found")))?;
+        graph.check_root(device)?;
+        graph.check_unclaimed(device)?;
+        let top = find_top(graph, &chain, options)?;
+        let chain = &chain[top..];
+        let base = find_base(graph, chain, options)?;
+        let names: Vec<&str> = chain[..=base].iter().map(|node| node.name()).collect();
+        for name in &names {
+            graph.check_unclaimed(name)?;
+        }
+        if base == 0 {
+            return Err(Error::Invalid("cannot commit an image into itself".to_owned()));
+        }
+        if graph.is_written(names[0])? {
+            if backing_file.is_some() {
+                return Err(Error::Invalid(if top == 0 {
+                    "'backing-file' specified, but 'top' is the active layer".to_owned()
+                } else {
+                    "'backing-file' specified, but 'top' has a writer on it".to_owned()
+                }));
+            }
+            return Err(Error::NotSupported(
+                "an image that is written to cannot be committed".to_owned(),
+            ));
+        }
+        let kind = Middle::new(graph, &names, backing_file.clone(), *on_error)?;
+        Ok(Self { kind })
+    }
+}
+
+impl Commit {
+    /// Whether it is ready once, and ends when it is told to.
+    pub fn is_active(&self) -> bool {
+        false
+    }
+}
+
+fn refuse<T>(text: String) -> Result<T> {
+    Err(Error::Invalid(text))
+}
+
+/// The place of a node in a chain.
+fn place(graph: &Graph, chain: &[Arc<Node>], name: &str) -> Result<usize> {
+    if graph.get(name).is_none() {
+        return refuse(format!("Cannot find device='' nor node-name='{name}'"));
+    }
+    match chain.iter().position(|node| node.name() == name) {
+        Some(at) => Ok(at),
+        None => refuse(format!("'{name}' is not in this backing file chain")),
+    }
+}
+
+fn find_top(graph: &Graph, chain: &[Arc<Node>], options: &CommitOptions) -> Result<usize> {
+    match (&options.top, &options.top_node) {
+        (Some(_), Some(_)) => refuse("'top-node' and 'top' are mutually exclusive".to_owned()),
+        (None, None) => Ok(0),
+        (None, Some(name)) => place(graph, chain, name),
+        (Some(file), None) if chain[0].filename() == *file => Ok(0),
+        (Some(file), None) => match find_image(chain, file) {
+            Some(at) => Ok(at),
+            None => refuse(format!("Top image file {file} not found")),
+        },
+    }
+}
+
+fn find_base(graph: &Graph, chain: &[Arc<Node>], options: &CommitOptions) -> Result<usize> {
+    match (&options.base, &options.base_node) {
+        (Some(_), Some(_)) => refuse("'base-node' and 'base' are mutually exclusive".to_owned()),
+        (None, None) => Ok(chain.len() - 1),
+        (None, Some(name)) => place(graph, chain, name),
+        (Some(file), None) => match find_image(chain, file) {
+            Some(at) => Ok(at),
+            None => refuse(format!("Can't find '{file}' in the backing chain")),
+        },
+    }
+}
+
+impl Operation for Commit {
+    fn run(&mut self, control: &Control) -> Result<()> {
+        self.kind.run(control)
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        self.kind.commit()
+    }
+
+    fn abort(&mut self) {
+        self.kind.abort();
+    }
+}
