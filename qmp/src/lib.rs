@@ -9,6 +9,7 @@
 //! | [`schema`] | the one list of commands, events and types; arguments are checked against it |
 //! | [`server`] | sockets, sessions, the order of answers and events, flow control |
 //! | [`jobs`] | the states of a job and the list of jobs |
+//! | [`transaction`] | several actions at one moment: the order of their steps |
 //! | [`client`] | a small blocking client |
 //! | [`error`] | the error of a command and the standard texts |
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ pub mod jobs;
 pub mod json;
 pub mod schema;
 pub mod server;
+pub mod transaction;
 mod wire;
 
 pub use error::{Error, ErrorClass};

@@ -17,9 +17,11 @@ mod bits;
 mod commands;
 mod dirty;
 mod set;
+mod undo;
 
 pub(crate) use bits::Bits;
 pub use commands::NewBitmap;
 pub use dirty::{Bitmap, BitmapHold, BitmapInfo, Extent, Granularity};
 pub(crate) use dirty::{Start, Stored};
 pub use set::BitmapSet;
+pub use undo::BitmapUndo;

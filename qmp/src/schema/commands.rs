@@ -5,6 +5,7 @@ use super::arguments::*;
 use super::block_jobs::*;
 use super::checkpoints::*;
 use super::macros::command_enum;
+use super::transaction::*;
 use super::types::*;
 
 command_enum! {
@@ -103,6 +104,13 @@ command_enum! {
     JobFinalize(JobArguments) = "job-finalize" -> ();
     /// Removes a concluded job from the list.
     JobDismiss(JobArguments) = "job-dismiss" -> ();
+    /// Does several things at one moment: all of them, or none.
+    Transaction(TransactionArguments) = "transaction" -> ();
+    /// Makes an internal snapshot of a disk.
+    InternalSnapshot(InternalSnapshotArguments) = "blockdev-snapshot-internal-sync" -> ();
+    /// Deletes an internal snapshot of a disk.
+    InternalSnapshotDelete(InternalSnapshotDeleteArguments)
+        = "blockdev-snapshot-delete-internal-sync" -> SnapshotInfo;
     /// Starts a job that makes an image.
     BlockdevCreate(CreateArguments) = "blockdev-create" -> ();
     /// The block jobs, newest first.

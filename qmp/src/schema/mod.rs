@@ -12,6 +12,7 @@ mod checkpoints;
 mod commands;
 mod events;
 mod macros;
+mod transaction;
 mod types;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use checkpoints::*;
 pub(crate) use commands::Control;
 pub use commands::{Command, commands, find};
 pub use events::{EVENTS, Event};
+pub use transaction::*;
 pub use types::*;
 
 use serde_json::Value;

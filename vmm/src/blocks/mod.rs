@@ -13,6 +13,7 @@
 mod bitmaps;
 pub mod exports;
 pub mod jobs;
+pub mod transaction;
 pub mod worker;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use block::Graph;
 use qmp::schema::{
     BitmapArguments, BlockResizeArguments, Command, Event, QueryCheckpointsArguments,
+    TransactionAction, TransactionArguments,
 };
 use serde_json::{Value, json};
 
@@ -60,6 +62,9 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockDirtyBitmapMerge(_)
             | Command::QueryCheckpoints(_)
             | Command::BlockdevCreate(_)
+            | Command::Transaction(_)
+            | Command::InternalSnapshot(_)
+            | Command::InternalSnapshotDelete(_)
     )
 }
 
@@ -161,6 +166,12 @@ impl Blocks {
                 self.merge_bitmaps(&arguments).and_then(|()| done())
             }
             Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
+            Command::Transaction(arguments) => self.transaction(&arguments),
+            Command::InternalSnapshot(arguments) => self.transaction(&TransactionArguments {
+                actions: vec![TransactionAction::InternalSnapshot(arguments)],
+                properties: None,
+            }),
+            Command::InternalSnapshotDelete(arguments) => self.delete_internal_snapshot(&arguments),
             Command::BlockdevCreate(arguments) => {
                 self.create_image(arguments).and_then(|()| done())
             }

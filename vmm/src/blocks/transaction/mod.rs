@@ -1,0 +1,109 @@
+//! `transaction`: several actions at one moment, all of them or none. The order of steps is
+//! [`qmp::transaction`]'s; here is what the actions do.
+
+mod bitmaps;
+mod snapshots;
+
+use std::sync::Arc;
+
+use block::Format;
+use qmp::schema::{ActionCompletionMode, TransactionAction, TransactionArguments};
+use qmp::transaction::{self, Action};
+
+use self::bitmaps::{BitmapAction, Change};
+use self::snapshots::InternalSnapshot;
+use super::{Answer, Blocks, done, text};
+
+pub use self::snapshots::Moment;
+
+/// What actions borrow from: it outlives them.
+pub struct Resources {
+    /// The images of internal snapshots, by the action's place.
+    formats: Vec<Option<Arc<dyn Format>>>,
+    moment: Moment,
+}
+
+impl Resources {
+    /// What these actions need.
+    pub fn new(blocks: &Blocks, actions: &[TransactionAction]) -> Self {
+        let format = |action: &TransactionAction| match action {
+            TransactionAction::InternalSnapshot(arguments) => {
+                blocks.graph().get(&arguments.device).map(|node| node.format())
+            }
+            _ => None,
+        };
+        Self { formats: actions.iter().map(format).collect(), moment: Moment::now() }
+    }
+}
+
+impl Blocks {
+    /// Carries out a transaction without the machine.
+    pub(super) fn transaction(&self, arguments: &TransactionArguments) -> Answer {
+        check_mode(arguments)?;
+        let resources = Resources::new(self, &arguments.actions);
+        let mut actions = self.actions(&arguments.actions, &resources);
+        transaction::run(&mut actions, || Ok(self.graph().hold_all()))?;
+        done()
+    }
+
+    /// The actions, nothing done yet.
+    pub fn actions<'a>(
+        &'a self,
+        actions: &'a [TransactionAction],
+        resources: &'a Resources,
+    ) -> Vec<Box<dyn Action + 'a>> {
+        let all = actions.iter().zip(&resources.formats);
+        all.map(|(action, format)| self.action(action, format.as_ref(), &resources.moment))
+            .collect()
+    }
+
+    fn action<'a>(
+        &'a self,
+        action: &'a TransactionAction,
+        format: Option<&'a Arc<dyn Format>>,
+        moment: &'a Moment,
+    ) -> Box<dyn Action + 'a> {
+        use TransactionAction as A;
+        let change = match action {
+            A::Abort(_) => return Box::new(Abort),
+            A::InternalSnapshot(arguments) => {
+                return Box::new(InternalSnapshot::new(self, arguments, format, moment));
+            }
+            A::BitmapAdd(arguments) => Change::Add(arguments),
+            A::BitmapRemove(arguments) => Change::Remove(arguments),
+            A::BitmapClear(arguments) => Change::Clear(arguments),
+            A::BitmapEnable(arguments) => Change::Enable(arguments, true),
+            A::BitmapDisable(arguments) => Change::Enable(arguments, false),
+            A::BitmapMerge(arguments) => Change::Merge(arguments),
+        };
+        Box::new(BitmapAction::new(self, change))
+    }
+}
+
+/// Refuses actions whose outcome cannot wait for others.
+fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
+    let mode = arguments.properties.as_ref().and_then(|properties| properties.completion_mode);
+    if mode != Some(ActionCompletionMode::Grouped) {
+        return Ok(());
+    }
+    match arguments.actions.first() {
+        Some(action) => Err(text(format!(
+            "Action '{}' does not support transaction property completion-mode = grouped",
+            action.name()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The action that fails.
+struct Abort;
+
+impl Action for Abort {
+    fn lets_go_early(&self) -> bool {
+        true
+    }
+
+    fn prepare(&mut self) -> Result<(), qmp::Error> {
+        Err(text("Transaction aborted using Abort action"))
+    }
+}
