@@ -21,8 +21,25 @@ use crate::Result;
 use super::Qcow2;
 use super::meta::{Meta, Sync, discard};
 
-/// Thaws the tables, also after a panic. Not to be dropped with the lock held.
-struct Frozen<'a>(&'a Qcow2);
+/// Frozen tables, which this alone may change: thawed when it is dropped, also after a panic. Nothing
+/// here may be called with the lock held, nor [`Qcow2::meta`] by who has this.
+pub(super) struct Frozen<'a>(&'a Qcow2);
+
+impl Frozen<'_> {
+    /// Changes the tables. Those who look come between two steps: each must leave what they may see.
+    pub(super) fn step<T>(&self, change: impl FnOnce(&mut Meta) -> T) -> T {
+        change(&mut self.0.meta_to_look())
+    }
+
+    /// As [`Meta::sync`], without the lock while files are flushed.
+    pub(super) fn sync(&self) -> Result<()> {
+        let mut sync = Sync::default();
+        while let Some(file) = self.step(|meta| sync.step(meta))? {
+            file.flush()?;
+        }
+        Ok(())
+    }
+}
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
@@ -45,7 +62,7 @@ impl Qcow2 {
     }
 
     /// Freezes the tables, whose lock the caller has and gives up.
-    fn freeze<'a>(&'a self, mut meta: MutexGuard<'a, Meta>) -> Frozen<'a> {
+    pub(super) fn freeze<'a>(&'a self, mut meta: MutexGuard<'a, Meta>) -> Frozen<'a> {
         meta.frozen = true;
         drop(meta);
         Frozen(self)
@@ -65,27 +82,14 @@ impl Qcow2 {
             return self.storage.flush();
         }
         let frozen = self.freeze(meta);
-        let more = self.sync_frozen();
+        frozen.sync()?;
+        let more = frozen.step(|meta| meta.has_freed());
         drop(frozen);
         // What the guest discarded since the last flush may be much.
-        if more? {
+        if more {
             self.punch_all();
         }
         Ok(())
-    }
-
-    /// As [`Meta::sync`], without the lock while files are flushed. Says whether host space is left to
-    /// be given back.
-    fn sync_frozen(&self) -> Result<bool> {
-        let mut sync = Sync::default();
-        loop {
-            let mut meta = self.meta_to_look();
-            let Some(file) = sync.step(&mut meta)? else {
-                return Ok(meta.has_freed());
-            };
-            drop(meta);
-            file.flush()?;
-        }
     }
 
     /// After a change of snapshots: gives space back to the host, the end of the file included.

@@ -23,7 +23,7 @@ impl Qcow2 {
     }
 
     /// As [`Qcow2::meta_to_look`], unless another has the metadata.
-    fn try_meta_to_look(&self) -> Option<MutexGuard<'_, Meta>> {
+    pub(super) fn try_meta_to_look(&self) -> Option<MutexGuard<'_, Meta>> {
         match self.meta.try_lock() {
             Ok(meta) => Some(meta),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),

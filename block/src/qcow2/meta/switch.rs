@@ -130,6 +130,14 @@ impl Meta {
 
     /// See the module.
     pub(super) fn switch(&mut self) -> Result<()> {
+        self.write_switch()?;
+        self.storage.flush()?;
+        self.adopt_switch();
+        self.settle()
+    }
+
+    /// Step 1 of the module's order.
+    pub(super) fn write_switch(&mut self) -> Result<()> {
         if self.refcounts.has_moved_blocks()
             && let Err(e) = self.move_dirty()
         {
@@ -142,7 +150,12 @@ impl Meta {
             let at = self.geometry().offset_of(run.first).0;
             self.storage.write_at(at, &[WriteBuf::new(&be_bytes(&self.l1))])?;
         }
-        self.storage.flush()?;
+        Ok(())
+    }
+
+    /// The new places are those in force, as far as memory is concerned: the header must follow
+    /// ([`Meta::settle`]).
+    pub(super) fn adopt_switch(&mut self) {
         if let Some(old) = self.refcounts.adopt() {
             self.defer_free(old);
         }
@@ -152,7 +165,6 @@ impl Meta {
             self.l1_dirty = None;
         }
         self.unsettled = true;
-        self.settle()
     }
 
     /// Makes the header tell of the tables in force, where it may tell of others. Those are whole on
@@ -162,6 +174,14 @@ impl Meta {
         if !self.unsettled {
             return Ok(());
         }
+        self.write_places()?;
+        self.storage.flush()?;
+        self.unsettled = false;
+        Ok(())
+    }
+
+    /// Writes the places of the tables in force to the header.
+    pub(super) fn write_places(&self) -> Result<()> {
         let header = &self.header;
         let (refcounts, clusters) = self.refcounts.place();
         let snapshots = self.snapshot_table.map_or(0, |run| self.geometry().offset_of(run.first).0);
@@ -175,9 +195,6 @@ impl Meta {
         fields[32..36].copy_from_slice(&clusters.to_be_bytes());
         fields[36..40].copy_from_slice(&count.to_be_bytes());
         fields[40..].copy_from_slice(&snapshots.to_be_bytes());
-        self.write_field(field::SIZE, &fields)?;
-        self.storage.flush()?;
-        self.unsettled = false;
-        Ok(())
+        self.write_field(field::SIZE, &fields)
     }
 }

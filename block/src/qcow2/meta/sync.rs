@@ -28,8 +28,11 @@ enum Step {
     /// An external data file's flush, before any table refers to what is in it.
     #[default]
     Data,
-    /// 1 and 2.
+    /// 1 and 2; for a switch, all that it writes before the header.
     Counts,
+    /// A switch's header.
+    Header,
+    Switched,
     /// 3, the L2 tables.
     Tables,
     /// 3, the L1 table, and 4.
@@ -55,13 +58,20 @@ impl Sync {
                     return Ok(Some(meta.storage.clone()));
                 }
                 Step::Counts => {
-                    let switched = meta.write_first()?;
-                    if !switched || meta.l2.is_dirty() || meta.l1_dirty.is_some() {
-                        self.next = Step::Tables;
-                        return Ok(Some(meta.storage.clone()));
-                    }
+                    self.next = if meta.write_first()? { Step::Header } else { Step::Tables };
+                    return Ok(Some(meta.storage.clone()));
+                }
+                Step::Header => {
+                    meta.adopt_switch();
+                    meta.write_places()?;
+                    self.next = Step::Switched;
+                    return Ok(Some(meta.storage.clone()));
+                }
+                Step::Switched => {
+                    meta.unsettled = false;
                     // A switch has made all durable that it wrote.
-                    self.next = Step::GiveBack;
+                    let more = meta.l2.is_dirty() || meta.l1_dirty.is_some();
+                    self.next = if more { Step::Tables } else { Step::GiveBack };
                 }
                 Step::Tables => {
                     meta.l2.write_back(&*meta.storage)?;
@@ -116,7 +126,7 @@ impl Meta {
         Ok(())
     }
 
-    /// Step 1 of the order; says whether tables were switched.
+    /// Step 1 of the order; says whether tables are being switched.
     fn write_first(&mut self) -> Result<bool> {
         self.settle()?;
         if std::mem::take(&mut self.flags_lag)
@@ -125,9 +135,10 @@ impl Meta {
         {
             tracing::warn!(image = self.storage.name(), "clusters are not marked as ours: {e}");
         }
-        let switching = self.is_switching();
-        self.write_counts()?;
-        Ok(switching)
+        if self.is_switching() {
+            return self.write_switch().map(|()| true);
+        }
+        self.write_counts().map(|()| false)
     }
 
     /// Step 5 of the order.

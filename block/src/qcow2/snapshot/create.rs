@@ -12,6 +12,7 @@
 
 use crate::num::to_u64;
 use crate::qcow2::Qcow2;
+use crate::qcow2::flush::Frozen;
 use crate::qcow2::header::{Compression, MAX_SNAPSHOTS};
 use crate::qcow2::layout::Run;
 use crate::qcow2::meta::Meta;
@@ -87,14 +88,15 @@ impl<'a> Create<'a> {
     }
 
     /// Frees all that was taken.
-    fn give_back(&mut self, meta: &mut Meta) -> Result<()> {
-        let passed = meta.point.is_some();
-        let mut result = meta.give_point_back().and(self.area.give_back(meta));
+    fn give_back(&mut self, frozen: &Frozen<'_>) -> Result<()> {
+        let passed = frozen.step(|meta| meta.point.is_some());
+        let mut result = point::give_back(frozen);
+        result = result.and(frozen.step(|meta| self.area.give_back(meta)));
         if let Some(run) = self.l1_run.take() {
-            result = result.and(meta.free(run));
+            result = result.and(frozen.step(|meta| meta.free(run)));
         }
         if passed {
-            result = result.and(tree::set_copied(meta));
+            result = result.and(tree::set_copied_in_steps(frozen));
         }
         result
     }
@@ -184,7 +186,7 @@ impl SnapshotChange for Create<'_> {
         self.table = Some(TableSwitch::write(&mut meta, entries)?);
         // The active tables lose their flags as the counts go up, in one write. All is durable before
         // anything refers to the snapshot.
-        meta.sync()?;
+        image.freeze(meta).sync()?;
         self.stage = Stage::Prepared;
         Ok(())
     }
@@ -231,9 +233,10 @@ impl SnapshotChange for Create<'_> {
             meta.point = None;
             return Err(e);
         }
-        let freed = self.give_back(&mut meta);
-        let synced = meta.sync();
-        drop(meta);
+        let frozen = image.freeze(meta);
+        let freed = self.give_back(&frozen);
+        let synced = frozen.sync();
+        drop(frozen);
         image.give_space_back();
         freed.and(synced)
     }

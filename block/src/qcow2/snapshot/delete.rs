@@ -64,7 +64,7 @@ impl SnapshotChange for Delete<'_> {
             rest.remove(at);
         }
         self.switch = Some(TableSwitch::write(&mut meta, rest)?);
-        meta.sync()?;
+        self.image.freeze(meta).sync()?;
         self.stage = Stage::Prepared;
         Ok(())
     }
@@ -87,14 +87,16 @@ impl SnapshotChange for Delete<'_> {
         let mut meta = self.image.meta();
         meta.changing = false;
         let run = l1_run(&meta, &self.entry);
-        let freed = tree::unshare(&mut meta, &self.l1).and_then(|()| meta.free(run));
+        let frozen = self.image.freeze(meta);
+        let freed = tree::unshare_in_steps(&frozen, &self.l1)
+            .and_then(|()| frozen.step(|meta| meta.free(run)));
         let table = match &mut self.switch {
-            Some(switch) => switch.finish(&mut meta),
+            Some(switch) => frozen.step(|meta| switch.finish(meta)),
             None => Ok(()),
         };
-        let copied = tree::set_copied(&mut meta);
-        let synced = meta.sync();
-        drop(meta);
+        let copied = tree::set_copied_in_steps(&frozen);
+        let synced = frozen.sync();
+        drop(frozen);
         self.image.give_space_back();
         freed.and(table).and(copied).and(synced)
     }

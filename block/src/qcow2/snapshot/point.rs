@@ -25,6 +25,7 @@
 
 use crate::num::{to_u64, to_usize};
 use crate::qcow2::Qcow2;
+use crate::qcow2::flush::Frozen;
 use crate::qcow2::layout::{COPIED, Geometry, HostOffset, Run, table_of};
 use crate::qcow2::meta::Meta;
 use crate::{Error, ReadBuf, Result, WriteBuf};
@@ -199,28 +200,6 @@ impl Meta {
         }
     }
 
-    /// Ends a snapshot point without a snapshot: what was taken is given back. The active disk stays as
-    /// it is now; its COPIED flags are to be set ([`tree::set_copied`]). What fails is leaked.
-    pub(super) fn give_point_back(&mut self) -> Result<()> {
-        let Some(point) = self.point.take() else {
-            return Ok(());
-        };
-        // Tables that moved may be those of the disk's L1 table on disk. After a sync they are free at
-        // once, and the disk's tables find their places again.
-        let moved = point.shares.contains(&Share::Moved);
-        let current = moved && self.sync().is_ok();
-        let mut result = Ok(());
-        for (entry, share) in point.l1.iter().zip(point.shares) {
-            let done = match share {
-                Share::Nothing | Share::Owed => Ok(()),
-                Share::Shared => tree::unshare(self, &[*entry]),
-                Share::Moved => self.give_moved_back(*entry, current),
-            };
-            result = result.and(done).and(self.punch_if_many());
-        }
-        result
-    }
-
     /// Gives back a table that moved with what is below; at once if nothing on disk refers to it.
     fn give_moved_back(&mut self, entry: u64, at_once: bool) -> Result<()> {
         for run in tree::runs_of(self, entry)? {
@@ -235,6 +214,31 @@ impl Meta {
             None => Ok(()),
         }
     }
+}
+
+/// Ends a snapshot point without a snapshot: what was taken is given back. The active disk stays as it
+/// is now; its COPIED flags are to be set ([`tree::set_copied`]). What fails is leaked.
+pub(super) fn give_back(frozen: &Frozen<'_>) -> Result<()> {
+    let Some(point) = frozen.step(|meta| meta.point.take()) else {
+        return Ok(());
+    };
+    // Tables that moved may be those of the disk's L1 table on disk. After a sync they are free at
+    // once, and the disk's tables find their places again.
+    let moved = point.shares.contains(&Share::Moved);
+    let current = moved && frozen.sync().is_ok();
+    let mut result = Ok(());
+    for (entry, share) in point.l1.iter().zip(point.shares) {
+        let done = frozen.step(|meta| {
+            let done = match share {
+                Share::Nothing | Share::Owed => Ok(()),
+                Share::Shared => tree::unshare(meta, &[*entry]),
+                Share::Moved => meta.give_moved_back(*entry, current),
+            };
+            done.and(meta.punch_if_many())
+        });
+        result = result.and(done);
+    }
+    result
 }
 
 /// Takes all that is still owed, letting requests in between. Tables are read, and copies of them

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use crate::Result;
 use crate::num::{be64, to_usize};
+use crate::qcow2::flush::Frozen;
 use crate::qcow2::layout::{COPIED, Geometry, HostCluster, Mapping, OFFSET_MASK, Run, push_run};
 use crate::qcow2::meta::Meta;
 
@@ -191,6 +192,24 @@ fn set_all_copied(meta: &mut Meta) -> Result<()> {
         set_table_copied(meta, index, &mut table)?;
     }
     Ok(())
+}
+
+/// As [`set_copied`], table by table, with who only looks let in between.
+pub(super) fn set_copied_in_steps(frozen: &Frozen<'_>) -> Result<()> {
+    let external = frozen.step(|meta| meta.geometry().external);
+    let tables = if external { 0 } else { frozen.step(|meta| meta.l1.len()) };
+    let mut table = Vec::new();
+    let result = (0..tables)
+        .try_for_each(|index| frozen.step(|meta| set_table_copied(meta, index, &mut table)));
+    frozen.step(|meta| meta.flags_lag = result.is_err());
+    result
+}
+
+/// As [`unshare`], table by table, with who only looks let in between.
+pub(super) fn unshare_in_steps(frozen: &Frozen<'_>, l1: &[u64]) -> Result<()> {
+    let one = |entry: &u64| frozen.step(|meta| unshare(meta, &[*entry]));
+    // All are tried; the first error is told.
+    l1.iter().map(one).fold(Ok(()), Result::and)
 }
 
 fn set_table_copied(meta: &mut Meta, index: usize, table: &mut Vec<u8>) -> Result<()> {
