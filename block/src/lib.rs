@@ -33,7 +33,9 @@ pub use error::{Error, Result};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo, User};
 pub use iobuf::{ReadBuf, WriteBuf};
-pub use node::{Access, Entered, Link, Node, WriteObserver};
+pub use node::{
+    Access, Change, ChangeKind, Entered, Interceptor, Link, Node, Occupied, Turn, WriteObserver,
+};
 pub use perm::{Perm, Permissions};
 pub use preallocation::Preallocation;
 pub use progress::Progress;

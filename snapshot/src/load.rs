@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use block::snapshot::VmStateRead;
-use block::{Format, Node, Progress, ReadBuf, SnapshotInfo};
+use block::{Format, Node, Occupied, Progress, ReadBuf, SnapshotInfo};
 
 use crate::GuestMemory;
 use crate::about::{Lineage, Stamp};
@@ -14,7 +14,9 @@ use crate::format::area::StateArea;
 use crate::format::ram::RamLayout;
 use crate::format::section::{Section, SectionReader};
 use crate::memory;
-use crate::nodes::{NodesError, check_capable, find_tag, kept_tag, quoted, vmstate_index};
+use crate::nodes::{
+    NodesError, check_capable, check_no_jobs, find_tag, kept_tag, quoted, vmstate_index,
+};
 use crate::order::{ChangeError, NodeChange, prepare_all, publish_all};
 pub use crate::revive::ReviveReport;
 use crate::revive::{Stored, revive, stored_parts};
@@ -118,6 +120,8 @@ pub struct Checkpoint {
 pub struct PreparedDisks<'a> {
     tag: &'a str,
     changes: Vec<NodeChange<'a>>,
+    /// No block job begins to copy a disk that is about to be another.
+    _alone: Vec<Occupied>,
 }
 
 impl PreparedDisks<'_> {
@@ -141,6 +145,7 @@ impl Checkpoint {
     /// and verifies header and sections.
     pub fn open(nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> Result<Self, LoadError> {
         check_capable(nodes)?;
+        check_no_jobs(nodes)?;
         let tag = kept_tag(tag).to_owned();
         let found = find(nodes, &tag)?;
         let vmstate = vmstate_index(nodes, vmstate)?;
@@ -331,8 +336,13 @@ impl Checkpoint {
     pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, LoadError> {
         let mut changes = Vec::with_capacity(self.nodes.len());
         let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };
+        let mut alone = Vec::with_capacity(self.nodes.len());
         for Found { node, format, snapshot } in &self.nodes {
-            match format.revert_snapshot(&snapshot.id) {
+            let change = node.occupy_alone("snapshot-load").and_then(|occupied| {
+                alone.push(occupied);
+                format.revert_snapshot(&snapshot.id)
+            });
+            match change {
                 Ok(change) => changes.push(NodeChange { node: node.name(), change }),
                 Err(source) => {
                     let error = ChangeError::at_begin(node.name(), source, &mut changes);
@@ -341,7 +351,7 @@ impl Checkpoint {
             }
         }
         prepare_all(&mut changes, None).map_err(failed)?;
-        Ok(PreparedDisks { tag: &self.tag, changes })
+        Ok(PreparedDisks { tag: &self.tag, changes, _alone: alone })
     }
 
     /// Keeps the snapshot from being deleted.

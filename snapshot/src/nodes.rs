@@ -27,6 +27,9 @@ pub enum NodesError {
     /// The VM-state node is not one of the nodes.
     #[error("vmstate block device '{0}' does not exist")]
     NoVmState(String),
+    /// A block job copies the node, which would have to go back under it.
+    #[error("{0}")]
+    Busy(String),
 }
 
 /// Looks up the nodes of a request by name.
@@ -60,6 +63,14 @@ pub(crate) fn check_capable(nodes: &[Arc<Node>]) -> Result<(), NodesError> {
         }
     }
     Ok(())
+}
+
+/// Checks that no job works on any of the nodes, which are to go back.
+pub(crate) fn check_no_jobs(nodes: &[Arc<Node>]) -> Result<(), NodesError> {
+    nodes
+        .iter()
+        .try_for_each(|node| node.check_no_job())
+        .map_err(|e| NodesError::Busy(e.to_string()))
 }
 
 /// The place of the VM-state node in the list.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::options::{DetectZeroes, NodeOptions, Window};
 use crate::compress::CompressFilter;
 use crate::format::Format;
-use crate::iobuf;
 use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
 use crate::queue::Located;
@@ -269,9 +268,7 @@ impl Format for Below {
     }
 
     fn write_compressed(&self, offset: u64, bufs: &[crate::WriteBuf<'_>]) -> Result<()> {
-        let result = self.0.access().write_compressed(offset, bufs);
-        self.0.note_write(offset, iobuf::total_len(bufs));
-        result
+        self.0.write_compressed(offset, bufs)
     }
 
     /// While the image is being replaced, a request thread waits in the caller's place.

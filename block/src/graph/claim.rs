@@ -4,10 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use super::open::not_found;
 use super::{Graph, State, lock};
+use crate::node::Occupied;
 use crate::{Error, Result};
 
 /// Nodes of a job; they are free again when this is dropped.
 pub struct Claim {
+    _occupied: Vec<Occupied>,
     id: u64,
     state: Arc<Mutex<State>>,
 }
@@ -32,15 +34,17 @@ impl Graph {
     /// There is no such node, or it is claimed already; QEMU's text.
     pub fn claim(&self, nodes: &[&str], job: &'static str) -> Result<Claim> {
         let mut state = self.state();
+        let mut occupied = Vec::with_capacity(nodes.len());
         for name in nodes {
-            state.get(name).ok_or_else(|| not_found(name))?;
+            let node = state.get(name).ok_or_else(|| not_found(name))?;
             state.check_unclaimed(name)?;
+            occupied.push(node.occupy(job)?);
         }
         let id = state.next_user;
         state.next_user += 1;
         let nodes = nodes.iter().map(|&name| name.to_owned()).collect();
         state.claims.insert(id, Claimed { nodes, job });
-        Ok(Claim { id, state: Arc::clone(&self.state) })
+        Ok(Claim { _occupied: occupied, id, state: Arc::clone(&self.state) })
     }
 
     /// Refuses a node that is claimed by a block job.

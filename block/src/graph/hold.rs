@@ -58,12 +58,15 @@ impl Graph {
         mut state: std::sync::MutexGuard<'_, State>,
         wanted: impl Fn(&State, &Arc<Node>) -> bool,
     ) -> Held {
-        let gates = state
-            .top_down()
-            .iter()
-            .filter(|node| wanted(&state, node))
-            .map(|node| node.hold_gate())
-            .collect();
+        let wanted: Vec<_> =
+            state.top_down().into_iter().filter(|node| wanted(&state, node)).collect();
+        let is_wanted = |node: &Arc<Node>| wanted.iter().any(|other| Arc::ptr_eq(node, other));
+        // Changes that are intercepted first, also those that make a job write to one of these nodes:
+        // what is under way may need any of the gates.
+        let feeding = state.feeds.iter().filter(|feed| is_wanted(&feed.to)).map(|feed| &feed.from);
+        let mut gates: Vec<_> =
+            wanted.iter().chain(feeding).map(|node| node.hold_changes()).collect();
+        gates.extend(wanted.iter().map(|node| node.hold_gate()));
         state.holds += 1;
         Held { gates, state: Arc::clone(&self.state) }
     }

@@ -13,6 +13,7 @@
 //! | `external` | external snapshots |
 //! | `claim` | nodes that block jobs work with |
 //! | `hold` | requests held back for several changes |
+//! | `intercept` | jobs that act before a node changes |
 //! | `info` | what QMP tells of a node |
 //!
 //! Lock order: the graph's state first, then the gates of nodes (top-down), then what formats lock. Who
@@ -37,6 +38,7 @@ mod external;
 mod hold;
 mod image_file;
 mod info;
+mod intercept;
 mod locks;
 mod open;
 mod options;
@@ -52,6 +54,7 @@ pub use external::{ExternalSnapshot, Overlay};
 pub use hold::Held;
 pub(crate) use image_file::ImageFile;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
+pub(crate) use intercept::Intercepting;
 pub use options::DetectZeroes;
 pub(crate) use options::NodeOptions;
 pub use replace::Step;
@@ -84,6 +87,8 @@ struct State {
     /// How many hold requests back, and the gates of nodes that were made since.
     holds: usize,
     made_while_held: Vec<Holding>,
+    /// Jobs that changes of one node make write to another.
+    feeds: Vec<intercept::Feed>,
     /// Who is told of damage in images.
     damage: Arc<Damage>,
 }
@@ -199,6 +204,23 @@ impl Graph {
         self.state().nodes.iter().rev().cloned().collect()
     }
 
+    /// Takes in a node that was made elsewhere: an image in memory, or of a kind of one's own.
+    ///
+    /// # Errors
+    /// Its name is not a node's, or there is one of that name.
+    pub fn insert(&self, node: Arc<Node>) -> Result<()> {
+        check_name(node.name())?;
+        let mut state = self.state();
+        if state.get(node.name()).is_some() {
+            return Err(Error::Invalid(format!(
+                "Duplicate nodes with node-name='{}'",
+                node.name()
+            )));
+        }
+        state.add_nodes(vec![node]);
+        Ok(())
+    }
+
     /// Closes a node that nobody uses, and those that were opened with it. The image is flushed.
     ///
     /// # Errors
@@ -287,6 +309,10 @@ impl State {
 
 fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
     let name = node.name();
+    state.check_unclaimed(name)?;
+    if node.check_no_job().is_err() {
+        return Err(Error::Invalid(format!("Block device {name} is in use")));
+    }
     if state.users_of(name).any(|edge| matches!(edge.parent, Parent::User { .. })) {
         return Err(Error::Invalid(format!("Node {name} is in use")));
     }

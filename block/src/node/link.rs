@@ -4,8 +4,8 @@ use std::fmt::{self, Debug, Formatter};
 use std::ops::Deref;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::{Access, Node};
-use crate::{ReadBuf, Result, WriteBuf};
+use super::{Access, Change, Node};
+use crate::{Error, ReadBuf, Result, WriteBuf};
 
 /// A device's or an export's use of a node, which another node can take the place of (a snapshot's
 /// overlay, a mirror's target) while requests go on. Clones are one link.
@@ -96,27 +96,29 @@ impl Deref for Entered {
     }
 }
 
-/// Requests as those of [`Node`], on the node that was entered.
 impl Entered {
     /// The node.
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }
+}
 
+/// Requests as those of [`Node`], on the node that the link names once they are begun.
+impl Link {
     /// As [`Node::read`].
     ///
     /// # Errors
     /// As [`Node::read`].
     pub fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
-        self.access.read(offset, bufs)
+        self.enter().read(offset, bufs)
     }
 
-    /// As [`Node::write`].
+    /// As [`Node::write`]; with `fua` it is durable afterwards.
     ///
     /// # Errors
     /// As [`Node::write`].
-    pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        self.node.write_with(&self.access, offset, bufs)
+    pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>], fua: bool) -> Result<()> {
+        self.change(&Change::write(offset, bufs), fua)
     }
 
     /// As [`Node::discard`].
@@ -124,15 +126,15 @@ impl Entered {
     /// # Errors
     /// As [`Node::discard`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.node.discard_with(&self.access, offset, len)
+        self.change(&Change::discard(offset, len), false)
     }
 
-    /// As [`Node::write_zeroes`].
+    /// As [`Node::write_zeroes`]; with `fua` they are durable afterwards.
     ///
     /// # Errors
     /// As [`Node::write_zeroes`].
-    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.node.write_zeroes_with(&self.access, offset, len, unmap)
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, fua: bool) -> Result<()> {
+        self.change(&Change::zeroes(offset, len, unmap), fua)
     }
 
     /// As [`Node::flush`].
@@ -140,7 +142,38 @@ impl Entered {
     /// # Errors
     /// As [`Node::flush`].
     pub fn flush(&self) -> Result<()> {
-        self.access.flush()
+        self.enter().flush()
+    }
+
+    fn change(&self, change: &Change<'_>, fua: bool) -> Result<()> {
+        loop {
+            let entered = self.enter();
+            if !entered.node.intercepts(change) {
+                return entered.make(change, fua);
+            }
+            let node = entered.node.clone();
+            drop(entered);
+            // Interceptors work outside the gate, where the link may come to name another node.
+            let made = |change: &Change<'_>| {
+                let entered = self.enter();
+                if Arc::ptr_eq(&entered.node, &node) {
+                    (entered.make(change, fua), true)
+                } else {
+                    (Err(Error::Cancelled), false)
+                }
+            };
+            match node.interception.around(change, made) {
+                (_, Some(false)) => {}
+                (result, _) => return result,
+            }
+        }
+    }
+}
+
+impl Entered {
+    fn make(&self, change: &Change<'_>, fua: bool) -> Result<()> {
+        self.node.make(&self.access, change)?;
+        if fua { self.access.flush() } else { Ok(()) }
     }
 }
 

@@ -14,10 +14,15 @@ use crate::storage::{FileStorage, Storage};
 use crate::{Preallocation, Progress, ReadBuf, Result, SnapshotInfo, WriteBuf};
 
 mod gate;
+mod intercept;
+mod jobs;
 mod link;
 
 pub(crate) use gate::{Closed, Holding};
 use gate::{Gate, Passage};
+use intercept::Interception;
+pub use intercept::{Change, ChangeKind, Interceptor, Turn};
+pub use jobs::Occupied;
 pub use link::{Entered, Link};
 
 /// An image with a name: QEMU's block node. Devices, checkpoints and exports all go through it.
@@ -31,6 +36,8 @@ pub struct Node {
     observers: RwLock<Vec<Arc<dyn WriteObserver>>>,
     /// Their number: looked at by every write, nearly always 0.
     observed: AtomicUsize,
+    interception: Interception,
+    jobs: jobs::Jobs,
 }
 
 /// What a reopen replaces.
@@ -116,6 +123,8 @@ impl Node {
             live: RwLock::new(Live { format, details: Arc::new(details) }),
             observers: RwLock::default(),
             observed: AtomicUsize::new(0),
+            interception: Interception::default(),
+            jobs: jobs::Jobs::default(),
         }
     }
 
@@ -181,15 +190,49 @@ impl Node {
     /// # Errors
     /// As [`Format::write`].
     pub fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        self.write_with(&self.access(), offset, bufs)
+        self.change(&Change::write(offset, bufs))
     }
 
-    fn write_with(&self, access: &Access, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
-        let result = match self.zeroes_to_detect(bufs) {
-            Some(unmap) => access.write_zeroes(offset, iobuf::total_len(bufs), unmap),
-            None => access.write(offset, bufs),
+    /// As [`Node::write`], compressed.
+    ///
+    /// # Errors
+    /// As [`Format::write_compressed`].
+    pub fn write_compressed(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.change(&Change::compressed(offset, bufs))
+    }
+
+    fn change(&self, change: &Change<'_>) -> Result<()> {
+        {
+            let access = self.access();
+            if !self.intercepts(change) {
+                return self.make(&access, change);
+            }
+        }
+        let made = |change: &Change<'_>| (self.make(&self.access(), change), ());
+        self.interception.around(change, made).0
+    }
+
+    /// Whether a change has to go through interceptors; with an [`Access`]. Not one that the image
+    /// refuses.
+    fn intercepts(&self, change: &Change<'_>) -> bool {
+        self.intercepted()
+            && change.len > 0
+            && self.look(|format| !format.read_only() && change.end() <= format.size())
+    }
+
+    /// Makes a change, after the interceptors.
+    fn make(&self, access: &Access, change: &Change<'_>) -> Result<()> {
+        let Change { offset, len, kind } = *change;
+        let result = match kind {
+            ChangeKind::Write(bufs) => match self.zeroes_to_detect(bufs) {
+                Some(unmap) => access.write_zeroes(offset, len, unmap),
+                None => access.write(offset, bufs),
+            },
+            ChangeKind::Compressed(bufs) => access.write_compressed(offset, bufs),
+            ChangeKind::Zeroes { unmap } => access.write_zeroes(offset, len, unmap),
+            ChangeKind::Discard => access.discard(offset, len),
         };
-        self.note_write(offset, iobuf::total_len(bufs));
+        self.note_write(offset, len);
         result
     }
 
@@ -222,6 +265,10 @@ impl Node {
     /// As [`Format::resize`]; or somebody has a bitmap.
     pub fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
         let closed = self.close_gate();
+        if self.intercepted() {
+            // A change that no interceptor would see. The graph's permissions keep it from coming here.
+            return self.check_no_job();
+        }
         let (format, bitmaps) = (self.format(), self.bitmaps());
         if size != format.size() {
             bitmaps.check_resize(size)?;
@@ -239,13 +286,7 @@ impl Node {
     /// # Errors
     /// As [`Format::discard`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.discard_with(&self.access(), offset, len)
-    }
-
-    fn discard_with(&self, access: &Access, offset: u64, len: u64) -> Result<()> {
-        let result = access.discard(offset, len);
-        self.note_write(offset, len);
-        result
+        self.change(&Change::discard(offset, len))
     }
 
     /// Makes the range read as zeroes; with `unmap` its space may be given back.
@@ -253,13 +294,7 @@ impl Node {
     /// # Errors
     /// As [`Format::write_zeroes`].
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.write_zeroes_with(&self.access(), offset, len, unmap)
-    }
-
-    fn write_zeroes_with(&self, access: &Access, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let result = access.write_zeroes(offset, len, unmap);
-        self.note_write(offset, len);
-        result
+        self.change(&Change::zeroes(offset, len, unmap))
     }
 
     /// Tells those who watch that a range was changed, or that an attempt failed: part of it may
@@ -301,6 +336,19 @@ impl Node {
     /// The image below this one.
     pub fn backing(&self) -> Option<Arc<Node>> {
         self.details().backing.clone()
+    }
+
+    /// The node that shows what this one does, where it is a filter.
+    pub(crate) fn filtered(&self) -> Option<Arc<Node>> {
+        let live = self.live();
+        if live.format.driver() == "compress" { live.details.file.clone() } else { None }
+    }
+
+    /// Bytes that copies to the node are best made of: its clusters; 0 if it has none.
+    pub(crate) fn copy_unit(&self) -> u64 {
+        let live = self.live();
+        let cluster = live.details.qcow2.as_ref().map(|image| image.info().cluster_size);
+        cluster.or(live.format.compressed_cluster()).unwrap_or(0)
     }
 
     /// Asks the image without taking a handle, which would keep a reopen from replacing it.

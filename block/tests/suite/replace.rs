@@ -31,12 +31,12 @@ fn device(graph: &Graph, node: &str) -> Attachment {
 
 fn byte(link: &Link, offset: u64) -> u8 {
     let mut byte = [0xee];
-    link.enter().read(offset, &[ReadBuf::new(&mut byte)]).unwrap();
+    link.read(offset, &[ReadBuf::new(&mut byte)]).unwrap();
     byte[0]
 }
 
 fn put(link: &Link, offset: u64, value: u8) {
-    link.enter().write(offset, &[WriteBuf::new(&[value; 512])]).unwrap();
+    link.write(offset, &[WriteBuf::new(&[value; 512])], false).unwrap();
 }
 
 fn error_of<T>(result: block::Result<T>) -> String {

@@ -138,6 +138,26 @@ fn a_disk_missing_extra_or_resized_is_named() {
 }
 
 #[test]
+fn a_disk_that_a_block_job_copies_does_not_go_back_under_it() {
+    let machine = Machine::new(65536);
+    machine.save("t").unwrap();
+    let busy = "Node 'd1' is busy: block device is in use by block job: backup";
+    let job = machine.nodes[1].occupy_alone("backup").unwrap();
+    assert_eq!(open_error(&machine.nodes, "d0", "t"), busy);
+    drop(job);
+    let checkpoint = Checkpoint::open(&machine.nodes, "d0", "t").unwrap();
+    // One that begins between the checks and the change.
+    let job = machine.nodes[1].occupy_alone("backup").unwrap();
+    let error = checkpoint.revert_disks().err().unwrap().to_string();
+    assert!(error.contains(busy), "{error}");
+    drop(job);
+    let prepared = checkpoint.prepare_disks().unwrap();
+    assert!(machine.nodes[1].occupy_alone("backup").is_err());
+    prepared.revert().unwrap();
+    machine.nodes[1].check_no_job().unwrap();
+}
+
+#[test]
 fn a_machine_that_differs_is_refused_with_each_difference_and_stays_untouched() {
     let machine = Machine::new(65536);
     machine.save("t").unwrap();

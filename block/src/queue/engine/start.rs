@@ -42,8 +42,8 @@ impl Engine {
     }
 
     fn start(&mut self, request: Request, tries: u8, access: &Arc<Entered>) {
-        if detects_zeroes(&request, access) {
-            // The thread's write finds them again.
+        if intercepted(&request, access) || detects_zeroes(&request, access) {
+            // The thread's write finds out again, and may wait for what others do before it.
             return self.give_to_thread(Work::Request(request));
         }
         let mut located = self.spare_located.pop().unwrap_or_default();
@@ -165,6 +165,11 @@ impl Engine {
             self.transfer_failed(transfer, e);
         }
     }
+}
+
+/// Whether a request is a write that others have to act before. It stays so while `entered` is held.
+fn intercepted(request: &Request, entered: &Entered) -> bool {
+    matches!(request.op, Op::Write { .. }) && entered.node().intercepted()
 }
 
 /// Whether a request is a write that is to become one of zeroes.

@@ -94,7 +94,7 @@ impl Engine {
         REQUESTS.run(Box::new(move || {
             let done = match work {
                 Work::Request(request) => Done::Request(execute(&link, request)),
-                Work::Flush(ids) => Done::Flush(ids, caught(|| link.enter().flush())),
+                Work::Flush(ids) => Done::Flush(ids, caught(|| link.flush())),
             };
             // The owner may be the last to let the node go, once it has the completion.
             drop(link);
@@ -106,18 +106,12 @@ impl Engine {
 /// Carries out a request, waiting for it.
 fn execute(link: &Link, request: Request) -> Completion {
     let Request { id, op, mut bufs } = request;
-    let result = caught(|| {
-        let node = link.enter();
-        let (result, fua) = match op {
-            Op::Read { offset } => (node.read(offset, bufs.read_bufs()), false),
-            Op::Write { offset, fua } => (node.write(offset, bufs.write_bufs()), fua),
-            Op::Flush => (node.flush(), false),
-            Op::Discard { offset, len } => (node.discard(offset, len), false),
-            Op::WriteZeroes { offset, len, unmap, fua } => {
-                (node.write_zeroes(offset, len, unmap), fua)
-            }
-        };
-        if fua { result.and_then(|()| node.flush()) } else { result }
+    let result = caught(|| match op {
+        Op::Read { offset } => link.read(offset, bufs.read_bufs()),
+        Op::Write { offset, fua } => link.write(offset, bufs.write_bufs(), fua),
+        Op::Flush => link.flush(),
+        Op::Discard { offset, len } => link.discard(offset, len),
+        Op::WriteZeroes { offset, len, unmap, fua } => link.write_zeroes(offset, len, unmap, fua),
     });
     Completion { id, result, bufs }
 }

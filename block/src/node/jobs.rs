@@ -1,0 +1,121 @@
+//! Which jobs work on a node, exclusively ([`crate::graph::Claim`]) or beside others.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Node;
+use crate::{Error, Result};
+
+#[derive(Debug, Default)]
+struct List {
+    next: u64,
+    /// Ids and QMP's types.
+    jobs: Vec<(u64, &'static str)>,
+    /// Whether the one in the list lets no other come.
+    alone: bool,
+}
+
+/// The jobs of a node.
+#[derive(Debug, Default)]
+pub(super) struct Jobs(Mutex<List>);
+
+impl Jobs {
+    fn list(&self) -> MutexGuard<'_, List> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A job's use of a node; over when dropped.
+pub struct Occupied {
+    node: Arc<Node>,
+    id: u64,
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        let mut list = self.node.jobs.list();
+        list.jobs.retain(|(id, _)| *id != self.id);
+        list.alone = false;
+    }
+}
+
+impl Node {
+    /// Refuses a node that any job works on, also one that only copies it: for what replaces all of
+    /// its contents at once.
+    ///
+    /// # Errors
+    /// With QEMU's text.
+    pub fn check_no_job(&self) -> Result<()> {
+        match self.jobs.list().jobs.first() {
+            Some((_, job)) => Err(self.busy(job)),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes that a job of QMP's type `job` works on the node.
+    ///
+    /// # Errors
+    /// Its contents are being replaced; with QEMU's text.
+    pub(crate) fn occupy(self: &Arc<Self>, job: &'static str) -> Result<Occupied> {
+        let mut list = self.jobs.list();
+        match list.jobs.first() {
+            Some((_, other)) if list.alone => Err(self.busy(other)),
+            _ => Ok(list.add(self, job)),
+        }
+    }
+
+    /// As [`Node::occupy`], for who replaces all of the contents.
+    ///
+    /// # Errors
+    /// A job works on the node; with QEMU's text.
+    pub fn occupy_alone(self: &Arc<Self>, job: &'static str) -> Result<Occupied> {
+        let mut list = self.jobs.list();
+        match list.jobs.first() {
+            Some((_, other)) => Err(self.busy(other)),
+            None => {
+                list.alone = true;
+                Ok(list.add(self, job))
+            }
+        }
+    }
+
+    fn busy(&self, job: &str) -> Error {
+        Error::Invalid(format!(
+            "Node '{}' is busy: block device is in use by block job: {job}",
+            self.name()
+        ))
+    }
+}
+
+impl List {
+    fn add(&mut self, node: &Arc<Node>, job: &'static str) -> Occupied {
+        let id = self.next;
+        self.next += 1;
+        self.jobs.push((id, job));
+        Occupied { node: node.clone(), id }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raw::Raw;
+    use crate::storage::memory::MemoryStorage;
+
+    #[test]
+    fn jobs_share_a_node_unless_one_replaces_its_contents() {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 512]));
+        let node = Arc::new(Node::new("n", Arc::new(Raw::open(storage, false).unwrap())));
+        let text = "Node 'n' is busy: block device is in use by block job: ";
+        let refused = |result: Result<Occupied>| result.err().unwrap().to_string();
+        let backups = [node.occupy("backup").unwrap(), node.occupy("backup").unwrap()];
+        assert_eq!(refused(node.occupy_alone("snapshot-load")), format!("{text}backup"));
+        node.check_no_job().unwrap_err();
+        drop(backups);
+        node.check_no_job().unwrap();
+        let load = node.occupy_alone("snapshot-load").unwrap();
+        assert_eq!(refused(node.occupy("backup")), format!("{text}snapshot-load"));
+        assert_eq!(refused(node.occupy_alone("snapshot-load")), format!("{text}snapshot-load"));
+        drop(load);
+        drop(node.occupy("backup").unwrap());
+    }
+}
