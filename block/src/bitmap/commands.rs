@@ -128,7 +128,7 @@ impl Node {
     }
 
     /// Marks what the image has of a bitmap as out of date.
-    fn bitmap_changes(&self, bitmap: &Arc<Bitmap>) -> Result<()> {
+    pub(crate) fn bitmap_changes(&self, bitmap: &Arc<Bitmap>) -> Result<()> {
         match &self.details().qcow2 {
             Some(image) if bitmap.persistent() && !image.is_read_only() => {
                 image.bitmaps_out_of_date(|other| std::ptr::eq(other, &**bitmap))

@@ -111,6 +111,8 @@ pub(crate) enum Stored {
 #[derive(Debug)]
 struct State {
     bits: Bits,
+    /// What was written since an operation that has the bitmap began: also in `bits`.
+    since: Option<Bits>,
     /// Bytes of the disk.
     size: u64,
     enabled: bool,
@@ -177,6 +179,7 @@ impl Bitmap {
             granularity,
             state: Mutex::new(State {
                 bits: Bits::new(granularity.count(size)),
+                since: None,
                 size,
                 enabled: start.enabled,
                 persistent: start.persistent,
@@ -297,7 +300,44 @@ impl Bitmap {
     pub(crate) fn note(&self, offset: u64, len: u64) {
         let mut state = self.state();
         if state.enabled && !state.inconsistent {
-            state.bits.set(self.granularity.touched(offset, len));
+            let bits = self.granularity.touched(offset, len);
+            if let Some(since) = &mut state.since {
+                since.set(bits.clone());
+            }
+            state.bits.set(bits);
+            state.changed = true;
+        }
+    }
+
+    /// Dirty ranges of bytes, in order.
+    pub(crate) fn dirty_ranges(&self) -> Vec<Range<u64>> {
+        let state = self.state();
+        let shift = self.granularity.bits();
+        let (mut at, mut list) = (0, Vec::new());
+        while let Some(first) = state.bits.next_set(at) {
+            at = state.bits.next_clear(first);
+            list.push(first << shift..(at << shift).min(state.size));
+        }
+        list
+    }
+
+    /// Notes from now on what is written since, for [`Bitmap::end_since`]. Until then the bitmap has both:
+    /// whatever happens, it never lacks anything. For who has the bitmap.
+    pub(crate) fn begin_since(&self) {
+        let mut state = self.state();
+        state.since = Some(Bits::new(self.granularity.count(state.size)));
+    }
+
+    /// Ends [`Bitmap::begin_since`]: the bitmap has what was written since, and `left`; or, without `left`, all
+    /// that it had. What the image has of it must be marked as out of date before.
+    pub(crate) fn end_since(&self, left: Option<&[Range<u64>]>) {
+        let mut state = self.state();
+        let Some(mut since) = state.since.take() else { return };
+        if let Some(left) = left {
+            for range in left {
+                since.set(self.granularity.touched(range.start, range.end - range.start));
+            }
+            state.bits = since;
             state.changed = true;
         }
     }

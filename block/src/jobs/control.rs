@@ -115,8 +115,11 @@ struct State {
 
 type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
 
-/// Between one operation and those who watch it. See the module.
-pub struct Control {
+/// Between one operation and those who watch it. See the module. Clones are one control.
+#[derive(Clone)]
+pub struct Control(Arc<Shared>);
+
+struct Shared {
     progress: Progress,
     state: Mutex<State>,
     changed: Condvar,
@@ -126,7 +129,7 @@ pub struct Control {
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("state", &self.state).finish_non_exhaustive()
+        f.debug_struct("Control").field("state", &self.0.state).finish_non_exhaustive()
     }
 }
 
@@ -142,32 +145,33 @@ impl Control {
     pub fn new(observer: impl Fn(Notice) + Send + Sync + 'static) -> Self {
         let observer: Observer = Arc::new(observer);
         let paused = Arc::clone(&observer);
-        Self {
+        Self(Arc::new(Shared {
             progress: Progress::watched(move || paused(Notice::Paused)),
             state: Mutex::default(),
             changed: Condvar::new(),
             observer,
             start: Instant::now(),
-        }
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn now(&self) -> Duration {
-        self.start.elapsed()
+        self.0.start.elapsed()
     }
 
     /// Changes the state and has the operation look at it.
     fn change(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.state());
-        self.changed.notify_all();
+        self.0.changed.notify_all();
     }
 
     /// Bytes done, and the expected sum. Both only grow.
     pub fn progress(&self) -> (u64, u64) {
-        self.progress.get()
+        let (current, total) = self.0.progress.get();
+        (current, total.max(current))
     }
 
     /// Ends the operation. Without `force`, one that is ready succeeds with its copy as it is and the
@@ -178,7 +182,7 @@ impl Control {
                 state.finish = Some(Finish::Leave);
             } else {
                 state.cancelled = true;
-                self.progress.cancel();
+                self.0.progress.cancel();
             }
         });
     }
@@ -186,7 +190,7 @@ impl Control {
     /// Asks the operation to rest; [`Notice::Paused`] tells that it does.
     pub fn pause(&self) {
         self.change(|state| state.pause = true);
-        self.progress.pause();
+        self.0.progress.pause();
     }
 
     /// Lets it go on. What failed before is forgotten.
@@ -196,7 +200,7 @@ impl Control {
             state.resumed += 1;
             state.io_status = IoStatus::Ok;
         });
-        self.progress.resume();
+        self.0.progress.resume();
     }
 
     /// Asks an operation that is ready to complete, once it is not paused.
@@ -236,29 +240,29 @@ impl Control {
 impl Control {
     /// Adds bytes to do.
     pub fn add_total(&self, bytes: u64) {
-        self.progress.add_total(bytes);
+        self.0.progress.add_total(bytes);
     }
 
     /// Adds bytes done.
     pub fn advance(&self, bytes: u64) {
-        self.progress.advance(bytes);
+        self.0.progress.advance(bytes);
     }
 
     /// Says that so many bytes are still to do: the sum grows if they are more than was expected.
     pub fn set_remaining(&self, bytes: u64) {
-        let (current, total) = self.progress.get();
-        self.progress.add_total((current + bytes).saturating_sub(total));
+        let (current, total) = self.0.progress.get();
+        self.0.progress.add_total((current + bytes).saturating_sub(total));
     }
 
     /// Says that all is done.
     pub fn caught_up(&self) {
-        let (current, total) = self.progress.get();
-        self.progress.advance(total.saturating_sub(current));
+        let (current, total) = self.0.progress.get();
+        self.0.progress.advance(total.saturating_sub(current));
     }
 
     /// For steps that know nothing but progress, pauses and the end.
     pub fn steps(&self) -> &Progress {
-        &self.progress
+        &self.0.progress
     }
 
     /// Rests while it is to be paused.
@@ -271,11 +275,11 @@ impl Control {
             state.paused = true;
             let resumed = state.resumed;
             drop(state);
-            (self.observer)(Notice::Paused);
+            (self.0.observer)(Notice::Paused);
             // A pause that follows a resume at once is another one, and told again.
             let resting =
                 |state: &mut State| state.pause && !state.cancelled && state.resumed == resumed;
-            let changed = self.changed.wait_while(self.state(), resting);
+            let changed = self.0.changed.wait_while(self.state(), resting);
             state = changed.unwrap_or_else(PoisonError::into_inner);
             state.paused = false;
         }
@@ -287,13 +291,24 @@ impl Control {
     /// # Errors
     /// [`Error::Cancelled`] once it is to end.
     pub fn throttle(&self, bytes: u64) -> Result<()> {
-        loop {
+        while !self.pace(bytes) {
             self.rest()?;
+        }
+        Ok(())
+    }
+
+    /// Says whether `bytes` more may be copied now; else a pause or the end was asked for: call
+    /// [`Control::rest`] once nothing is under way. Waits for the speed that is set.
+    pub fn pace(&self, bytes: u64) -> bool {
+        loop {
             let mut state = self.state();
+            if state.pause || state.cancelled {
+                return false;
+            }
             let wait = state.speed.wait(self.now());
             if wait.is_zero() {
                 state.speed.take(bytes);
-                return Ok(());
+                return true;
             }
             self.wait_for(state, wait, |_| false);
         }
@@ -310,13 +325,13 @@ impl Control {
         let same = |state: &mut State| {
             !state.pause && !state.cancelled && state.speed.rate() == rate && !until(state)
         };
-        drop(self.changed.wait_timeout_while(state, time, same));
+        drop(self.0.changed.wait_timeout_while(state, time, same));
     }
 
     /// Tells that source and target are the same.
     pub fn ready(&self) {
         if !std::mem::replace(&mut self.state().ready, true) {
-            (self.observer)(Notice::Ready);
+            (self.0.observer)(Notice::Ready);
         }
     }
 
@@ -339,7 +354,7 @@ impl Control {
             let quiet = |state: &mut State| {
                 !state.pause && !state.cancelled && state.finish.is_none() && !work()
             };
-            state = self.changed.wait_while(state, quiet).unwrap_or_else(PoisonError::into_inner);
+            state = self.0.changed.wait_while(state, quiet).unwrap_or_else(PoisonError::into_inner);
             state.idle = false;
             if state.pause || state.cancelled {
                 continue;
@@ -378,7 +393,7 @@ impl Control {
             // Before it is told: whoever hears of it may resume at once.
             (state.pause, state.io_status) = (true, io_status);
         }
-        (self.observer)(Notice::Error { read: side == Side::Source, action, nospace });
+        (self.0.observer)(Notice::Error { read: side == Side::Source, action, nospace });
         match action {
             Action::Report => return Err(error),
             Action::Stop => {}
@@ -392,188 +407,4 @@ impl Control {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc::{Receiver, channel};
-    use std::thread;
-
-    use super::*;
-
-    fn control() -> (Arc<Control>, Receiver<Notice>) {
-        let (tell, told) = channel();
-        let tell = Mutex::new(tell);
-        let control = Control::new(move |notice| tell.lock().unwrap().send(notice).unwrap());
-        (Arc::new(control), told)
-    }
-
-    fn io_error(errno: i32) -> Error {
-        let source = std::io::Error::from_raw_os_error(errno);
-        Error::Io { operation: "write", filename: "f".to_owned(), offset: 0, source }
-    }
-
-    #[test]
-    fn a_paused_operation_rests_until_it_is_resumed() {
-        let (control, told) = control();
-        control.rest().unwrap();
-        control.pause();
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| control.rest());
-            assert_eq!(told.recv().unwrap(), Notice::Paused);
-            assert!(!control.busy() && !operation.is_finished());
-            control.resume();
-            operation.join().unwrap().unwrap();
-        });
-        assert!(control.busy());
-    }
-
-    #[test]
-    fn a_pause_right_after_a_resume_is_told_again() {
-        let (control, told) = control();
-        control.pause();
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| {
-                loop {
-                    control.rest()?;
-                    thread::yield_now();
-                }
-            });
-            for _ in 0..100 {
-                assert_eq!(told.recv().unwrap(), Notice::Paused);
-                control.resume();
-                control.pause();
-            }
-            control.cancel(true);
-            let ended: Result<()> = operation.join().unwrap();
-            assert!(matches!(ended, Err(Error::Cancelled)));
-        });
-    }
-
-    #[test]
-    fn a_cancelled_operation_ends_where_it_rests_waits_or_idles() {
-        type Wait = fn(&Control) -> Result<()>;
-        let waits: [Wait; 4] = [
-            |control| {
-                control.pause();
-                control.rest()
-            },
-            |control| {
-                control.set_speed(1);
-                control.throttle(1 << 40)?;
-                control.throttle(1)
-            },
-            |control| control.idle(|| false).map(drop),
-            |control| control.failed(OnError::Stop, Side::Target, io_error(libc::EIO)),
-        ];
-        for wait in waits {
-            let (control, _told) = control();
-            thread::scope(|scope| {
-                let operation = scope.spawn(|| wait(&control));
-                control.cancel(false);
-                assert!(matches!(operation.join().unwrap(), Err(Error::Cancelled)));
-            });
-            control.steps().check().unwrap_err();
-        }
-    }
-
-    #[test]
-    fn a_speed_that_is_lifted_lets_the_operation_go_on() {
-        let (control, _told) = control();
-        control.set_speed(1);
-        assert_eq!(control.speed(), 1);
-        control.throttle(1 << 40).unwrap();
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| control.throttle(1));
-            control.set_speed(0);
-            operation.join().unwrap().unwrap();
-        });
-    }
-
-    #[test]
-    fn a_pause_and_its_end_are_heeded_while_waiting_for_the_speed() {
-        let (control, told) = control();
-        control.set_speed(1);
-        control.throttle(1 << 40).unwrap();
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| control.throttle(1));
-            control.pause();
-            assert_eq!(told.recv().unwrap(), Notice::Paused);
-            control.set_speed(0);
-            control.resume();
-            operation.join().unwrap().unwrap();
-        });
-    }
-
-    #[test]
-    fn an_idle_operation_is_woken_by_work_and_by_its_end_but_not_while_paused() {
-        let (control, told) = control();
-        let work = std::sync::atomic::AtomicBool::new(false);
-        let look = || work.load(std::sync::atomic::Ordering::Relaxed);
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| control.idle(look));
-            work.store(true, std::sync::atomic::Ordering::Relaxed);
-            control.wake();
-            assert_eq!(operation.join().unwrap().unwrap(), Wake::Work);
-        });
-        work.store(false, std::sync::atomic::Ordering::Relaxed);
-        control.pause();
-        thread::scope(|scope| {
-            let operation = scope.spawn(|| control.idle(look));
-            assert_eq!(told.recv().unwrap(), Notice::Paused);
-            control.complete();
-            assert!(!operation.is_finished());
-            control.resume();
-            assert_eq!(operation.join().unwrap().unwrap(), Wake::Finish(Finish::Complete));
-        });
-    }
-
-    #[test]
-    fn cancelling_a_ready_operation_leaves_its_copy_unless_forced() {
-        let (control, told) = control();
-        control.ready();
-        control.ready();
-        assert_eq!(told.try_iter().collect::<Vec<_>>(), [Notice::Ready]);
-        control.cancel(false);
-        assert_eq!(control.idle(|| false).unwrap(), Wake::Finish(Finish::Leave));
-        control.cancel(true);
-        assert!(matches!(control.rest(), Err(Error::Cancelled)));
-    }
-
-    #[test]
-    fn errors_are_reported_ignored_or_stop_the_operation() {
-        let (control, told) = control();
-        let failed = |policy, errno| control.failed(policy, Side::Target, io_error(errno));
-        let error = |action, nospace| Notice::Error { read: false, action, nospace };
-        failed(OnError::Report, libc::EIO).unwrap_err();
-        assert_eq!(told.recv().unwrap(), error(Action::Report, false));
-        failed(OnError::Enospc, libc::EIO).unwrap_err();
-        assert_eq!(told.recv().unwrap(), error(Action::Report, false));
-        failed(OnError::Ignore, libc::EIO).unwrap();
-        assert_eq!(told.recv().unwrap(), error(Action::Ignore, false));
-        for (errno, io_status) in [(libc::ENOSPC, IoStatus::NoSpace), (libc::EIO, IoStatus::Failed)]
-        {
-            let policy = if errno == libc::EIO { OnError::Stop } else { OnError::Enospc };
-            thread::scope(|scope| {
-                let operation = scope.spawn(|| failed(policy, errno));
-                assert_eq!(told.recv().unwrap(), error(Action::Stop, errno == libc::ENOSPC));
-                assert_eq!(told.recv().unwrap(), Notice::Paused);
-                assert_eq!(control.io_status(), io_status);
-                control.resume();
-                operation.join().unwrap().unwrap();
-            });
-            assert_eq!(control.io_status(), IoStatus::Ok);
-        }
-    }
-
-    #[test]
-    fn progress_only_grows() {
-        let control = Control::default();
-        control.add_total(100);
-        control.advance(60);
-        control.set_remaining(30);
-        assert_eq!(control.progress(), (60, 100));
-        control.set_remaining(70);
-        assert_eq!(control.progress(), (60, 130));
-        control.caught_up();
-        control.caught_up();
-        assert_eq!(control.progress(), (130, 130));
-    }
-}
+mod tests;

@@ -11,14 +11,21 @@
 //! that is its moment. A [`Control`] tells the operation to pause, end, or go slower, and others how
 //! far it is. See `docs/block-jobs.md`.
 
+mod backup;
+mod chunks;
 mod commit;
 mod control;
+mod copy;
 mod create;
+mod crew;
+mod mirror;
 mod stream;
 
+pub use backup::{Backup, BackupOptions, BitmapMode, OnCbwError, Sync};
 pub use commit::{Commit, CommitOptions};
 pub use control::{Action, Control, Finish, IoStatus, Notice, OnError, Side, Wake};
 pub use create::Create;
+pub use mirror::{CopyMode, Mirror, MirrorHandle, MirrorOptions};
 pub use stream::{Stream, StreamOptions};
 
 use crate::Result;

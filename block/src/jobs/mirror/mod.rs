@@ -1,0 +1,365 @@
+//! blockdev-mirror: a node that is kept the same as another, until it takes its place or is let go.
+//!
+//! ```text
+//!   new: changes are tracked ──> run: copy what is marked ──> ready ──> complete or leave asked for
+//!                                       ^        │ nothing left            │
+//!                                       └── marked by writes               v
+//!                                               write-blocking, copy what is left ──> commit
+//!   commit: requests held ──> the rest copied ──> target durable ──> the target takes the place ──> let go
+//! ```
+//!
+//! **Order.** A part is unmarked before it is read and marked again if it changes meanwhile, so what is
+//! not marked, nor at work, is the same on both sides. `commit` holds requests: nothing is marked any
+//! more then, and the two are the same when the last part is copied. The target is durable before it
+//! takes the place, so nothing that the guest was told is durable is lost with the source.
+//!
+//! Writes may come faster than they can be copied. Once the end is asked for they go to both sides
+//! before they complete, so what is left only shrinks, and the guest is held for little.
+//!
+//! Up to the change of the graph, which is all or nothing, a failure leaves the source in its place.
+
+mod options;
+mod tracker;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+pub use options::{CopyMode, MirrorOptions};
+
+use tracker::Tracker;
+
+use super::chunks::Chunks;
+use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
+use super::crew::{Crew, PARALLEL, with_crew};
+use super::{Control, Finish, Operation, Side, Sync, Wake};
+use crate::graph::{Attachment, Claim, Graph, Intercepting, User};
+use crate::perm::{Perm, Permissions};
+use crate::{Error, Result, WriteObserver};
+
+/// Once all was copied, no more than this being left counts as ready, in bytes: a guest that always
+/// writes would hardly ever let there be nothing.
+const NEARLY: u64 = 1 << 20;
+
+/// A mirror. Changes are tracked from [`Mirror::new`] on.
+pub struct Mirror {
+    graph: Graph,
+    options: MirrorOptions,
+    tracker: Arc<Tracker>,
+    intercepting: Option<Intercepting>,
+    finish: Option<Finish>,
+    attached: Option<[Attachment; 2]>,
+    _claim: Claim,
+}
+
+/// A mirror as those see it who watch it.
+#[derive(Clone)]
+pub struct MirrorHandle(Arc<Tracker>);
+
+impl MirrorHandle {
+    /// Has writes go to both sides before they complete, from soon on: block-job-change. There is no
+    /// way back, as in QEMU.
+    pub fn set_write_blocking(&self) {
+        self.0.set_blocking();
+    }
+
+    /// Whether writes go to both sides and these are the same: QMP's `actively-synced`.
+    pub fn actively_synced(&self) -> bool {
+        self.0.wants_blocking() && self.0.chunks().is_clean()
+    }
+}
+
+type Done = std::result::Result<(), Failed>;
+type Pieces<'a> = Crew<'a, (Range<u64>, Kind), Done>;
+
+impl Mirror {
+    /// Checks, and tracks changes from now on.
+    ///
+    /// # Errors
+    /// With QEMU's texts. Nothing is changed then.
+    pub fn new(graph: &Graph, options: MirrorOptions) -> Result<Self> {
+        let find = |name: &str| {
+            let missing =
+                || Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'"));
+            graph.get(name).ok_or_else(missing)
+        };
+        let source = find(&options.source)?;
+        graph.check_root(&options.source)?;
+        let target = find(&options.target)?;
+        options.check()?;
+        if Arc::ptr_eq(&source, &target) {
+            return Err(Error::Invalid("Can't mirror node into itself".to_owned()));
+        }
+        options.check_replaces(graph, &source)?;
+        graph.check_no_format_above(&options.target)?;
+        target.check_no_job()?;
+        let claim = graph.claim(&[&options.source, &options.target], "mirror")?;
+        // The target is not what it is to be before the end: nobody else uses it.
+        let (read, write) = (Perm::CONSISTENT_READ, Perm::WRITE);
+        let to = User::unnamed(write, Perm::WRITE_UNCHANGED);
+        let attached = [
+            graph.attach(&options.source, User::unnamed(read, Perm::all() - Perm::RESIZE))?,
+            graph.attach(&options.target, to)?,
+        ];
+        let unit = options.unit(&target);
+        let most = (options.buf_size() / PARALLEL as u64).min(PIECE);
+        let copier = Copier {
+            source: source.clone(),
+            target,
+            top_only: false,
+            compress: false,
+            unmap: options.unmap,
+            piece: (most - most % unit).max(unit),
+            spare: Mutex::default(),
+        };
+        let blocking = options.copy_mode == CopyMode::WriteBlocking;
+        let chunks = Chunks::new(source.size(), unit);
+        let tracker = Arc::new(Tracker::new(copier, chunks, blocking));
+        let mut mirror = Self {
+            graph: graph.clone(),
+            options,
+            tracker: tracker.clone(),
+            intercepting: None,
+            finish: None,
+            attached: Some(attached),
+            _claim: claim,
+        };
+        // From before the first look at the source, so that nothing is missed.
+        source.observe(tracker);
+        mirror.heed_mode()?;
+        Ok(mirror)
+    }
+
+    /// For those who watch.
+    pub fn handle(&self) -> MirrorHandle {
+        MirrorHandle(self.tracker.clone())
+    }
+
+    fn chunks(&self) -> &Chunks {
+        self.tracker.chunks()
+    }
+
+    /// Has writes go to both sides, if that is asked for and not so yet.
+    fn heed_mode(&mut self) -> Result<()> {
+        if self.intercepting.is_some() || !self.tracker.wants_blocking() {
+            return Ok(());
+        }
+        let held = self.graph.hold(&[&self.options.source])?;
+        let (source, target) = (&self.tracker.copier().source, &self.tracker.copier().target);
+        let intercepting = self.graph.intercept(&held, source, target, self.tracker.clone());
+        self.intercepting = Some(intercepting);
+        Ok(())
+    }
+
+    /// Ends the tracking.
+    fn let_go(&mut self) {
+        self.intercepting = None;
+        let observer: Arc<dyn WriteObserver> = self.tracker.clone();
+        self.tracker.copier().source.unobserve(&observer);
+    }
+
+    /// Marks what is to be copied of what there is.
+    fn mark(&self, control: &Control) -> Result<()> {
+        let size = self.tracker.copier().source.size();
+        match self.options.sync {
+            Sync::Top => {
+                let mut at = 0;
+                while at < size {
+                    control.rest()?;
+                    at = self.mark_own(at, size, control)?;
+                }
+            }
+            Sync::Full => {
+                self.chunks().mark(0..size);
+            }
+            Sync::None | Sync::Incremental | Sync::Bitmap => {}
+        }
+        Ok(())
+    }
+
+    /// Marks what the source's own image has of a part from `at` on; gives the part's end.
+    fn mark_own(&self, at: u64, size: u64, control: &Control) -> Result<u64> {
+        let len = LOOK.min(size - at);
+        let list = self.tracker.copier().source.access().block_status(at, len);
+        let list = match list {
+            Ok(list) => list,
+            Err(error) => {
+                self.failed(control, Failed { side: Side::Source, error })?;
+                return Ok(at);
+            }
+        };
+        let mut end = at;
+        for extent in list {
+            if extent.depth == 1 {
+                self.chunks().mark(end..end + extent.len);
+            }
+            end += extent.len;
+        }
+        Ok(end)
+    }
+
+    fn failed(&self, control: &Control, failed: Failed) -> Result<()> {
+        let policy = match failed.side {
+            Side::Source => self.options.on_source_error,
+            Side::Target => self.options.on_target_error,
+        };
+        control.failed(policy, failed.side, failed.error)
+    }
+
+    /// Copies what is marked, now and later, until the end is asked for and nothing is left.
+    fn keep_same(&mut self, control: &Control, crew: &mut Pieces<'_>) -> Result<Finish> {
+        let first = self.chunks().remaining();
+        loop {
+            if control.finish().is_some() {
+                self.tracker.set_blocking();
+            }
+            self.heed_mode()?;
+            self.tell_progress(control, first);
+            let mut wrong = self.tracker.take_failed();
+            if wrong.is_none() {
+                let next = match crew.has_room() {
+                    true => self.tracker.next_piece(Way::Through),
+                    false => Ok(None),
+                };
+                match next {
+                    Ok(Some((range, kind))) => {
+                        let bytes = if kind == Kind::Data { range.end - range.start } else { 0 };
+                        if control.pace(bytes) {
+                            crew.give((range, kind));
+                            continue;
+                        }
+                        self.chunks().finish(&range, false);
+                    }
+                    Ok(None) if crew.is_idle() => match self.rest_when_same(control)? {
+                        Some(finish) => return Ok(finish),
+                        None => continue,
+                    },
+                    Ok(None) => match crew.next() {
+                        Some(Err(failed)) => wrong = Some(failed),
+                        _ => continue,
+                    },
+                    Err(failed) => wrong = Some(failed),
+                }
+            }
+            // Nothing may be under way when it rests.
+            while let Some(result) = crew.next() {
+                if let Err(failed) = result
+                    && wrong.is_none()
+                {
+                    wrong = Some(failed);
+                }
+            }
+            match wrong {
+                Some(failed) => self.failed(control, failed)?,
+                None => control.rest()?,
+            }
+        }
+    }
+
+    /// Nothing is left to copy: waits for more, or gives how it is to end.
+    fn rest_when_same(&self, control: &Control) -> Result<Option<Finish>> {
+        if self.chunks().any() {
+            // All of it is touched by writes that go to both sides.
+            self.chunks().wait_for_free();
+            return Ok(None);
+        }
+        control.caught_up();
+        control.ready();
+        match control.finish() {
+            // Since writes go to both sides, all that was marked before has been copied.
+            Some(finish) if self.intercepting.is_some() => return Ok(Some(finish)),
+            Some(_) => return Ok(None),
+            None => {}
+        }
+        let work = || {
+            self.chunks().any()
+                || self.tracker.has_failed()
+                || (self.tracker.wants_blocking() && self.intercepting.is_none())
+        };
+        match control.idle(work)? {
+            Wake::Work | Wake::Finish(_) => Ok(None),
+        }
+    }
+
+    /// What is left is never less than what is told; ready is told once little is left.
+    fn tell_progress(&self, control: &Control, first: u64) {
+        let left = self.chunks().remaining();
+        if !control.is_ready() && left <= NEARLY && control.progress().0 >= first {
+            control.caught_up();
+            control.ready();
+        }
+        control.set_remaining(left);
+    }
+
+    /// Copies what is left, with requests to the source held.
+    fn copy_rest(&self) -> Result<()> {
+        let tracker = &self.tracker;
+        while let Some((range, kind)) = tracker.next_piece(Way::Held).map_err(|f| f.error)? {
+            tracker.do_piece(&range, kind, Way::Held).map_err(|f| f.error)?;
+        }
+        tracker.copier().target.format().flush()
+    }
+
+    /// The target takes the place of the source, or of what is to be replaced.
+    fn pivot(&mut self) -> Result<()> {
+        let replaced = self.options.replaces.as_ref().unwrap_or(&self.options.source).clone();
+        let Some([_, target]) = &self.attached else { return Ok(()) };
+        // What a guest lets others do, so that it can come.
+        let reading = Permissions { used: Perm::CONSISTENT_READ, shared: Perm::all() };
+        target.set_permissions(reading)?;
+        match self.graph.replace(&replaced, &self.options.target) {
+            Ok(()) => {
+                self.attached = None;
+                Ok(())
+            }
+            Err(error) => {
+                let before = Permissions { used: Perm::WRITE, shared: Perm::WRITE_UNCHANGED };
+                if let Err(e) = target.set_permissions(before) {
+                    tracing::debug!("the target's use could not be taken up again: {e}");
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Operation for Mirror {
+    fn run(&mut self, control: &Control) -> Result<()> {
+        let Copier { source, target, .. } = self.tracker.copier();
+        if source.size() != target.size() {
+            return Err(Error::Invalid("Source and target image have different sizes".to_owned()));
+        }
+        self.tracker.report_to(control);
+        self.mark(control)?;
+        let tracker = self.tracker.clone();
+        let work = |(range, kind): (Range<u64>, Kind)| tracker.do_piece(&range, kind, Way::Through);
+        let finish = with_crew(&work, |crew| {
+            let result = self.keep_same(control, crew);
+            while crew.next().is_some() {}
+            result
+        })?;
+        self.finish = Some(finish);
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        let held = self.graph.hold(&[&self.options.source])?;
+        self.copy_rest()?;
+        if self.finish == Some(Finish::Complete) {
+            self.pivot()?;
+        }
+        // Before requests go on: they are nobody's but the guest's from then on.
+        self.let_go();
+        drop(held);
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        self.let_go();
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
