@@ -42,22 +42,6 @@ impl Graph {
         }
     }
 
-    /// Refuses a node that others are above.
-    ///
-    /// # Errors
-    /// With QEMU's text.
-    pub(crate) fn check_root(&self, name: &str) -> Result<()> {
-        let state = self.state();
-        let above = |parent: &Parent| matches!(parent, Parent::Node(_));
-        let has_parent = state.users_of(name).any(|edge| above(&edge.parent));
-        // QEMU has a filter above a node that is copied before it is written.
-        let copied = state.get(name).is_some_and(|node| node.check_no_job().is_err());
-        if has_parent || copied {
-            return Err(Error::Invalid("Need a root block node".to_owned()));
-        }
-        Ok(())
-    }
-
     /// Has changes of `from`, which is held, go through `interceptor`, which writes to `to`.
     pub(crate) fn intercept(
         &self,

@@ -84,6 +84,10 @@ impl Mirror {
         };
         let source = find(&options.source)?;
         graph.check_root(&options.source)?;
+        if source.check_no_job().is_err() {
+            // QEMU has a filter above it then.
+            return Err(Error::Invalid("Need a root block node".to_owned()));
+        }
         let target = find(&options.target)?;
         options.check()?;
         if Arc::ptr_eq(&source, &target) {
