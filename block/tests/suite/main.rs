@@ -6,6 +6,8 @@
     reason = "tests fail by panicking, and their numbers are small"
 )]
 
+mod bitmap_changes;
+mod bitmap_tools;
 mod bitmaps;
 mod chains;
 mod check;

@@ -77,7 +77,7 @@ fn read(image: &Qcow2, at: u64) -> [u8; 512] {
 fn the_lock_is_free_at_every_flush_of_a_save_its_rollback_and_a_deletion() {
     let (storage, image) = image();
     let image = Arc::new(image);
-    image.write(0, &[WriteBuf::new(&vec![1; 20 * CLUSTER as usize])]).unwrap();
+    image.write(0, &[WriteBuf::new(&vec![1; 20 << 16])]).unwrap();
     let flushes = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
     let (watched, counts) = (Arc::downgrade(&image), flushes.clone());
     storage.before_flush(move || {
