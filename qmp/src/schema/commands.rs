@@ -4,6 +4,7 @@ use super::CommandInfo;
 use super::arguments::*;
 use super::block_jobs::*;
 use super::checkpoints::*;
+use super::graph::*;
 use super::macros::command_enum;
 use super::transaction::*;
 use super::types::*;
@@ -48,6 +49,12 @@ command_enum! {
     BlockdevReopen(BlockdevReopenArguments) = "blockdev-reopen" -> ();
     /// Gives a disk another size.
     BlockResize(BlockResizeArguments) = "block_resize" -> ();
+    /// Puts an overlay that is open on top of a node in use: a snapshot of it.
+    BlockdevSnapshot(BlockdevSnapshot) = "blockdev-snapshot" -> ();
+    /// Creates or opens an overlay and puts it on top of a node in use: a snapshot of it.
+    BlockdevSnapshotSync(BlockdevSnapshotSync) = "blockdev-snapshot-sync" -> ();
+    /// Has an image name another backing file, the one that is open staying the same.
+    ChangeBackingFile(ChangeBackingFileArguments) = "change-backing-file" -> ();
     /// Starts the NBD server.
     NbdServerStart(NbdServerArguments) = "nbd-server-start" -> ();
     /// Ends the NBD server with all its exports: BLOCK_EXPORT_DELETED of each before the reply.

@@ -11,6 +11,7 @@ mod check;
 mod checkpoints;
 mod commands;
 mod events;
+mod graph;
 mod macros;
 mod transaction;
 mod types;
@@ -27,6 +28,7 @@ pub use checkpoints::*;
 pub(crate) use commands::Control;
 pub use commands::{Command, commands, find};
 pub use events::{EVENTS, Event};
+pub use graph::*;
 pub use transaction::*;
 pub use types::*;
 

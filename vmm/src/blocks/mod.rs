@@ -12,6 +12,7 @@
 
 mod bitmaps;
 pub mod exports;
+pub mod graph;
 pub mod jobs;
 pub mod transaction;
 pub mod worker;
@@ -49,6 +50,9 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockdevDel(_)
             | Command::BlockdevReopen(_)
             | Command::BlockResize(_)
+            | Command::BlockdevSnapshot(_)
+            | Command::BlockdevSnapshotSync(_)
+            | Command::ChangeBackingFile(_)
             | Command::NbdServerStart(_)
             | Command::NbdServerStop
             | Command::BlockExportAdd(_)
@@ -128,6 +132,13 @@ impl Blocks {
                 done()
             }
             Command::BlockResize(arguments) => self.resize(&arguments),
+            Command::BlockdevSnapshot(arguments) => self.snapshot(&arguments).and_then(|()| done()),
+            Command::BlockdevSnapshotSync(arguments) => {
+                self.snapshot_sync(&arguments).and_then(|()| done())
+            }
+            Command::ChangeBackingFile(arguments) => {
+                self.change_backing_file(&arguments).and_then(|()| done())
+            }
             Command::NbdServerStart(arguments) => {
                 self.exports.start(&NbdServerSpec::from_arguments(arguments)?)?;
                 done()
