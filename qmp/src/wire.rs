@@ -15,27 +15,37 @@ pub(crate) struct Incoming {
     pub(crate) id: Option<Value>,
     pub(crate) name: String,
     pub(crate) arguments: Map<String, Value>,
+    /// It was sent with `exec-oob`.
+    pub(crate) oob: bool,
 }
 
-/// The members of a request, or the id, if it has one, and what is wrong.
-pub(crate) fn parse_request(value: Value) -> Result<Incoming, (Option<Value>, Error)> {
+/// The members of a request, or the id, if it has one, and what is wrong. `oob` tells whether the
+/// client has enabled out-of-band execution.
+pub(crate) fn parse_request(value: Value, oob: bool) -> Result<Incoming, (Option<Value>, Error)> {
     let Value::Object(mut members) = value else {
         return Err((None, Error::generic("QMP input must be a JSON object")));
     };
     let id = members.remove("id");
-    match request_members(members) {
-        Ok((name, arguments)) => Ok(Incoming { id, name, arguments }),
+    match request_members(members, oob) {
+        Ok(incoming) => Ok(Incoming { id, ..incoming }),
         Err(text) => Err((id, Error::generic(text))),
     }
 }
 
-fn request_members(members: Map<String, Value>) -> Result<(String, Map<String, Value>), String> {
-    let mut name = None;
+fn request_members(members: Map<String, Value>, oob: bool) -> Result<Incoming, String> {
+    let mut command = None;
     let mut arguments = Map::new();
     for (member, value) in members {
         match (member.as_str(), value) {
-            ("execute", Value::String(text)) => name = Some(text),
+            ("execute", _) if command.is_some() => {
+                return Err("QMP input member 'execute' clashes with 'exec-oob'".into());
+            }
+            ("execute", Value::String(text)) => command = Some((text, false)),
+            ("exec-oob", Value::String(text)) if oob => command = Some((text, true)),
             ("execute", _) => return Err("QMP input member 'execute' must be a string".into()),
+            ("exec-oob", _) if oob => {
+                return Err("QMP input member 'exec-oob' must be a string".into());
+            }
             ("arguments", Value::Object(object)) => arguments = object,
             ("arguments", _) => {
                 return Err("QMP input member 'arguments' must be an object".into());
@@ -43,8 +53,8 @@ fn request_members(members: Map<String, Value>) -> Result<(String, Map<String, V
             _ => return Err(format!("QMP input member '{member}' is unexpected")),
         }
     }
-    match name {
-        Some(name) => Ok((name, arguments)),
+    match command {
+        Some((name, oob)) => Ok(Incoming { id: None, name, arguments, oob }),
         None => Err("QMP input lacks member 'execute'".into()),
     }
 }

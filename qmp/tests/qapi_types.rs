@@ -30,7 +30,7 @@ fn reply(command: &Command, reply: Reply) {
             removable: false,
             locked: false,
             inserted: Some(node()),
-            io_status: Some("ok".into()),
+            io_status: Some(BlockDeviceIoStatus::Ok),
         }]),
         Command::QueryJobs => reply.value(&[JobInfo {
             id: "j".into(),
@@ -59,7 +59,7 @@ fn cpu() -> CpuInfoFast {
             core_id: Some(0),
             thread_id: Some(0),
         }),
-        target: "x86_64".into(),
+        target: SysEmuTarget::X86_64,
     }
 }
 
@@ -99,7 +99,7 @@ fn node() -> BlockDeviceInfo {
         backing_file_depth: 1,
         active: true,
         encrypted: false,
-        detect_zeroes: "off".into(),
+        detect_zeroes: BlockdevDetectZeroesOptions::Off,
         bps: 0,
         bps_rd: 0,
         bps_wr: 0,
@@ -171,7 +171,7 @@ fn a_session_of_the_qapi_crate_reads_every_answer() {
     let mut session = qapi::Qmp::new(Duplex(fixture.connect()));
     let greeting = session.handshake().unwrap();
     assert_eq!(greeting.version.qemu.major, 10);
-    assert!(greeting.capabilities.is_empty());
+    assert_eq!(greeting.capabilities.len(), 1);
 
     let status = session.execute(&qmp::query_status {}).unwrap();
     assert!(status.running);

@@ -15,6 +15,7 @@ use serde_json::Value;
 use snapshot::Lineage;
 
 use crate::blocks::Blocks;
+use crate::cli::values::QmpSpec;
 use crate::cli::{self, GuestOptions, MachineArgs, Options};
 use crate::console::Console;
 use crate::control::daemon::{self, Daemon};
@@ -196,7 +197,7 @@ fn start_services(
     without: &'static [&'static str],
 ) -> Result<(Arc<Blocks>, qmp::Server, qmp::Requests), Error> {
     let qmp_options = qmp::Options { without, ..qmp::Options::new(version::qmp_version()) };
-    let (server, requests) = qmp::Server::start(qmp_options)
+    let (mut server, requests) = qmp::Server::start(qmp_options)
         .map_err(|source| Error::Host { what: "cannot start the QMP server", source })?;
     let blocks = Arc::new(Blocks::new(graph, server.events()));
     if let (Some(spec), Some(text)) = (&options.nbd_server, &args.nbd_server) {
@@ -208,11 +209,18 @@ fn start_services(
         added.map_err(|error| cli::Error::new("export", text, error))?;
     }
     for (spec, text) in options.qmp.iter().zip(&args.qmp) {
-        let listening =
-            if spec.wait { server.listen_and_wait(&spec.path) } else { server.listen(&spec.path) };
-        listening.map_err(|error| cli::Error::new("qmp", text, error))?;
+        serve(&mut server, spec).map_err(|error| cli::Error::new("qmp", text, error))?;
     }
     Ok((blocks, server, requests))
+}
+
+fn serve(server: &mut qmp::Server, spec: &QmpSpec) -> Result<(), String> {
+    let told = |error: qmp::server::ListenError| error.to_string();
+    match spec {
+        QmpSpec::Stdio => server.serve_stdio().map_err(|error| error.to_string()),
+        QmpSpec::Listen { place, wait } => server.listen_at(place, *wait).map_err(told),
+        QmpSpec::Connect(place) => server.connect_to(place).map_err(told),
+    }
 }
 
 /// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.

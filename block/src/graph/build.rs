@@ -404,7 +404,7 @@ fn shown_name(file: &str, overridden: bool, backing: Option<&Node>) -> String {
         "driver": "qcow2",
         "file": {"driver": "file", "filename": file},
     });
-    format!("json:{all}")
+    format!("json:{}", super::json::spaced(&all))
 }
 
 fn window_name(file: &Node, window: Window) -> String {
@@ -418,7 +418,7 @@ fn window_name(file: &Node, window: Window) -> String {
             members.insert(name.to_owned(), value.into());
         }
     }
-    format!("json:{all}")
+    format!("json:{}", super::json::spaced(&all))
 }
 
 #[cfg(test)]

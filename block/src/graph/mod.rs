@@ -39,6 +39,7 @@ mod hold;
 mod image_file;
 mod info;
 mod intercept;
+mod json;
 mod locks;
 mod open;
 mod options;

@@ -1,40 +1,10 @@
 //! The arguments of commands.
 
-use serde_json::{Map, Value};
-
 use super::macros::objects;
 use super::types::{
     BlockExportRemoveMode, BlockExportType, LoadMode, QmpCapability, SocketAddress,
 };
-use super::{Member, Qapi, Type};
-
-/// Arguments of `blockdev-add`: a flat union by `driver`. The drivers and their options are the
-/// matter of who opens the node, and are checked there, with the same texts.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(transparent)]
-pub struct BlockdevOptions(pub Map<String, Value>);
-
-impl BlockdevOptions {
-    pub(crate) const MEMBERS: &'static [Member] = &[
-        Member {
-            name: "driver",
-            doc: "The driver; other options depend on it.",
-            ty: <String as Qapi>::TYPE,
-            optional: false,
-        },
-        Member {
-            name: "node-name",
-            doc: "The node's name.",
-            ty: <String as Qapi>::TYPE,
-            optional: true,
-        },
-    ];
-}
-
-impl Qapi for BlockdevOptions {
-    const TYPE: Type = Type::Any;
-    const OPEN: bool = true;
-}
+use super::{BlockDirtyBitmapOrStr, BlockdevOptionsRef};
 
 objects! {
     /// Arguments of `qmp_capabilities`.
@@ -78,7 +48,7 @@ objects! {
         /// The bitmap that is added to.
         "target" target: String,
         /// The sources: each a bitmap's name on the same node, or an object of `node` and `name`.
-        "bitmaps" bitmaps: Vec<Value>,
+        "bitmaps" bitmaps: Vec<BlockDirtyBitmapOrStr>,
     }
 
     /// Arguments of `snapshot-load`.
@@ -120,7 +90,7 @@ objects! {
     /// Arguments of `blockdev-reopen`.
     BlockdevReopenArguments {
         /// Options of each node, as for `blockdev-add`.
-        "options" options: Vec<Value>,
+        "options" options: Vec<BlockdevOptionsRef>,
     }
 
     /// Arguments of `block_resize`.
@@ -168,7 +138,7 @@ objects! {
         /// A text for people.
         "description" description: Option<String>,
         /// Dirty bitmaps that clients may ask for.
-        "bitmaps" bitmaps: Option<Vec<Value>>,
+        "bitmaps" bitmaps: Option<Vec<BlockDirtyBitmapOrStr>>,
         /// Whether clients may ask how deep in the chain a range is.
         "allocation-depth" allocation_depth: Option<bool>,
     }

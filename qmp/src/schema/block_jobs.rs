@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::macros::{enums, objects};
 use super::types::{JobStatus, JobType};
-use super::{Branch, Qapi, Type, UnionInfo};
+use super::{BlockdevRef, Branch, Qapi, Type, UnionInfo};
 
 enums! {
     /// What a block job does when a read or write of it fails.
@@ -172,9 +172,9 @@ objects! {
     /// A qcow2 image, from `blockdev-create`.
     BlockdevCreateOptionsQcow2 {
         /// The node that it is made in, or a file by its `driver` and `filename`.
-        "file" file: Value,
+        "file" file: BlockdevRef,
         /// The same for its data, if that is to be elsewhere.
-        "data-file" data_file: Option<Value>,
+        "data-file" data_file: Option<BlockdevRef>,
         /// Whether the data file stays a raw image.
         "data-file-raw" data_file_raw: Option<bool>,
         /// Whether clusters have subclusters.

@@ -88,8 +88,17 @@ fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), E
         Type::Int => expect(value.is_i64(), "integer"),
         // QEMU takes negative numbers here too, and wraps them.
         Type::Uint => expect(value.is_u64(), "uint64"),
+        Type::Number => expect(value.is_number(), "number"),
         Type::Bool => expect(value.is_boolean(), "boolean"),
-        Type::Any => Ok(()),
+        // Who runs the command looks at open unions.
+        Type::Any | Type::Open(_) => Ok(()),
+        Type::Null => expect(value.is_null(), "null"),
+        Type::Alternate(info) => {
+            let choice = info.choices.iter().find(|choice| is_of(choice, value));
+            // As of a value outside its enum, the path is left out.
+            let choice = choice.ok_or_else(|| Error::invalid_type(name, info.name))?;
+            check_value(choice, value, name, path)
+        }
         Type::Enum(info) => check_enum(info, value, name, path),
         Type::Array(element) => {
             let items = value.as_array().ok_or_else(|| Error::invalid_type(path, "array"))?;
@@ -105,6 +114,19 @@ fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), E
             let object = value.as_object().ok_or_else(|| Error::invalid_type(path, "object"))?;
             check_union(info, object, path)
         }
+    }
+}
+
+/// Whether a value has the JSON type of `ty`.
+fn is_of(ty: &Type, value: &Value) -> bool {
+    match ty {
+        Type::Str | Type::Enum(_) => value.is_string(),
+        Type::Int | Type::Uint | Type::Number => value.is_number(),
+        Type::Bool => value.is_boolean(),
+        Type::Array(_) => value.is_array(),
+        Type::Object(_) | Type::Union(_) | Type::Open(_) => value.is_object(),
+        Type::Null => value.is_null(),
+        Type::Any | Type::Alternate(_) => true,
     }
 }
 

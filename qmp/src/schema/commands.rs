@@ -3,9 +3,12 @@
 use super::CommandInfo;
 use super::arguments::*;
 use super::block_jobs::*;
+use super::block_stats::*;
+use super::blockdev::*;
 use super::checkpoints::*;
 use super::graph::*;
 use super::macros::command_enum;
+use super::monitor::*;
 use super::transaction::*;
 use super::types::*;
 
@@ -19,6 +22,8 @@ command_enum! {
     QueryVersion = "query-version" -> VersionInfo;
     /// The names of all commands.
     QueryCommands = "query-commands" -> Vec<CommandName>;
+    /// This schema: commands, events and their types, whose names are numbers that mean nothing.
+    QueryQmpSchema = "query-qmp-schema" -> Vec<SchemaInfo>;
 }
 
 command_enum! {
@@ -39,6 +44,8 @@ command_enum! {
     QueryCpusFast = "query-cpus-fast" -> Vec<CpuInfoFast>;
     /// The block devices, with the node that each one uses.
     QueryBlock = "query-block" -> Vec<BlockInfo>;
+    /// What the requests of each block device come to.
+    QueryBlockStats(BlockStatsArguments) = "query-blockstats" -> Vec<BlockStats>;
     /// The nodes of the block graph, newest first.
     QueryNamedBlockNodes(NamedNodesArguments) = "query-named-block-nodes" -> Vec<BlockDeviceInfo>;
     /// Opens a node of the block graph and those below it.
@@ -85,6 +92,14 @@ command_enum! {
     Quit = "quit" -> ();
     /// Resets the machine: RESET before the reply.
     SystemReset = "system_reset" -> ();
+    /// Presses the power button: POWERDOWN before the reply. What comes of it is the guest's matter;
+    /// without ACPI it has no button and hears nothing.
+    SystemPowerdown = "system_powerdown" -> ();
+    /// The architecture of the guest.
+    QueryTarget = "query-target" -> TargetInfo;
+    /// Runs a line of the monitor for people, and returns its output; errors are told there, too.
+    /// docs/monitor.md lists the lines.
+    HumanMonitorCommand(HumanMonitorArguments) = "human-monitor-command" -> String;
     /// Starts a job that saves the machine and its disks as one checkpoint.
     SnapshotSave(SnapshotSaveArguments) = "snapshot-save" -> ();
     /// Starts a job that puts the machine and its disks back to a checkpoint.
@@ -139,6 +154,17 @@ command_enum! {
     /// Changes options of a block job.
     BlockJobChange(BlockJobChangeArguments) = "block-job-change" -> ();
 }
+
+/// The commands that may be sent with `exec-oob`: they are short, and of use while another runs.
+pub const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
+
+/// Objects that are flat unions in the schema of which one kind has members of its own: the object,
+/// the member that decides, its value, and the kind's members. Here they may simply be left out.
+pub(crate) const FLAT_UNIONS: &[(&str, &str, &str, &[&str])] = &[
+    ("BlockExportOptions", "type", "nbd", &["name", "description", "bitmaps", "allocation-depth"]),
+    ("BlockJobChangeArguments", "type", "mirror", &["copy-mode"]),
+    ("BlockJobInfo", "type", "mirror", &["actively-synced"]),
+];
 
 /// Every command there is.
 pub fn commands() -> impl Iterator<Item = &'static CommandInfo> {

@@ -10,6 +10,9 @@ event_enum! {
     /// The guest goes on.
     Resume = "RESUME";
 
+    /// The guest's power button was pressed.
+    Powerdown = "POWERDOWN";
+
     /// The machine is shut down; the process may end.
     Shutdown {
         /// Whether the guest asked for it.

@@ -100,6 +100,7 @@ macro_rules! command_enum {
                 name: $wire,
                 doc: concat!($($doc, "\n"),+),
                 arguments: $crate::schema::macros::members!($($arguments)?),
+                arguments_type: $crate::schema::macros::type_of!($($arguments)?),
                 open: $crate::schema::macros::open!($($arguments)?),
                 returns: <$returned as $crate::schema::Qapi>::TYPE,
             },
@@ -157,6 +158,41 @@ macro_rules! members {
     };
 }
 
+/// The type of a command's arguments.
+macro_rules! type_of {
+    () => {
+        <() as $crate::schema::Qapi>::TYPE
+    };
+    ($ty:ident) => {
+        <$ty as $crate::schema::Qapi>::TYPE
+    };
+}
+
+/// Values that a type of the schema describes and Rust types do not: `Name: type expression`.
+macro_rules! values {
+    ($(
+        $(#[doc = $doc:literal])+
+        $name:ident : $ty:expr;
+    )+) => {$(
+        $(#[doc = $doc])+
+        #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub serde_json::Value);
+
+        impl std::ops::Deref for $name {
+            type Target = serde_json::Value;
+
+            fn deref(&self) -> &serde_json::Value {
+                &self.0
+            }
+        }
+
+        impl $crate::schema::Qapi for $name {
+            const TYPE: $crate::schema::Type = $ty;
+        }
+    )+};
+}
+
 /// Whether a command's arguments are an open set.
 macro_rules! open {
     () => {
@@ -212,4 +248,4 @@ macro_rules! event_enum {
     };
 }
 
-pub(crate) use {command_enum, decode, enums, event_enum, members, objects, open};
+pub(crate) use {command_enum, decode, enums, event_enum, members, objects, open, type_of, values};

@@ -7,12 +7,17 @@
 
 mod arguments;
 mod block_jobs;
+mod block_stats;
+mod blockdev;
 mod check;
 mod checkpoints;
 mod commands;
 mod events;
 mod graph;
+mod introspect;
 mod macros;
+mod monitor;
+mod reference;
 mod transaction;
 mod types;
 
@@ -21,14 +26,19 @@ mod tests;
 
 pub use arguments::*;
 pub use block_jobs::*;
+pub use block_stats::*;
+pub use blockdev::*;
 #[cfg(test)]
 pub(crate) use check::check;
 pub(crate) use check::check_arguments;
 pub use checkpoints::*;
-pub(crate) use commands::Control;
-pub use commands::{Command, commands, find};
+pub use commands::{Command, OUT_OF_BAND, commands, find};
+pub(crate) use commands::{Control, FLAT_UNIONS};
 pub use events::{EVENTS, Event};
 pub use graph::*;
+pub use introspect::introspect;
+pub use monitor::*;
+pub use reference::reference;
 pub use transaction::*;
 pub use types::*;
 
@@ -43,6 +53,8 @@ pub enum Type {
     Int,
     /// An unsigned 64-bit integer (`uint64`, `size`).
     Uint,
+    /// A number (`number`).
+    Number,
     /// `true` or `false` (`bool`).
     Bool,
     /// Any JSON value (`any`).
@@ -55,6 +67,38 @@ pub enum Type {
     Object(fn() -> &'static ObjectInfo),
     /// An object whose members depend on one of them (QAPI's unions).
     Union(&'static UnionInfo),
+    /// The same with members that all kinds have, and looked at by who runs the command.
+    Open(fn() -> &'static OpenInfo),
+    /// One of several types, told apart by their JSON type (QAPI's alternates).
+    Alternate(&'static AlternateInfo),
+    /// `null`; only in alternates.
+    Null,
+}
+
+/// A union that is not checked here but by who knows what its members come to.
+#[derive(Debug)]
+pub struct OpenInfo {
+    /// Its name in the schema.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// The member that decides.
+    pub tag: &'static str,
+    /// The members of every kind, besides the tag.
+    pub base: &'static [Member],
+    /// The tag's values, each with the members that come with it.
+    pub branches: &'static [Branch],
+}
+
+/// Types of which a value has one.
+#[derive(Debug)]
+pub struct AlternateInfo {
+    /// Its name in the schema, and in error texts.
+    pub name: &'static str,
+    /// What it is for.
+    pub doc: &'static str,
+    /// The types: at most one of each JSON type.
+    pub choices: &'static [Type],
 }
 
 /// A union: an object with a member that tells which other members there are.
@@ -123,6 +167,8 @@ pub struct CommandInfo {
     pub doc: &'static str,
     /// Its arguments, in the order in which they are checked.
     pub arguments: &'static [Member],
+    /// All that can be an argument, as a type.
+    pub arguments_type: Type,
     /// Further arguments depend on the value of one of these, and are checked by who runs it.
     pub open: bool,
     /// The type of what it returns.
@@ -165,6 +211,10 @@ impl Qapi for i64 {
 
 impl Qapi for u64 {
     const TYPE: Type = Type::Uint;
+}
+
+impl Qapi for f64 {
+    const TYPE: Type = Type::Number;
 }
 
 impl Qapi for bool {

@@ -1,9 +1,10 @@
 //! The types of what commands take and return.
 
-use serde_json::Value;
-
 use super::macros::{enums, objects};
-use super::{Branch, Member, Qapi, Type, UnionInfo};
+use super::{
+    BlockDeviceIoStatus, BlockdevDetectZeroesOptions, Branch, ImageInfoSpecific, Member, Qapi,
+    Type, UnionInfo,
+};
 
 enums! {
     /// What a client and the server may agree on.
@@ -46,6 +47,12 @@ enums! {
         GuestPanicked = "guest-panicked",
         /// Paused to save and load its state in turns.
         Colo = "colo",
+    }
+
+    /// An architecture of guests: here there is one.
+    SysEmuTarget {
+        /// 64-bit PCs.
+        X86_64 = "x86_64",
     }
 
     /// Who asked for a shutdown or a reset.
@@ -288,7 +295,7 @@ objects! {
         /// Its place in the topology.
         "props" props: Option<CpuInstanceProperties>,
         /// The architecture.
-        "target" target: String,
+        "target" target: SysEmuTarget,
     }
 
     /// A vCPU's place in the topology.
@@ -396,7 +403,7 @@ objects! {
         /// The backing image; left out with `flat`.
         "backing-image" backing_image: Option<Box<ImageInfo>>,
         /// What only this format has.
-        "format-specific" format_specific: Option<Value>,
+        "format-specific" format_specific: Option<ImageInfoSpecific>,
     }
 
     /// How a node uses the host's cache.
@@ -427,8 +434,8 @@ objects! {
         "active" active: bool,
         /// Whether it is encrypted.
         "encrypted" encrypted: bool,
-        /// What is done with zeroes written: "off", "on" or "unmap".
-        "detect_zeroes" detect_zeroes: String,
+        /// What is done with zeroes written.
+        "detect_zeroes" detect_zeroes: BlockdevDetectZeroesOptions,
         /// Limit of bytes per second; 0 is none.
         "bps" bps: i64,
         /// Limit of bytes read per second.
@@ -509,8 +516,8 @@ objects! {
         "locked" locked: bool,
         /// The node that it uses.
         "inserted" inserted: Option<BlockDeviceInfo>,
-        /// Whether I/O works: "ok", "failed" or "nospace".
-        "io-status" io_status: Option<String>,
+        /// Whether I/O works.
+        "io-status" io_status: Option<BlockDeviceIoStatus>,
     }
 }
 

@@ -1,9 +1,8 @@
 //! One client: its socket, its session, and what waits in either direction.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 
 use vmm_sys_util::epoll::EventSet;
@@ -11,7 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::outbox::{Outbox, Reply};
 use super::output::OutputQueue;
-use super::session::{Session, Step};
+use super::session::{Message, Session, Step};
+use super::stream::Stream;
 use super::{MonitorId, Request};
 
 /// Bytes read at once.
@@ -22,6 +22,10 @@ const TURN: usize = 1 << 20;
 
 /// No more commands are taken of a client while more output than this waits for it.
 const HIGH_WATER: usize = 64 << 10;
+
+/// Messages of a client with out-of-band execution that wait for a command under way; and commands
+/// that it has under way out of band.
+const QUEUE: usize = 8;
 
 /// Where commands go.
 #[derive(Debug)]
@@ -34,16 +38,21 @@ pub(super) struct Machine {
 #[derive(Debug)]
 pub(super) struct Connection {
     id: MonitorId,
-    stream: UnixStream,
+    stream: Stream,
     session: Session,
     input: Vec<u8>,
     /// Bytes of `input` that the session has taken.
     taken: usize,
     output: OutputQueue,
-    /// Bytes of the last answer, until the client has read everything.
+    /// Bytes of the answers, until the client has read everything.
     answer: usize,
+    /// Messages that wait for their turn: with out-of-band execution the client is read from while a
+    /// command is under way.
+    pending: VecDeque<Message>,
     /// The machine is at work for this client.
     executing: bool,
+    /// Commands under way out of band.
+    out_of_band: usize,
     /// The client sends nothing more.
     ended: bool,
     /// The client reads nothing more. What it sent before is still done.
@@ -51,7 +60,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(id: MonitorId, stream: UnixStream, session: Session) -> Self {
+    pub(super) fn new(id: MonitorId, stream: Stream, session: Session) -> Self {
         let mut output = OutputQueue::default();
         output.push(session.greeting().into());
         Self {
@@ -62,7 +71,9 @@ impl Connection {
             taken: 0,
             output,
             answer: 0,
+            pending: VecDeque::new(),
             executing: false,
+            out_of_band: 0,
             ended: false,
             deaf: false,
         }
@@ -83,7 +94,8 @@ impl Connection {
 
     /// Whether there is nothing left to do for it.
     pub(super) fn is_over(&self) -> bool {
-        self.ended && !self.executing && self.output.waiting() == 0
+        let busy = self.executing || self.out_of_band > 0 || !self.pending.is_empty();
+        self.ended && !busy && self.output.waiting() == 0
     }
 
     pub(super) fn is_flushed(&self) -> bool {
@@ -112,10 +124,15 @@ impl Connection {
         self.output.clear();
     }
 
-    /// The answer to the command that the machine ran.
-    pub(super) fn answered(&mut self, message: Vec<u8>) {
-        self.executing = false;
-        self.answer = message.len();
+    /// The answer to a command that the machine ran.
+    pub(super) fn answered(&mut self, message: Vec<u8>, oob: bool) {
+        if oob {
+            self.out_of_band = self.out_of_band.saturating_sub(1);
+        } else {
+            self.executing = false;
+        }
+        // Few can be under way, so few answers can wait.
+        self.answer = self.answer.saturating_add(message.len());
         self.push(message.into());
     }
 
@@ -152,13 +169,14 @@ impl Connection {
         }
     }
 
-    /// Does what can be done: takes commands as long as none is under way, writes, and, if there may
-    /// be something, reads.
+    /// Does what can be done: takes commands as long as that is allowed, writes, and, if there may be
+    /// something, reads.
     pub(super) fn pump(&mut self, machine: &Machine, readable: bool) {
         let mut turn = TURN;
         loop {
             self.flush();
-            while self.may_take() && self.step(machine) {}
+            self.run_pending(machine);
+            while self.may_take() && self.take(machine) {}
             self.flush();
             if !self.may_take() || self.ended {
                 return;
@@ -181,20 +199,45 @@ impl Connection {
     }
 
     fn may_take(&self) -> bool {
-        !self.executing && self.output.waiting() <= HIGH_WATER
+        let free = match self.session.oob() {
+            true => self.pending.len() < QUEUE && self.out_of_band < QUEUE,
+            false => !self.executing && self.pending.is_empty(),
+        };
+        free && self.output.waiting() <= HIGH_WATER
     }
 
-    /// Takes the next thing to do from what was read; false if there is none.
-    fn step(&mut self, machine: &Machine) -> bool {
+    /// Takes the next message from what was read; false if there is none.
+    fn take(&mut self, machine: &Machine) -> bool {
         let mut rest = self.input.get(self.taken..).unwrap_or_default();
-        let step = self.session.next(&mut rest);
+        let message = self.session.next(&mut rest);
         self.taken = self.input.len() - rest.len();
-        match step {
-            None => return false,
-            Some(Step::Answer(message)) => self.push(message.into()),
-            Some(Step::Run { id, command }) => {
-                self.executing = true;
-                let reply = Reply::new(machine.outbox.clone(), self.id, id, command.name());
+        let Some(message) = message else { return false };
+        if matches!(&message, Ok(incoming) if incoming.oob) {
+            self.run(message, true, machine);
+        } else {
+            self.pending.push_back(message);
+            self.run_pending(machine);
+        }
+        true
+    }
+
+    /// Runs what waits, in order, up to a command that the machine has to answer.
+    fn run_pending(&mut self, machine: &Machine) {
+        while !self.executing && self.output.waiting() <= HIGH_WATER {
+            let Some(message) = self.pending.pop_front() else { return };
+            self.run(message, false, machine);
+        }
+    }
+
+    fn run(&mut self, message: Message, oob: bool, machine: &Machine) {
+        match self.session.step(message) {
+            Step::Answer(message) => self.push(message.into()),
+            Step::Run { id, command } => {
+                match oob {
+                    true => self.out_of_band += 1,
+                    false => self.executing = true,
+                }
+                let reply = Reply::new(machine.outbox.clone(), self.id, id, command.name(), oob);
                 let request = Request { monitor: self.id, command, reply };
                 // With no one left to run it, the request is dropped, which answers it.
                 if machine.requests.send(request).is_ok()
@@ -204,7 +247,6 @@ impl Connection {
                 }
             }
         }
-        true
     }
 
     /// Reads the next chunk; `None` if there is none now, or at all.
@@ -243,7 +285,7 @@ impl Connection {
     /// Closes the connection so that the client reads all that was sent, and then the end. What it
     /// has sent is read and dropped, or it would get ECONNRESET instead.
     pub(super) fn close(mut self) {
-        if self.stream.shutdown(Shutdown::Both).is_ok() {
+        if self.stream.shutdown().is_ok() {
             let mut dropped = [0; 4096];
             while matches!(self.stream.read(&mut dropped), Ok(1..)) {}
         }

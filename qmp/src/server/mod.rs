@@ -1,4 +1,4 @@
-//! The monitors: Unix sockets, any number of clients, one thread.
+//! The monitors: sockets and standard input and output, any number of clients, one thread.
 //!
 //! One thread serves all listeners and clients over non-blocking sockets. It never runs a command:
 //! a [`Request`] goes to the machine's own thread through [`Requests`], and the answer comes back
@@ -11,12 +11,14 @@
 mod connection;
 mod outbox;
 mod output;
+mod place;
 mod poll;
 mod session;
 mod socket;
+mod stdio;
+mod stream;
 
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -28,12 +30,14 @@ use crate::json::Limits;
 use crate::schema::{Command, QmpCapability, VersionInfo};
 pub use outbox::{Events, Reply};
 use outbox::{Outbox, Output};
+pub use place::Place;
 use poll::Poll;
 pub use socket::ListenError;
 use socket::Listener;
+use stream::Stream;
 
-/// What the greeting offers. Out-of-band execution would be named here.
-pub(crate) const CAPABILITIES: &[QmpCapability] = &[];
+/// What the greeting offers.
+pub(crate) const CAPABILITIES: &[QmpCapability] = &[QmpCapability::Oob];
 
 /// How the monitors behave.
 #[derive(Debug, Clone)]
@@ -114,6 +118,9 @@ impl Requests {
 pub struct Server {
     outbox: Outbox,
     thread: Option<JoinHandle<()>>,
+    linger: Duration,
+    /// Of the monitor on standard input and output.
+    stdio: Option<stdio::Carriers>,
 }
 
 impl Server {
@@ -125,9 +132,11 @@ impl Server {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let (sender, queue) = mpsc::channel();
         let (outbox, outputs) = Outbox::new()?;
+        let linger = options.linger;
         let poll = Poll::new(options, outputs, outbox.clone(), sender, event.try_clone()?)?;
         let thread = std::thread::Builder::new().name("qmp".into()).spawn(|| poll.run())?;
-        Ok((Self { outbox, thread: Some(thread) }, Requests { queue, event }))
+        let server = Self { outbox, thread: Some(thread), linger, stdio: None };
+        Ok((server, Requests { queue, event }))
     }
 
     /// Listens on a Unix socket at `path`, mode 0600. A socket that no one listens on is replaced.
@@ -136,7 +145,38 @@ impl Server {
     /// # Errors
     /// When another process listens there, or `path` is something else, or cannot be made.
     pub fn listen(&self, path: &Path) -> Result<(), ListenError> {
-        self.outbox.send(Output::Listen(Listener::bind(path)?, None));
+        self.listen_at(&Place::Unix(path.to_owned()), false)
+    }
+
+    /// Listens at a place. With `wait` this returns only when the first client is there; only a
+    /// signal with its default action ends the wait.
+    ///
+    /// # Errors
+    /// As [`Server::listen`]; when others than this host could connect; when waiting fails.
+    pub fn listen_at(&self, place: &Place, wait: bool) -> Result<(), ListenError> {
+        let listener = Listener::bind(place)?;
+        let first = if wait { Some(listener.wait_for_client()?) } else { None };
+        self.outbox.send(Output::Listen(listener, first));
+        Ok(())
+    }
+
+    /// Serves the one who listens at a place (`server=off`), until it ends the connection.
+    ///
+    /// # Errors
+    /// When no one listens there.
+    pub fn connect_to(&self, place: &Place) -> Result<(), ListenError> {
+        self.outbox.send(Output::Serve(place.connect()?));
+        Ok(())
+    }
+
+    /// Serves who is at standard input and output. Once.
+    ///
+    /// # Errors
+    /// When descriptors or threads cannot be had.
+    pub fn serve_stdio(&mut self) -> io::Result<()> {
+        let (stream, carriers) = stdio::carry(self.linger)?;
+        self.stdio = Some(carriers);
+        self.outbox.send(Output::Serve(Stream::Unix(stream)));
         Ok(())
     }
 
@@ -146,10 +186,7 @@ impl Server {
     /// # Errors
     /// As [`Server::listen`], and when waiting fails.
     pub fn listen_and_wait(&self, path: &Path) -> Result<(), ListenError> {
-        let listener = Listener::bind(path)?;
-        let first: UnixStream = listener.wait_for_client()?;
-        self.outbox.send(Output::Listen(listener, Some(first)));
-        Ok(())
+        self.listen_at(&Place::Unix(path.to_owned()), true)
     }
 
     /// A handle to tell events to the clients.
@@ -165,6 +202,7 @@ impl Server {
             if thread.join().is_err() {
                 tracing::error!("the QMP thread has panicked");
             }
+            self.stdio = None;
         }
     }
 }

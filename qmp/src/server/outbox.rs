@@ -1,7 +1,6 @@
 //! The one queue to the monitors' thread, and the handles that fill it.
 
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 
 use serde::Serialize;
@@ -10,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::MonitorId;
 use super::socket::Listener;
+use super::stream::Stream;
 use crate::schema::Event;
 use crate::{Error, wire};
 
@@ -17,11 +17,20 @@ use crate::{Error, wire};
 #[derive(Debug)]
 pub(super) enum Output {
     /// To one client, which may then send its next command.
-    Reply(MonitorId, Vec<u8>),
+    Reply {
+        /// The client.
+        monitor: MonitorId,
+        /// The answer.
+        message: Vec<u8>,
+        /// The command was out of band.
+        oob: bool,
+    },
     /// To every negotiated client.
     Event(Vec<u8>),
     /// Serve this socket too, and the client that is already there.
-    Listen(Listener, Option<UnixStream>),
+    Listen(Listener, Option<Stream>),
+    /// Serve this client.
+    Serve(Stream),
     /// Flush, close and end.
     Shutdown,
 }
@@ -98,6 +107,7 @@ pub struct Reply {
     monitor: MonitorId,
     id: Option<Value>,
     command: &'static str,
+    oob: bool,
     sent: bool,
 }
 
@@ -107,8 +117,9 @@ impl Reply {
         monitor: MonitorId,
         id: Option<Value>,
         command: &'static str,
+        oob: bool,
     ) -> Self {
-        Self { outbox, monitor, id, command, sent: false }
+        Self { outbox, monitor, id, command, oob, sent: false }
     }
 
     /// The command was done; it returns nothing, which is `{}`.
@@ -138,7 +149,8 @@ impl Reply {
     fn respond(&mut self, result: &Result<Value, Error>) {
         self.sent = true;
         let message = wire::response(self.id.as_ref(), result);
-        self.outbox.send(Output::Reply(self.monitor, message));
+        let (monitor, oob) = (self.monitor, self.oob);
+        self.outbox.send(Output::Reply { monitor, message, oob });
     }
 }
 

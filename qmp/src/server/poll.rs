@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use super::connection::{Connection, Machine};
 use super::outbox::{Outbox, Output, Outputs};
 use super::session::Session;
 use super::socket::Listener;
+use super::stream::Stream;
 use super::{MonitorId, Options, Request};
 use crate::schema::VersionInfo;
 
@@ -110,14 +110,15 @@ impl Poll {
         self.outputs.acknowledge();
         while let Some(output) = self.outputs.next() {
             match output {
-                Output::Reply(monitor, message) => {
+                Output::Reply { monitor, message, oob } => {
                     if let Some(client) = self.clients.get_mut(&monitor.0) {
-                        client.answered(message);
+                        client.answered(message, oob);
                     }
                     self.serve(monitor.0, false);
                 }
                 Output::Event(message) => self.tell(&message.into()),
                 Output::Listen(listener, first) => self.listen(listener, first),
+                Output::Serve(stream) => self.add_client(stream),
                 Output::Shutdown => self.shut_down(),
             }
         }
@@ -139,11 +140,11 @@ impl Poll {
         }
     }
 
-    fn listen(&mut self, listener: Listener, first: Option<UnixStream>) {
+    fn listen(&mut self, listener: Listener, first: Option<Stream>) {
         let token = self.listeners.len() as u64 + 1;
         let interest = if self.accepting { EventSet::IN } else { EventSet::empty() };
         let event = EpollEvent::new(interest, token);
-        match self.epoll.ctl(ControlOperation::Add, listener.socket.as_raw_fd(), event) {
+        match self.epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), event) {
             Ok(()) => self.listeners.push(listener),
             Err(error) => tracing::error!(%error, "the QMP socket cannot be served"),
         }
@@ -161,8 +162,8 @@ impl Poll {
         while self.clients.len() < self.options.clients {
             let index = usize::try_from(token).unwrap_or(0).wrapping_sub(1);
             let Some(listener) = self.listeners.get(index) else { return };
-            match listener.socket.accept() {
-                Ok((stream, _)) => self.add_client(stream),
+            match listener.accept() {
+                Ok(stream) => self.add_client(stream),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
@@ -184,7 +185,7 @@ impl Poll {
         let interest = if accepting { EventSet::IN } else { EventSet::empty() };
         for (index, listener) in self.listeners.iter().enumerate() {
             let event = EpollEvent::new(interest, index as u64 + 1);
-            self.control(ControlOperation::Modify, listener.socket.as_raw_fd(), event);
+            self.control(ControlOperation::Modify, listener.as_raw_fd(), event);
         }
     }
 
@@ -197,7 +198,7 @@ impl Poll {
         }
     }
 
-    fn add_client(&mut self, stream: UnixStream) {
+    fn add_client(&mut self, stream: Stream) {
         let token = self.next_client;
         let event = EpollEvent::new(EventSet::empty(), token);
         let added = stream

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use crate::json::{Limits, Parser};
-use crate::schema::{self, Command, Control, VersionInfo};
+use crate::schema::{self, Command, Control, QmpCapability, VersionInfo};
 use crate::wire::{self, Incoming};
 use crate::{Error, json::SyntaxError};
 
-/// What input leads to.
+/// A message of the client, or what is wrong with it and its id.
+pub(super) type Message = Result<Incoming, (Option<Value>, Error)>;
+
+/// What a message leads to.
 #[derive(Debug, PartialEq)]
 pub(super) enum Step {
     /// This is sent back at once.
     Answer(Vec<u8>),
-    /// The machine runs this; nothing more is read of the input until it has answered.
+    /// The machine runs this. Unless it is out of band, the next message waits for the answer.
     Run {
         /// For the answer.
         id: Option<Value>,
@@ -27,6 +30,8 @@ pub(super) enum Step {
 pub(super) struct Session {
     parser: Parser,
     negotiated: bool,
+    /// The client may use `exec-oob`.
+    oob: bool,
     version: Arc<VersionInfo>,
     /// Commands that this program does not have.
     without: &'static [&'static str],
@@ -38,7 +43,7 @@ impl Session {
         version: Arc<VersionInfo>,
         without: &'static [&'static str],
     ) -> Self {
-        Self { parser: Parser::new(limits), negotiated: false, version, without }
+        Self { parser: Parser::new(limits), negotiated: false, oob: false, version, without }
     }
 
     pub(super) fn greeting(&self) -> Vec<u8> {
@@ -50,33 +55,47 @@ impl Session {
         self.negotiated
     }
 
-    /// Takes input off the front up to something to do; `None` means that all was taken.
-    pub(super) fn next(&mut self, input: &mut &[u8]) -> Option<Step> {
+    /// Whether out-of-band execution was enabled.
+    pub(super) fn oob(&self) -> bool {
+        self.oob
+    }
+
+    /// Takes input off the front up to the end of a message; `None` means that all was taken.
+    pub(super) fn next(&mut self, input: &mut &[u8]) -> Option<Message> {
         Some(match self.parser.next(input)? {
-            Ok(value) => self.value(value),
-            Err(SyntaxError(text)) => answer(None, &Err(Error::generic(text))),
+            Ok(value) => wire::parse_request(value, self.oob),
+            Err(SyntaxError(text)) => Err((None, Error::generic(text))),
         })
     }
 
-    fn value(&mut self, value: Value) -> Step {
-        let Incoming { id, name, arguments } = match wire::parse_request(value) {
+    /// What is to be done about a message, when it is its turn.
+    pub(super) fn step(&mut self, message: Message) -> Step {
+        let Incoming { id, name, arguments, oob } = match message {
             Ok(incoming) => incoming,
             Err((id, error)) => return answer(id.as_ref(), &Err(error)),
         };
-        match self.dispatch(&name, arguments) {
+        match self.dispatch(&name, arguments, oob) {
             Ok(Dispatched::Control(value)) => answer(id.as_ref(), &Ok(value)),
             Ok(Dispatched::Machine(command)) => Step::Run { id, command },
             Err(error) => answer(id.as_ref(), &Err(error)),
         }
     }
 
-    fn dispatch(&mut self, name: &str, arguments: Map<String, Value>) -> Result<Dispatched, Error> {
+    fn dispatch(
+        &mut self,
+        name: &str,
+        arguments: Map<String, Value>,
+        oob: bool,
+    ) -> Result<Dispatched, Error> {
         if !self.negotiated && name != "qmp_capabilities" {
             return Err(Error::expecting_negotiation());
         }
         let info = schema::find(name)
             .filter(|info| !self.without.contains(&info.name))
             .ok_or_else(|| Error::command_not_found(name))?;
+        if oob && !schema::OUT_OF_BAND.contains(&info.name) {
+            return Err(Error::no_oob(name));
+        }
         schema::check_arguments(info, &arguments)?;
         let mismatch = |error| Error::generic(format!("Invalid arguments of {name}: {error}"));
         if let Some(control) = Control::decode(name, arguments.clone()) {
@@ -94,17 +113,13 @@ impl Session {
             Control::Capabilities(_) if self.negotiated => Err(Error::negotiation_complete()),
             Control::Capabilities(arguments) => {
                 let enable = arguments.enable.unwrap_or_default();
-                let missing = enable.iter().filter(|cap| !super::CAPABILITIES.contains(cap));
-                let missing: Vec<&str> = missing.map(|capability| capability.as_str()).collect();
-                if !missing.is_empty() {
-                    let text = format!("Capability {} not available", missing.join(", "));
-                    return Err(Error::generic(text));
-                }
+                self.oob = enable.contains(&QmpCapability::Oob);
                 self.negotiated = true;
                 Ok(json!({}))
             }
             Control::QueryVersion => serde_json::to_value(&*self.version)
                 .map_err(|error| Error::generic(error.to_string())),
+            Control::QueryQmpSchema => Ok(Value::Array(schema::introspect(self.without))),
             Control::QueryCommands => Ok(schema::commands()
                 .filter(|info| !self.without.contains(&info.name))
                 .map(|info| json!({ "name": info.name }))

@@ -1,14 +1,18 @@
 //! The listening socket and its file.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::place::{Place, tcp};
+use super::stream::Stream;
 
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -22,10 +26,16 @@ pub enum ListenError {
     /// Something is there that is not ours to remove.
     #[error("QMP socket {}: the file exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
+    /// Others than this host could connect.
+    #[error(
+        "QMP socket {0}: not an address of this host alone, such as 127.0.0.1, ::1 or localhost: \
+         whoever connects commands the machine"
+    )]
+    NotLoopback(String),
     /// The system refused.
     #[error("QMP socket {}: cannot {action}: {source}", path.display())]
     Io {
-        /// The socket's file.
+        /// The socket's file, or address.
         path: PathBuf,
         /// What was tried.
         action: &'static str,
@@ -37,8 +47,14 @@ pub enum ListenError {
 /// A listening socket. Its file goes when it is dropped.
 #[derive(Debug)]
 pub(super) struct Listener {
-    pub(super) socket: UnixListener,
-    file: SocketFile,
+    socket: Socket,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix { listener: UnixListener, _file: SocketFile },
+    Tcp(TcpListener),
 }
 
 /// The file, known by its inode: another process may have put its own in its place.
@@ -49,7 +65,54 @@ struct SocketFile {
 }
 
 impl Listener {
-    pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
+    pub(super) fn bind(place: &Place) -> Result<Self, ListenError> {
+        let socket = match place {
+            Place::Unix(path) => Socket::bind_unix(path)?,
+            Place::Tcp { .. } => match place.bind_tcp()? {
+                Some(listener) => Socket::Tcp(listener),
+                None => return Err(place.failed("listen", io::ErrorKind::Unsupported.into())),
+            },
+        };
+        Ok(Self { socket, place: place.clone() })
+    }
+
+    pub(super) fn accept(&self) -> io::Result<Stream> {
+        match &self.socket {
+            Socket::Unix { listener, .. } => listener.accept().map(|(s, _)| Stream::Unix(s)),
+            Socket::Tcp(listener) => listener.accept().and_then(|(stream, _)| tcp(stream)),
+        }
+    }
+
+    fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        match &self.socket {
+            Socket::Unix { listener, .. } => listener.set_nonblocking(on),
+            Socket::Tcp(listener) => listener.set_nonblocking(on),
+        }
+    }
+
+    /// Blocks until a client connects.
+    pub(super) fn wait_for_client(&self) -> Result<Stream, ListenError> {
+        let accept = || {
+            self.set_nonblocking(false)?;
+            let client = self.accept()?;
+            self.set_nonblocking(true)?;
+            Ok(client)
+        };
+        accept().map_err(|source| self.place.failed("wait for a client", source))
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match &self.socket {
+            Socket::Unix { listener, .. } => listener.as_raw_fd(),
+            Socket::Tcp(listener) => listener.as_raw_fd(),
+        }
+    }
+}
+
+impl Socket {
+    fn bind_unix(path: &Path) -> Result<Self, ListenError> {
         let failed = |action| {
             move |source: Errno| ListenError::Io {
                 path: path.to_owned(),
@@ -67,22 +130,7 @@ impl Listener {
         let inode = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
         let file = SocketFile { path: path.to_owned(), inode };
         rustix::net::listen(&socket, BACKLOG).map_err(failed("listen on it"))?;
-        Ok(Self { socket: UnixListener::from(socket), file })
-    }
-
-    /// Blocks until a client connects.
-    pub(super) fn wait_for_client(&self) -> Result<UnixStream, ListenError> {
-        let accept = || {
-            self.socket.set_nonblocking(false)?;
-            let (client, _) = self.socket.accept()?;
-            self.socket.set_nonblocking(true)?;
-            Ok(client)
-        };
-        accept().map_err(|source| ListenError::Io {
-            path: self.file.path.clone(),
-            action: "wait for a client",
-            source,
-        })
+        Ok(Self::Unix { listener: UnixListener::from(socket), _file: file })
     }
 }
 

@@ -27,6 +27,7 @@ use qmp::schema::{
 use serde_json::{Value, json};
 
 use crate::checkpoints::{self, CurrentLineage};
+use crate::control::monitor;
 use exports::{ExportSpec, Exports, NbdServerSpec};
 use jobs::JobList;
 
@@ -128,7 +129,9 @@ impl Blocks {
                 done()
             }
             Command::BlockdevReopen(arguments) => {
-                self.graph.reopen(&arguments.options).map_err(failed)?;
+                let options: Vec<Value> =
+                    arguments.options.into_iter().map(|options| options.0).collect();
+                self.graph.reopen(&options).map_err(failed)?;
                 done()
             }
             Command::BlockResize(arguments) => self.resize(&arguments),
@@ -183,6 +186,9 @@ impl Blocks {
                 properties: None,
             }),
             Command::InternalSnapshotDelete(arguments) => self.delete_internal_snapshot(&arguments),
+            Command::HumanMonitorCommand(arguments) => {
+                Ok(Value::from(monitor::qemu_io::run(&self.graph, &arguments.command_line)))
+            }
             Command::BlockdevCreate(arguments) => {
                 self.create_image(arguments).and_then(|()| done())
             }

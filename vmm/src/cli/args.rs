@@ -92,7 +92,8 @@ pub struct MachineArgs {
     /// virtio-rng-device, or JSON. share-rw=on lets exports of the disk write too
     #[arg(long, value_name = "OPTIONS")]
     pub device: Vec<String>,
-    /// QMP server: unix:PATH,server=on,wait=off
+    /// Monitor: unix:PATH,server=on,wait=off or tcp:127.0.0.1:PORT,server=on,wait=off listens,
+    /// without server=on it connects; or stdio. May be given more than once
     #[arg(long, value_name = "ADDRESS")]
     pub qmp: Vec<String>,
     /// Serial port: stdio, null, file:F or unix:PATH,server=on,wait=off [default: stdio]

@@ -2,8 +2,8 @@
 
 use block::graph::text::{self, Members};
 use qmp::schema::{
-    BlockExportOptions, BlockExportType, InetSocketAddress, NbdServerArguments, SocketAddress,
-    UnixSocketAddress,
+    BlockDirtyBitmapOrStr, BlockExportOptions, BlockExportType, InetSocketAddress,
+    NbdServerArguments, SocketAddress, UnixSocketAddress,
 };
 use serde_json::Value;
 
@@ -73,7 +73,8 @@ fn read_export(text: &str) -> Result<ExportSpec> {
         writethrough: all.bool("writethrough")?,
         name: all.string("name")?,
         description: all.string("description")?,
-        bitmaps: list(&mut all, "bitmaps")?,
+        bitmaps: list(&mut all, "bitmaps")?
+            .map(|list| list.into_iter().map(BlockDirtyBitmapOrStr).collect()),
         allocation_depth: all.bool("allocation-depth")?,
     };
     all.end(&[])?;

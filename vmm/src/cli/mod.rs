@@ -100,6 +100,9 @@ impl Options {
         {
             return Err(Error::new("export", export, "needs --nbd-server"));
         }
+        let qmp: Vec<QmpSpec> =
+            args.qmp.iter().map(|text| values::qmp(text)).collect::<Result<_, _>>()?;
+        check_stdio(&qmp, guest.as_ref())?;
         Ok(Self {
             blockdevs: args.blockdev.clone(),
             nbd_server: args.nbd_server.as_deref().map(export::nbd_server).transpose()?,
@@ -108,11 +111,23 @@ impl Options {
                 .iter()
                 .map(|text| export::export(text))
                 .collect::<Result<_, _>>()?,
-            qmp: args.qmp.iter().map(|text| values::qmp(text)).collect::<Result<_, _>>()?,
+            qmp,
             pidfile: args.pidfile.clone(),
             guest,
         })
     }
+}
+
+/// Standard input can be one thing only.
+fn check_stdio(qmp: &[QmpSpec], guest: Option<&GuestOptions>) -> Result<(), Error> {
+    let monitors = qmp.iter().filter(|spec| **spec == QmpSpec::Stdio).count();
+    if monitors > 1 {
+        return Err(Error::new("qmp", "stdio", "can be given once only"));
+    }
+    if monitors == 1 && guest.is_some_and(|guest| matches!(guest.serial, ConsoleSpec::Stdio)) {
+        return Err(Error::new("qmp", "stdio", "is taken by the serial port: give --serial, too"));
+    }
+    Ok(())
 }
 
 fn guest_options(

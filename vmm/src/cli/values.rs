@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use block::graph::text;
+use qmp::server::Place;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
@@ -22,13 +23,20 @@ const MAX_SERIAL: usize = 20;
 /// Most request queues of a disk.
 const MAX_QUEUES: u16 = 16;
 
-/// Where a QMP server listens.
+/// Where a monitor is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QmpSpec {
-    /// The unix socket's path.
-    pub path: PathBuf,
-    /// Whether the machine is built only once a client is there.
-    pub wait: bool,
+pub enum QmpSpec {
+    /// On standard input and output.
+    Stdio,
+    /// It listens on a socket.
+    Listen {
+        /// Where.
+        place: Place,
+        /// Whether the machine is built only once a client is there.
+        wait: bool,
+    },
+    /// It connects to one that listens there.
+    Connect(Place),
 }
 
 /// The values of `--machine`.
@@ -149,8 +157,45 @@ pub fn uuid(text: Option<&str>) -> Result<Uuid, Error> {
 
 /// `--qmp`
 pub fn qmp(text: &str) -> Result<QmpSpec, Error> {
-    let (path, wait) = unix_server("qmp", text)?;
-    Ok(QmpSpec { path, wait })
+    if text == "stdio" {
+        return Ok(QmpSpec::Stdio);
+    }
+    let error = |reason: String| Error::new("qmp", text, reason);
+    let (kind, address) = text
+        .split_once(':')
+        .filter(|(kind, _)| matches!(*kind, "unix" | "tcp"))
+        .ok_or_else(|| error("is not stdio, unix:PATH or tcp:HOST:PORT".to_owned()))?;
+    let mut options = text::object(address, "path").map_err(|e| error(e.to_string()))?;
+    let at = take(&mut options, "path").filter(|path| !path.is_empty());
+    let at = at.ok_or_else(|| error("the address is missing".to_owned()))?;
+    let place = match kind {
+        "unix" => Place::Unix(at.into()),
+        _ => tcp_place(&at).map_err(error)?,
+    };
+    let (server, wait) = (take(&mut options, "server"), take(&mut options, "wait"));
+    if let Some(key) = options.keys().next() {
+        return Err(error(format!("'{key}' is not an option of a socket")));
+    }
+    let on = |name: &str, value: Option<String>| match value.as_deref() {
+        None => Ok(None),
+        Some("on") => Ok(Some(true)),
+        Some("off") => Ok(Some(false)),
+        Some(_) => Err(error(format!("{name} is on or off"))),
+    };
+    match (on("server", server)?.unwrap_or(false), on("wait", wait)?) {
+        (true, wait) => Ok(QmpSpec::Listen { place, wait: wait.unwrap_or(true) }),
+        (false, None) => Ok(QmpSpec::Connect(place)),
+        (false, Some(_)) => Err(error("wait is of use with server=on only".to_owned())),
+    }
+}
+
+/// `HOST:PORT`, where HOST may be `[::1]`.
+fn tcp_place(text: &str) -> Result<Place, String> {
+    let parts = text.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    let (host, port) = parts.ok_or("the address is not HOST:PORT")?;
+    let port = port.parse().map_err(|_| format!("'{port}' is not a port"))?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    Ok(Place::Tcp { host, port })
 }
 
 /// `--serial`
@@ -316,10 +361,40 @@ mod tests {
 
     #[test]
     fn sockets_need_server_on() {
-        let spec = qmp("unix:/a/b,server=on,wait=off").unwrap();
-        assert_eq!(spec, QmpSpec { path: "/a/b".into(), wait: false });
-        assert!(qmp("unix:/a,server=on").unwrap().wait);
-        for bad in ["/a", "tcp:1", "unix:,server=on", "unix:/a", "unix:/a,server=on,x=y"] {
+        for bad in ["tcp:1", "unix:,server=on", "unix:/a", "unix:/a,server=on,x=y"] {
+            assert!(serial(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn monitors_listen_connect_or_are_on_standard_input() {
+        let unix = |path: &str| Place::Unix(path.into());
+        let tcp = |host: &str| Place::Tcp { host: host.into(), port: 4444 };
+        for (text, spec) in [
+            ("stdio", QmpSpec::Stdio),
+            ("unix:/a/b,server=on,wait=off", QmpSpec::Listen { place: unix("/a/b"), wait: false }),
+            ("unix:/a,server=on", QmpSpec::Listen { place: unix("/a"), wait: true }),
+            ("unix:/a", QmpSpec::Connect(unix("/a"))),
+            ("unix:/a,server=off", QmpSpec::Connect(unix("/a"))),
+            (
+                "tcp:localhost:4444,server=on,wait=off",
+                QmpSpec::Listen { place: tcp("localhost"), wait: false },
+            ),
+            ("tcp:[::1]:4444", QmpSpec::Connect(tcp("::1"))),
+        ] {
+            assert_eq!(qmp(text).unwrap(), spec, "{text}");
+        }
+        for bad in [
+            "/a",
+            "tcp:1",
+            "tcp::1",
+            "tcp:localhost:x",
+            "tcp:localhost:70000",
+            "unix:,server=on",
+            "unix:/a,server=on,x=y",
+            "unix:/a,server=yes",
+            "unix:/a,wait=off",
+        ] {
             assert!(qmp(bad).is_err(), "{bad}");
         }
     }

@@ -3,18 +3,18 @@
 use serde_json::{Value, json};
 
 use super::Controller;
-use crate::machine::devices::{VirtioSlot, anonymous_path};
+use crate::machine::devices::VirtioSlot;
 
 impl Controller {
     /// The disks of the machine, in the order of their slots.
     pub(super) fn block_devices(&self) -> Result<Value, qmp::Error> {
         let disks = self.machine.devices().virtio().filter(|slot| slot.disk().is_some());
-        disks.enumerate().map(|(index, slot)| block_device(index, slot)).collect()
+        disks.map(block_device).collect()
     }
 }
 
 /// One entry of query-block. The backend of a node from `--blockdev` has no name, as in QEMU.
-fn block_device(index: usize, slot: &VirtioSlot) -> Result<Value, qmp::Error> {
+fn block_device(slot: &VirtioSlot) -> Result<Value, qmp::Error> {
     let text = |error: String| qmp::Error::generic(error);
     let inserted = match slot.disk() {
         Some((node, _)) => {
@@ -23,13 +23,9 @@ fn block_device(index: usize, slot: &VirtioSlot) -> Result<Value, qmp::Error> {
         }
         None => Value::Null,
     };
-    let path = match &slot.spec.id {
-        Some(id) => format!("/machine/peripheral/{id}/virtio-backend"),
-        None => format!("{}/virtio-backend", anonymous_path(index)),
-    };
     Ok(json!({
         "device": "",
-        "qdev": path,
+        "qdev": slot.path,
         "type": "unknown",
         "removable": false,
         "locked": false,

@@ -6,7 +6,7 @@ use block::qcow2::Compression;
 use qmp::schema::{
     Command, CpuInfoFast, CpuInstanceProperties, GuidInfo, KvmInfo, LoadInfo, LoadMode, NameInfo,
     ShutdownCause, SnapshotCompression, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo,
-    UuidInfo,
+    SysEmuTarget, TargetInfo, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -25,6 +25,10 @@ impl Controller {
         }
         if is_job_command(&request.command) {
             return jobs::run(self.blocks.jobs(), request);
+        }
+        if let Command::HumanMonitorCommand(arguments) = &request.command {
+            let arguments = arguments.clone();
+            return self.monitor_command(&arguments, request);
         }
         let answer = self.execute(request.command);
         request.reply.send(answer);
@@ -45,12 +49,15 @@ impl Controller {
             Command::QueryKvm => value(&KvmInfo { enabled: true, present: true }),
             Command::QueryCpusFast => value(&self.cpus()),
             Command::QueryBlock => self.block_devices(),
+            Command::QueryBlockStats(arguments) => value(&self.block_stats(&arguments)?),
             Command::Stop => {
                 self.stop();
                 done()
             }
             Command::Cont => self.cont().and_then(|()| done()),
             Command::SystemReset => self.system_reset().and_then(|()| done()),
+            Command::SystemPowerdown => self.system_powerdown().and_then(|()| done()),
+            Command::QueryTarget => value(&TargetInfo { arch: SysEmuTarget::X86_64 }),
             Command::Quit => {
                 self.shutdown(false, ShutdownCause::HostQmpQuit);
                 done()
@@ -128,7 +135,7 @@ impl Controller {
                     core_id: Some(index),
                     thread_id: Some(0),
                 }),
-                target: "x86_64".to_owned(),
+                target: SysEmuTarget::X86_64,
             })
             .collect()
     }

@@ -6,9 +6,11 @@
 //! [`work`]), which comes back with messages.
 
 mod block_info;
+mod block_stats;
 mod commands;
 pub mod daemon;
 pub mod mailbox;
+pub(crate) mod monitor;
 mod pauses;
 mod rewind;
 mod run_state;

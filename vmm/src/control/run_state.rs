@@ -191,6 +191,20 @@ impl Controller {
         Ok(())
     }
 
+    /// `system_powerdown`
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
+    pub(super) fn system_powerdown(&mut self) -> Result<(), qmp::Error> {
+        self.emit(&Event::Powerdown);
+        match self.machine.devices().events() {
+            Some(events) => events
+                .raise(devices::acpi::Event::PowerButton)
+                .map_err(|error| qmp::Error::generic(error.to_string())),
+            None => Ok(()),
+        }
+    }
+
     /// What the service of a lazy load has to tell.
     pub(super) fn missing_notice(&mut self, id: u64, notice: Notice) {
         let Some(missing) = self.machine.missing().filter(|missing| missing.id() == id) else {

@@ -54,6 +54,16 @@ pub(super) struct Handle {
     pub(super) committed: Arc<AtomicBool>,
     pub(super) memory_lost: Arc<AtomicBool>,
     report: Arc<Mutex<WorkReport>>,
+    /// Who waits for the end, where the job is not in the list.
+    asker: Option<Arc<Mutex<Option<Asker>>>>,
+}
+
+/// A line of the monitor that is done by what jobs do.
+pub(super) struct Asker {
+    /// Where the text goes.
+    pub(super) reply: qmp::Reply,
+    /// What is done after this, if that succeeds.
+    pub(super) then: Option<Task>,
 }
 
 impl Work for Handle {
@@ -79,6 +89,11 @@ impl Work for Handle {
 }
 
 impl Handle {
+    fn take_asker(&self) -> Option<Asker> {
+        let asker = self.asker.as_ref()?;
+        asker.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Whether the list still has the job. To be asked with the list's lock held.
     fn is_wanted(&self) -> bool {
         Arc::strong_count(&self.progress) > 1
@@ -101,6 +116,9 @@ impl SnapshotJobs {
     fn next(&mut self) -> Option<Waiting> {
         while let Some(next) = self.waiting.pop_front() {
             // One that was cancelled meanwhile is concluded, and its id may be another job's.
+            if next.handle.asker.is_some() {
+                return Some(next);
+            }
             let mut jobs = self.list.lock();
             if next.handle.is_wanted() {
                 report(jobs.start(&next.id));
@@ -143,6 +161,27 @@ impl Controller {
         Ok(())
     }
 
+    /// Does what a line of the monitor asks for, when its turn comes, and answers.
+    pub(super) fn run_for(&mut self, asker: Asker, task: Task) {
+        let asker = Some(Arc::new(Mutex::new(Some(asker))));
+        let handle = Handle { asker, ..Handle::default() };
+        self.jobs.waiting.push_back(Waiting { id: String::new(), task, handle });
+        self.start_next_job();
+    }
+
+    /// The job is over.
+    fn conclude(&mut self, id: &str, handle: &Handle, outcome: work::Outcome) {
+        let Some(Asker { reply, then }) = handle.take_asker() else {
+            return self.jobs.finish(id, outcome);
+        };
+        match (outcome, then) {
+            (Ok(()), Some(task)) => self.run_for(Asker { reply, then: None }, task),
+            (Ok(()), None) => reply.value(&""),
+            (Err(WorkError::Cancelled), _) => reply.value(&"Error: Operation canceled\r\n"),
+            (Err(WorkError::Failed(text)), _) => reply.value(&format!("Error: {text}\r\n")),
+        }
+    }
+
     fn start_next_job(&mut self) {
         while self.jobs.current.is_none() && !self.ending {
             let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
@@ -180,7 +219,7 @@ impl Controller {
             Err(error) => {
                 let text = format!("Cannot start the job's thread: {error}");
                 self.release_guest(false, false);
-                self.jobs.finish(&id, Err(WorkError::Failed(text)));
+                self.conclude(&id, &handle, Err(WorkError::Failed(text)));
             }
         }
     }
@@ -342,7 +381,7 @@ impl Controller {
         if current.thread.is_some_and(|thread| thread.join().is_err()) {
             error!("the thread of job '{}' has panicked", current.id);
         }
-        self.jobs.finish(&current.id, outcome);
+        self.conclude(&current.id, &current.handle, outcome);
         self.start_next_job();
     }
 

@@ -9,7 +9,7 @@ mod info;
 mod options;
 mod resize;
 mod snapshots;
-mod text;
+pub(crate) mod text;
 mod watch;
 
 use std::io::Write;

@@ -4,7 +4,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 /// Bytes of a size with an optional suffix b, k, M, G, T, P, E and an optional fraction.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let (number, shift) = match text.char_indices().next_back()? {
         (at, last) if last.is_ascii_alphabetic() => {
             let shift = match last.to_ascii_uppercase() {
@@ -41,7 +41,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
 }
 
 /// A size with three digits and the unit that suits.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
     let mut scaled = u128::from(bytes) * 1000;
@@ -74,14 +74,14 @@ pub(super) fn size(bytes: u64) -> String {
 }
 
 /// `YYYY-MM-DD HH:MM:SS` in UTC.
-pub(super) fn date(seconds: u32) -> String {
+pub(crate) fn date(seconds: u32) -> String {
     let format = format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
     let date = OffsetDateTime::from_unix_timestamp(seconds.into()).ok();
     date.and_then(|date| date.format(format).ok()).unwrap_or_else(|| seconds.to_string())
 }
 
 /// `HHHH:MM:SS.mmm` of a guest's running time.
-pub(super) fn clock(nanoseconds: u64) -> String {
+pub(crate) fn clock(nanoseconds: u64) -> String {
     let (millis, seconds) = (nanoseconds / 1_000_000 % 1000, nanoseconds / 1_000_000_000);
     format!("{:04}:{:02}:{:02}.{millis:03}", seconds / 3600, seconds / 60 % 60, seconds % 60)
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Attachment, Graph, Link, Node, User};
 use devices::legacy::{I8042, Serial};
-use devices::virtio::block::OptionsError;
+use devices::virtio::block::{IoCounters, OptionsError};
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
 use devices::{EventFdLine, GuestMemory, InterruptLine, Presence};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -66,8 +66,12 @@ pub struct VirtioSlot {
     pub address: u64,
     /// Its interrupt line.
     pub irq: u32,
+    /// Its id, or its path where it has none, as in QEMU.
+    pub path: String,
     /// Keeps the node from being used by anyone else.
     disk: Option<Attachment>,
+    /// What its requests come to, where it is a disk.
+    pub counters: Option<Arc<IoCounters>>,
     transport: Arc<Mutex<MmioTransport>>,
 }
 
@@ -146,15 +150,15 @@ impl DeviceSet {
         let index = self.virtio.len();
         let (address, irq) = (slot_address(index), slot_irq(index));
         let name = spec.id.clone().unwrap_or_else(|| format!("virtio{index}"));
+        let path = device_path(spec, &self.virtio);
         let disk = match &spec.kind {
             DeviceKind::Block { drive, share_rw, .. } => {
-                let path = spec.id.clone().unwrap_or_else(|| anonymous_path(index));
                 Some(attach_node(graph, drive, &path, *share_rw)?)
             }
             DeviceKind::Rng => None,
         };
         let link = disk.as_ref().map(Attachment::link);
-        let device = make_device(&spec.kind, &name, link, &self.presence)?;
+        let (device, counters) = make_device(&spec.kind, &name, link, &self.presence)?;
         let line = irq_line(vm, &name, irq)?;
         let transport = MmioTransport::new(device, memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
@@ -164,7 +168,8 @@ impl DeviceSet {
         let transport = Arc::new(Mutex::new(transport));
         let port = Arc::new(Mutex::new(VirtioPort(Arc::clone(&transport))));
         bus.insert(Space::Mmio, address, layout::MMIO_DEVICE_SIZE, port)?;
-        self.virtio.push(VirtioSlot { spec: spec.clone(), address, irq, disk, transport });
+        let spec = spec.clone();
+        self.virtio.push(VirtioSlot { spec, address, irq, path, disk, counters, transport });
         Ok(())
     }
 
@@ -298,12 +303,15 @@ pub fn extend_cmdline(cmdline: &str, devices: usize) -> String {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// The node named `drive`, for this device alone. A read-only node is a read-only disk.
-/// The object path of a device without an id.
-pub fn anonymous_path(index: usize) -> String {
-    format!("/machine/peripheral-anon/device[{index}]")
+/// How a device is called: by its id, or by its place among those without one.
+fn device_path(spec: &DeviceSpec, others: &[VirtioSlot]) -> String {
+    spec.id.clone().unwrap_or_else(|| {
+        let index = others.iter().filter(|slot| slot.spec.id.is_none()).count();
+        format!("/machine/peripheral-anon/device[{index}]")
+    })
 }
 
+/// The node named `drive`, for this device alone. A read-only node is a read-only disk.
 fn attach_node(
     graph: &Graph,
     drive: &str,
@@ -321,14 +329,15 @@ fn make_device(
     name: &str,
     link: Option<&Link>,
     presence: &Presence,
-) -> Result<Box<dyn VirtioDevice>, OptionsError> {
+) -> Result<(Box<dyn VirtioDevice>, Option<Arc<IoCounters>>), OptionsError> {
     match (kind, link) {
         (DeviceKind::Block { serial, queues, .. }, Some(link)) => {
             let options = BlockOptions { serial: serial.clone(), num_queues: *queues };
             let device = BlockDevice::new(link.clone(), options)?;
-            Ok(Box::new(device.with_presence(presence.clone())))
+            let counters = Arc::clone(device.counters());
+            Ok((Box::new(device.with_presence(presence.clone())), Some(counters)))
         }
-        _ => Ok(Box::new(RngDevice::new(name))),
+        _ => Ok((Box::new(RngDevice::new(name)), None)),
     }
 }
 

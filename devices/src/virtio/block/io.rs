@@ -3,6 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::block::queue::{Completion, Op, OwnedBufs, Queue};
 use slab::Slab;
@@ -11,7 +12,8 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::SERIAL_SIZE;
 use super::config::MAX_RANGES;
-use super::pending::{Failure, Outcome, Pending};
+use super::counters::{IoCounters, IoEnd, IoKind};
+use super::pending::{Account, Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
 use crate::virtio::chain::{Chain, Malformed, SegmentList};
 use crate::virtio::{Ended, QueueHandler, Served, Token};
@@ -29,6 +31,7 @@ pub(super) struct BlockHandler {
     /// Keeps guest memory mapped for requests in flight.
     memory: Option<Arc<GuestMemory>>,
     presence: Presence,
+    counters: Arc<IoCounters>,
     /// In sectors.
     capacity: u64,
     serial: [u8; SERIAL_SIZE],
@@ -42,6 +45,7 @@ impl BlockHandler {
         capacity: u64,
         serial: &str,
         presence: Presence,
+        counters: Arc<IoCounters>,
     ) -> ::block::Result<Self> {
         let mut padded = [0; SERIAL_SIZE];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
@@ -54,6 +58,7 @@ impl BlockHandler {
             completions: Vec::new(),
             memory: None,
             presence,
+            counters,
             capacity,
             serial: padded,
             write_through: true,
@@ -195,8 +200,13 @@ impl QueueHandler for BlockHandler {
             Operation::GetId => chain.writable.len().min(SERIAL_SIZE as u64),
             _ => 0,
         };
+        let started = Instant::now();
+        let given = chain.readable.len();
         let planned = self.plan(request.operation, mem, chain);
         let mut pending = Pending::new(token, request.status, data);
+        let bytes = planned.as_ref().map_or(0, |(ops, _)| self.bytes_of(ops, data, given));
+        let account = |kind| Account { kind, bytes, started };
+        pending.account = IoKind::of(request.operation).map(account);
         if let Operation::Read(_) = request.operation {
             pending.filling(chain.writable.segments());
         }
@@ -208,9 +218,13 @@ impl QueueHandler for BlockHandler {
                     self.queue.submit(::block::queue::Request { id, op, bufs });
                     return Ok(Served::Later);
                 }
+                self.count(&pending, IoEnd::Done);
                 pending.answer(mem, Ok(())).map(Served::Done)
             }
-            Err(failure) => pending.answer(mem, Err(failure)).map(Served::Done),
+            Err(failure) => {
+                self.count(&pending, IoEnd::Invalid);
+                pending.answer(mem, Err(failure)).map(Served::Done)
+            }
         }
     }
 
@@ -248,6 +262,31 @@ impl QueueHandler for BlockHandler {
 }
 
 impl BlockHandler {
+    /// The bytes that a request is about; notes how far it writes.
+    fn bytes_of(&self, ops: &[Op], read: u64, given: u64) -> u64 {
+        let mut bytes = 0;
+        for op in ops {
+            let (offset, len, writes) = match *op {
+                Op::Read { offset } => (offset, read, false),
+                Op::Write { offset, .. } => (offset, given, true),
+                Op::WriteZeroes { offset, len, .. } => (offset, len, true),
+                Op::Discard { offset, len } => (offset, len, false),
+                _ => continue,
+            };
+            if writes {
+                self.counters.wrote_up_to(offset.saturating_add(len));
+            }
+            bytes += len;
+        }
+        bytes
+    }
+
+    fn count(&self, pending: &Pending, end: IoEnd) {
+        if let Some(Account { kind, bytes, started }) = pending.account {
+            self.counters.count(kind, end, bytes, started);
+        }
+    }
+
     /// Goes on with a request of which a part is completed; says whether there was more to do.
     fn completed(
         &mut self,
@@ -268,6 +307,10 @@ impl BlockHandler {
         {
             self.queue.submit(::block::queue::Request { id, op, bufs });
             return true;
+        }
+        if let Some(Account { kind, bytes, started }) = pending.account {
+            let end = if outcome.is_ok() { IoEnd::Done } else { IoEnd::Failed };
+            self.counters.count(kind, end, bytes, started);
         }
         let token = pending.token;
         // The status byte was in memory when the chain was read, and memory does not go away.

@@ -1,6 +1,7 @@
 //! virtio-blk: a disk (virtio 1.2 section 5.2) over a [`block::Node`](::block::Node).
 
 mod config;
+mod counters;
 mod io;
 mod pending;
 pub mod request;
@@ -9,8 +10,11 @@ mod state;
 mod tests;
 
 pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
+pub use counters::{IoCounters, IoKind, IoSums};
 pub use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
+
+use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -65,6 +69,7 @@ pub struct BlockDevice {
     read_only: bool,
     config: Vec<u8>,
     presence: Presence,
+    counters: Arc<IoCounters>,
 }
 
 impl BlockDevice {
@@ -91,7 +96,13 @@ impl BlockDevice {
             capacity,
             read_only,
             presence: Presence::default(),
+            counters: Arc::default(),
         })
+    }
+
+    /// What requests come to.
+    pub fn counters(&self) -> &Arc<IoCounters> {
+        &self.counters
     }
 
     /// Guest memory may have pages that come when they are touched.
@@ -145,8 +156,9 @@ impl VirtioDevice for BlockDevice {
 
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
         let (link, presence) = (self.link.clone(), self.presence.clone());
-        let handler = io::BlockHandler::new(link, self.capacity, &self.options.serial, presence)?;
-        Ok(Box::new(handler))
+        let counters = Arc::clone(&self.counters);
+        let serial = &self.options.serial;
+        Ok(Box::new(io::BlockHandler::new(link, self.capacity, serial, presence, counters)?))
     }
 
     fn state(&self) -> DeviceState {

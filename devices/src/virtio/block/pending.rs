@@ -1,11 +1,13 @@
 //! A request that is being carried out, and its answer.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use ::block::queue::Op;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::counters::IoKind;
 use crate::GuestMemory;
 use crate::virtio::chain::{Malformed, out_of_memory};
 use crate::virtio::{Segment, Token, mark_filled};
@@ -21,11 +23,21 @@ pub(super) enum Failure {
 
 pub(super) type Outcome = Result<(), Failure>;
 
+/// What is counted when the request ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Account {
+    pub(super) kind: IoKind,
+    pub(super) bytes: u64,
+    pub(super) started: Instant,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Pending {
     /// Where its chain goes back to.
     pub(super) token: Token,
+    /// How it is counted.
+    pub(super) account: Option<Account>,
     /// What is still to be done, one after another.
     pub(super) todo: VecDeque<Op>,
     /// Guest memory that the host fills past vm-memory.
@@ -38,7 +50,7 @@ pub(super) struct Pending {
 
 impl Pending {
     pub(super) fn new(token: Token, status: GuestAddress, data: u64) -> Self {
-        Self { token, todo: VecDeque::new(), filled: Vec::new(), status, data }
+        Self { token, account: None, todo: VecDeque::new(), filled: Vec::new(), status, data }
     }
 
     /// The host fills these.
