@@ -13,7 +13,7 @@ use crate::GuestMemory;
 use crate::format::ram::RamLayout;
 use crate::load::Checkpoint;
 use crate::memory;
-use crate::nodes::find_tag;
+use crate::nodes::{find_tag, kept_tag};
 use crate::track::{PageRun, PageSet};
 use crate::units::{MIB, PAGE, index};
 
@@ -23,7 +23,7 @@ pub const MOST_PAGES: u64 = 64 * MIB / PAGE;
 /// Largest read in pages.
 const CHUNK: u64 = 256;
 
-/// A checkpoint to which RAM was taken, to be gone back to quickly.
+/// A checkpoint that RAM is based on, to be gone back to quickly.
 pub struct Rewinder {
     nodes: Vec<Kept>,
     vmstate: usize,
@@ -41,13 +41,17 @@ struct Kept {
     snapshot: SnapshotInfo,
 }
 
+impl Kept {
+    fn of(node: &Node, format: &Arc<dyn Format>, snapshot: SnapshotInfo) -> Self {
+        Self { node: node.name().to_owned(), format: Arc::downgrade(format), snapshot }
+    }
+}
+
 impl Rewinder {
     /// Keeps what is needed of a checkpoint that was loaded.
     pub fn new(checkpoint: &Checkpoint) -> Self {
-        let kept = |(node, format, snapshot): (&Arc<Node>, &Arc<dyn Format>, &SnapshotInfo)| Kept {
-            node: node.name().to_owned(),
-            format: Arc::downgrade(format),
-            snapshot: snapshot.clone(),
+        let kept = |(node, format, snapshot): (&Arc<Node>, &Arc<dyn Format>, &SnapshotInfo)| {
+            Kept::of(node, format, snapshot.clone())
         };
         Self {
             nodes: checkpoint.parts().map(kept).collect(),
@@ -58,8 +62,26 @@ impl Rewinder {
         }
     }
 
+    /// The same of a checkpoint that was just saved on `nodes`, with `vmstate` the name of the one that has
+    /// RAM. `None` where it is gone already.
+    pub(crate) fn saved(
+        nodes: &[Arc<Node>],
+        vmstate: &str,
+        tag: &str,
+        layout: RamLayout,
+    ) -> Option<Self> {
+        let kept = |node: &Arc<Node>| Some(Kept::of(node, &node.format(), find_tag(node, tag)?));
+        Some(Self {
+            nodes: nodes.iter().map(kept).collect::<Option<_>>()?,
+            vmstate: nodes.iter().position(|node| node.name() == vmstate)?,
+            tag: kept_tag(tag).to_owned(),
+            layout,
+            clean: HashMap::new(),
+        })
+    }
+
     /// Whether a load of `tag` from `nodes`, with the VM state on `vmstate`, is of this checkpoint,
-    /// which is there as it was, and no disk was written since it was taken back to it. Anything
+    /// which is there as it was, and no disk was written since it was as in it. Anything
     /// else, errors included, is no: the load as a whole finds out.
     pub fn is_current(&self, nodes: &[Arc<Node>], vmstate: &str, tag: &str) -> bool {
         let same = |(kept, node): (&Kept, &Arc<Node>)| {

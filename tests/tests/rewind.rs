@@ -18,13 +18,22 @@ const DISK: &[&str] = &["disk0"];
 const MIB: u64 = 1 << 20;
 const USED: Range<u64> = FREE..96 * MIB;
 
-/// A machine whose memory is filled with 1 in checkpoint "one", which was loaded.
-fn loaded(dir: &Path) -> (Vm, Monitor) {
+/// A machine whose memory is filled with 1 in checkpoint "one".
+fn saved(dir: &Path) -> (Vm, Monitor) {
     let mut vm = machine_with_disk(dir, "160M", 2).start();
     let mut guest = monitor(&vm);
     guest.fill(USED, 1);
     vm.save("one", DISK);
+    (vm, guest)
+}
+
+/// The same, loaded the long way.
+fn loaded(dir: &Path) -> (Vm, Monitor) {
+    let (mut vm, mut guest) = saved(dir);
+    // Too much to be put back.
+    guest.fill(USED, 0);
     vm.load("one", DISK);
+    assert_eq!(rewinds(&vm), 0);
     (vm, guest)
 }
 
@@ -55,6 +64,70 @@ fn memory_is_that_of_the_checkpoint_every_time() {
     }
     guest.verify(USED, 1);
     assert_eq!(rewinds(&vm), 10);
+    vm.quit();
+    check(dir.path());
+}
+
+#[test]
+fn the_first_load_after_a_save_is_a_way_back_too() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, mut guest) = saved(dir.path());
+    for (round, tag) in (2..).zip(["one", "two", "three"]) {
+        if tag != "one" {
+            // What was put back before is in the next one.
+            guest.fill(4 * MIB..6 * MIB, round);
+            vm.save(tag, DISK);
+        }
+        for other in 0..3 {
+            guest.fill(5 * MIB..9 * MIB, 20 + other);
+            vm.load(tag, DISK);
+            guest.verify(4 * MIB..6 * MIB, if tag == "one" { 1 } else { round });
+            // No more: what is read may count as written, where KVM shadows page tables.
+            guest.verify(6 * MIB..10 * MIB, 1);
+        }
+    }
+    assert_eq!(rewinds(&vm), 9);
+    guest.verify(6 * MIB..USED.end, 1);
+    // Another checkpoint is not taken for it.
+    guest.fill(4 * MIB..6 * MIB, 9);
+    vm.load("one", DISK);
+    assert_eq!(rewinds(&vm), 9);
+    guest.verify(USED, 1);
+    vm.quit();
+    check(dir.path());
+}
+
+#[test]
+fn pages_that_are_written_now_and_then_are_put_back_every_time() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, mut guest) = loaded(dir.path());
+    // Longer than pages are left unprotected; each has turns in which it is written and such in
+    // which it is not.
+    for round in 0..80 {
+        for page in [2, 3, 5, 7, 40].into_iter().filter(|n| round % n == 0) {
+            guest.poke(8 * MIB + page * 4096, round);
+        }
+        if round == 50 {
+            guest.fill(20 * MIB..30 * MIB, 2);
+        }
+        vm.load("one", DISK);
+        guest.verify(8 * MIB..8 * MIB + 41 * 4096, 1);
+    }
+    guest.verify(USED, 1);
+    assert_eq!(rewinds(&vm), 80);
+    // What counts as written, and is not, is right in a checkpoint all the same.
+    guest.poke(8 * MIB, 77);
+    vm.save("two", DISK);
+    guest.fill(USED, 3);
+    vm.load("two", DISK);
+    assert_eq!(guest.peek(8 * MIB), 77);
+    guest.verify(8 * MIB + 4096..USED.end, 1);
     vm.quit();
     check(dir.path());
 }

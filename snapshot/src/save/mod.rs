@@ -20,7 +20,7 @@ mod steps;
 mod writer;
 
 pub use aside::{Aside, Room};
-pub use steps::{Machine, Save, SaveImages, SaveSetup, set_aside};
+pub use steps::{Machine, Save, SaveImages, SaveSetup, Saved, set_aside};
 
 /// A checkpoint to be saved. The vCPUs are stopped and the disks quiesced while it is.
 pub struct SaveRequest<'a> {
@@ -177,7 +177,8 @@ pub fn save(request: SaveRequest<'_>) -> Result<SaveReport, SaveError> {
     let mut all = PageSet::of(ram);
     all.insert_all();
     save.write(&all)?;
-    let (report, _) = save.finish(Machine { config, about, sections, stamp: stamp.clone() })?;
+    let Saved { report, .. } =
+        save.finish(Machine { config, about, sections, stamp: stamp.clone() })?;
     Ok(report)
 }
 

@@ -25,6 +25,7 @@ use crate::format::ram::RamLayout;
 use crate::format::section::Section;
 use crate::nodes::{NodesError, kept_tag};
 use crate::order::{ChangeError, NodeChange, all_or_none};
+use crate::rewind::Rewinder;
 use crate::track::{Base, PageSet};
 use crate::{GuestMemory, memory};
 
@@ -76,6 +77,16 @@ pub struct Machine<'a> {
     pub sections: Vec<Section>,
     /// Tag and times.
     pub stamp: Stamp,
+}
+
+/// A checkpoint that is there.
+pub struct Saved {
+    /// What was done.
+    pub report: SaveReport,
+    /// What RAM equalled at the switch.
+    pub base: Base,
+    /// What is needed to go back to it; none where it is gone already.
+    pub rewinder: Option<Rewinder>,
 }
 
 /// A save that is under way. Dropping it makes every node as it was.
@@ -173,9 +184,8 @@ impl<'a> Save<'a> {
         self.with_target(|writer, target| writer.write_kept(target, guard, progress))
     }
 
-    /// Writes the machine's state and makes the checkpoint durable and visible on all nodes. Gives
-    /// what was done, and what RAM equalled at the switch.
-    pub fn finish(mut self, machine: Machine<'_>) -> Result<(SaveReport, Base), SaveError> {
+    /// Writes the machine's state and makes the checkpoint durable and visible on all nodes.
+    pub fn finish(mut self, machine: Machine<'_>) -> Result<Saved, SaveError> {
         let Machine { config, about, sections, stamp } = machine;
         let about = About { vmstate: self.setup.vmstate.to_owned(), ..about };
         about.check().map_err(|source| SaveError::About { tag: stamp.tag.clone(), source })?;
@@ -209,7 +219,10 @@ impl<'a> Save<'a> {
             vm_state_size: area.layout.total_length(),
             incremental: self.incremental,
         };
-        Ok((report, self.base(&stamp, &area)?))
+        let base = self.base(&stamp, &area)?;
+        let SaveSetup { nodes, vmstate, .. } = self.setup;
+        let rewinder = Rewinder::saved(nodes, vmstate, &stamp.tag, area.layout);
+        Ok(Saved { report, base, rewinder })
     }
 
     /// Header and sections; what an inherited area has behind them goes.

@@ -82,7 +82,7 @@ impl Tracker {
     /// noted since the last [`Tracker::take`] stay dirty.
     pub fn saved(&mut self, base: Base) {
         self.base = Some(base);
-        self.taken.take();
+        self.taken.clear();
     }
 
     /// The save came to nothing: what it had taken differs from the old base still.
@@ -94,15 +94,15 @@ impl Tracker {
     /// RAM is that of the checkpoint now.
     pub fn loaded(&mut self, base: Base) {
         self.base = Some(base);
-        self.dirty.take();
-        self.taken.take();
+        self.dirty.clear();
+        self.taken.clear();
     }
 
     /// RAM is that of no checkpoint.
     pub fn forget(&mut self) {
         self.base = None;
         self.dirty.insert_all();
-        self.taken.take();
+        self.taken.clear();
     }
 }
 

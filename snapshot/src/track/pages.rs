@@ -5,12 +5,17 @@ use std::ops::Range;
 use crate::units::{PAGE, index};
 
 const WORD: u64 = 64;
+/// Words that one word of [`Bits::used`] is of.
+const GROUP: usize = 64;
 
 /// A set of pages of guest RAM. RAM is a list of regions; a page is named by the index of its region
 /// and its number there, from 0.
 ///
 /// Two sets that meet in one operation are of the same RAM; a page that only one of them can hold is
 /// left out.
+///
+/// What is done with a set of few pages costs as much as there are pages in it, and next to nothing for all
+/// of RAM: a bit for 16 MiB.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageSet {
     regions: Vec<Bits>,
@@ -28,16 +33,30 @@ pub struct PageRun {
 }
 
 /// The pages of one region. Bits past the last page are 0.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 struct Bits {
     pages: u64,
     words: Vec<u64>,
+    /// One bit for a word, which may be 0 all the same; where there is no bit the word is 0.
+    used: Vec<u64>,
 }
+
+impl PartialEq for Bits {
+    fn eq(&self, other: &Self) -> bool {
+        self.pages == other.pages && self.words == other.words
+    }
+}
+
+impl Eq for Bits {}
 
 impl PageSet {
     /// The empty set over regions of so many pages each.
     pub fn empty(regions: impl IntoIterator<Item = u64>) -> Self {
-        let bits = |pages: u64| Bits { pages, words: vec![0; index(pages.div_ceil(WORD))] };
+        let bits = |pages: u64| {
+            let words = pages.div_ceil(WORD);
+            let used = vec![0; index(words.div_ceil(WORD))];
+            Bits { pages, words: vec![0; index(words)], used }
+        };
         Self { regions: regions.into_iter().map(bits).collect() }
     }
 
@@ -61,21 +80,34 @@ impl PageSet {
     pub fn insert_all(&mut self) {
         for bits in &mut self.regions {
             bits.words.fill(u64::MAX);
+            bits.used.fill(u64::MAX);
             bits.cut();
+        }
+    }
+
+    /// Takes every page out.
+    pub fn clear(&mut self) {
+        for bits in &mut self.regions {
+            bits.change_used(|_| 0);
+            bits.used.fill(0);
         }
     }
 
     /// Puts a run in; what is past the end of its region is left out.
     pub fn insert(&mut self, run: PageRun) {
         if let Some(bits) = self.regions.get_mut(run.region) {
-            bits.each_word(run, |word, mask| *word |= mask);
+            for (at, mask) in bits.masks(run) {
+                bits.insert_word(at, mask);
+            }
         }
     }
 
     /// Takes a run out.
     pub fn remove(&mut self, run: PageRun) {
         if let Some(bits) = self.regions.get_mut(run.region) {
-            bits.each_word(run, |word, mask| *word &= !mask);
+            for (at, mask) in bits.masks(run) {
+                bits.words[at] &= !mask;
+            }
         }
     }
 
@@ -96,8 +128,15 @@ impl PageSet {
     /// Puts pages in as KVM and atomic bitmaps have them: bit `n % 64` of word `n / 64` is page `n`.
     pub fn insert_words(&mut self, region: usize, words: &[u64]) {
         if let Some(bits) = self.regions.get_mut(region) {
-            for (word, more) in bits.words.iter_mut().zip(words) {
-                *word |= more;
+            let words = words.get(..bits.words.len()).unwrap_or(words);
+            for (group, words) in words.chunks(GROUP).enumerate() {
+                // Without a branch for each word: nearly all are 0.
+                if words.iter().fold(0, |any, word| any | word) == 0 {
+                    continue;
+                }
+                for (at, more) in (group * GROUP..).zip(words).filter(|(_, more)| **more != 0) {
+                    bits.insert_word(at, *more);
+                }
             }
             bits.cut();
         }
@@ -110,17 +149,24 @@ impl PageSet {
 
     /// Puts all pages of `other` in.
     pub fn union(&mut self, other: &Self) {
-        self.combine(other, |word, other| *word |= other);
+        self.check_same(other);
+        for (bits, other) in self.regions.iter_mut().zip(&other.regions) {
+            let words = bits.words.len();
+            for at in other.used().take_while(|at| *at < words) {
+                bits.insert_word(at, other.words[at]);
+            }
+            bits.cut();
+        }
     }
 
     /// Takes all pages of `other` out.
     pub fn subtract(&mut self, other: &Self) {
-        self.combine(other, |word, other| *word &= !other);
+        self.combine(other, |word, other| word & !other);
     }
 
     /// Leaves only pages that are in `other` too.
     pub fn intersect(&mut self, other: &Self) {
-        self.combine(other, |word, other| *word &= other);
+        self.combine(other, |word, other| word & other);
     }
 
     /// The set as it is; what is left is empty.
@@ -131,7 +177,7 @@ impl PageSet {
 
     /// How many pages are in.
     pub fn count(&self) -> u64 {
-        let words = self.regions.iter().flat_map(|bits| &bits.words);
+        let words = self.regions.iter().flat_map(|bits| bits.used().map(|at| bits.words[at]));
         words.map(|word| u64::from(word.count_ones())).sum()
     }
 
@@ -149,7 +195,7 @@ impl PageSet {
 
     /// Whether no page is in.
     pub fn is_empty(&self) -> bool {
-        self.regions.iter().all(|bits| bits.words.iter().all(|word| *word == 0))
+        self.regions.iter().all(|bits| bits.used().all(|at| bits.words[at] == 0))
     }
 
     /// The pages as runs that are as long as can be, in order.
@@ -186,14 +232,16 @@ impl PageSet {
         grown
     }
 
-    fn combine(&mut self, other: &Self, with: impl Fn(&mut u64, u64)) {
-        debug_assert!(self.regions().eq(other.regions()), "sets of different RAM");
+    /// Changes what is in, with what the other has there; pages are taken out only.
+    fn combine(&mut self, other: &Self, with: impl Fn(u64, u64) -> u64) {
+        self.check_same(other);
         for (bits, other) in self.regions.iter_mut().zip(&other.regions) {
-            for (word, other) in bits.words.iter_mut().zip(&other.words) {
-                with(word, *other);
-            }
-            bits.cut();
+            bits.change_used_at(|at, word| with(word, other.words.get(at).copied().unwrap_or(0)));
         }
+    }
+
+    fn check_same(&self, other: &Self) {
+        debug_assert!(self.regions().eq(other.regions()), "sets of different RAM");
     }
 }
 
@@ -253,9 +301,42 @@ impl Bits {
         })
     }
 
-    fn each_word(&mut self, run: PageRun, change: impl Fn(&mut u64, u64)) {
-        for (at, mask) in self.masks(run) {
-            change(&mut self.words[at], mask);
+    /// The words that may be other than 0.
+    fn used(&self) -> impl Iterator<Item = usize> + '_ {
+        let words = self.words.len();
+        (0..).zip(&self.used).flat_map(move |(group, used)| {
+            let mut rest = *used;
+            std::iter::from_fn(move || {
+                let bit = (rest != 0).then(|| rest.trailing_zeros())?;
+                rest &= rest - 1;
+                Some(index(group * WORD + u64::from(bit)))
+            })
+            .take_while(move |at| *at < words)
+        })
+    }
+
+    /// Puts bits in a word.
+    fn insert_word(&mut self, at: usize, more: u64) {
+        self.words[at] |= more;
+        self.used[at / GROUP] |= 1 << (at % GROUP);
+    }
+
+    fn change_used(&mut self, change: impl Fn(u64) -> u64) {
+        self.change_used_at(|_, word| change(word));
+    }
+
+    /// Changes the words that are other than 0.
+    fn change_used_at(&mut self, change: impl Fn(usize, u64) -> u64) {
+        let Self { words, used, .. } = self;
+        for (group, used) in used.iter().enumerate() {
+            let mut rest = *used;
+            while rest != 0 {
+                let at = group * GROUP + rest.trailing_zeros() as usize;
+                rest &= rest - 1;
+                if let Some(word) = words.get_mut(at) {
+                    *word = change(at, *word);
+                }
+            }
         }
     }
 
@@ -265,11 +346,22 @@ impl Bits {
         let mut at = from / WORD;
         let mut word = (self.words.get(index(at))? ^ flip) & u64::MAX << (from % WORD);
         while word == 0 {
-            at += 1;
+            at = if absent { at + 1 } else { self.next_used(at + 1)? };
             word = self.words.get(index(at))? ^ flip;
         }
         let page = at * WORD + u64::from(word.trailing_zeros());
         (page < self.pages).then_some(page)
+    }
+
+    /// The first word from `from` that may be other than 0.
+    fn next_used(&self, from: u64) -> Option<u64> {
+        let mut group = from / WORD;
+        let mut used = self.used.get(index(group))? & u64::MAX << (from % WORD);
+        while used == 0 {
+            group += 1;
+            used = *self.used.get(index(group))?;
+        }
+        Some(group * WORD + u64::from(used.trailing_zeros()))
     }
 }
 
@@ -385,6 +477,35 @@ mod tests {
         assert_eq!(set.count(), 1);
         set.insert(run(7, 0, 1));
         assert_eq!(set.runs().collect::<Vec<_>>(), [run(2, 0, 1)]);
+    }
+
+    #[test]
+    fn pages_far_apart_are_found_and_a_cleared_set_is_as_new() {
+        const FAR: [u64; 6] = [0, 4095, 4096, 4160, 300_000, 999_999];
+        let mut set = PageSet::empty([3, 1_000_000]);
+        for first in FAR {
+            set.insert(run(1, first, 1));
+        }
+        let mut words = set.empty_like();
+        words.insert_words(1, set.words(1));
+        let mut united = set.empty_like();
+        united.union(&words);
+        assert_eq!(united, set);
+        assert_eq!(united.count(), 6);
+        let found: Vec<_> = united.runs().flat_map(|r| r.first..r.end()).collect();
+        assert_eq!(found, FAR);
+        united.remove(run(1, 4096, 100_000));
+        assert_eq!(united.count(), 4);
+        assert_eq!(united.runs().map(|r| r.first).collect::<Vec<_>>(), [0, 4095, 300_000, 999_999]);
+        set.intersect(&united);
+        assert_eq!(set, united);
+        for mut set in [set, united] {
+            set.insert_all();
+            assert_eq!(set.count(), 1_000_003);
+            set.clear();
+            assert!(set.is_empty());
+            assert_eq!(set, PageSet::empty([3, 1_000_000]));
+        }
     }
 
     #[test]

@@ -105,7 +105,7 @@ impl Live {
             sections: vec![Section::encode("vcpu", 0, 1, &7_u64).unwrap()],
             stamp: stamp.clone(),
         };
-        let (report, base) = save.finish(machine)?;
+        let save::Saved { report, base, .. } = save.finish(machine)?;
         self.tracker.saved(base);
         Ok((then, report))
     }

@@ -2,7 +2,7 @@
 
 use block::Progress;
 use block::qcow2::Compression;
-use snapshot::save::{Machine, Room, Save, SaveSetup, set_aside};
+use snapshot::save::{Machine, Room, Save, SaveSetup, Saved, set_aside};
 use snapshot::{
     Checkpoint, GuestMemory, MachineConfig, PageSet, SaveImages, SaveReport, Section, Stamp,
     Tracker, delete,
@@ -117,7 +117,7 @@ impl Chain {
             sections: vec![Section::encode("vcpu", 0, 1, tag).unwrap()],
             stamp: stamp.clone(),
         };
-        let (report, base) = save.finish(machine).unwrap();
+        let Saved { report, base, .. } = save.finish(machine).unwrap();
         self.tracker.saved(base);
         report
     }

@@ -105,8 +105,8 @@ pub struct Controller {
     pauses: Pauses,
     /// What guests touched first after loads.
     orders: Arc<snapshot::Orders>,
-    /// The checkpoint loaded last.
-    rewind: Option<rewind::Rewind>,
+    /// The checkpoint saved or loaded last.
+    rewind: Option<Box<rewind::Rewind>>,
     /// How often it was gone back to by [`rewind`].
     rewinds: u64,
     /// What that has put back.
@@ -244,10 +244,12 @@ impl MutEventSubscriber for Controller {
             self.inbox.acknowledge();
             while let Some(message) = self.inbox.next() {
                 self.handle(message);
+                self.rewind_now();
             }
         } else if fd == self.requests.event().as_raw_fd() {
             for request in self.requests.take() {
                 self.command(request);
+                self.rewind_now();
             }
         } else if fd == self.signals.as_raw_fd() {
             self.shutdown(false, ShutdownCause::HostSignal);

@@ -1,9 +1,9 @@
 //! Going back to the checkpoint that the guest runs from: a load that costs what the guest has
 //! written since, done by the main thread itself.
 //!
-//! It is tried for every load, and asks nothing that a load does not: same arguments, same
-//! checkpoint on the same images, RAM based on it, no disk written, not too many pages. Where one of
-//! these does not hold, the load goes the long way.
+//! It is tried for every load, and asks nothing that a load does not: the arguments of the last load or
+//! save, that checkpoint on the same images, RAM based on it, no disk written, not too many pages. Where
+//! one of these does not hold, the load goes the long way.
 
 use std::sync::atomic::Ordering;
 
@@ -17,24 +17,73 @@ use super::Controller;
 use super::snapshot_jobs::Current;
 use super::work::{Outcome, Target, Task, WorkError};
 use crate::machine::state::MachineState;
+use crate::memory::dirty_log::Protect;
 
-/// What is kept of the last load.
-pub(super) struct Rewind {
+/// Loads for which pages that were written once are left unprotected.
+const UNPROTECTED: u32 = 16;
+
+/// What is kept of the checkpoint saved or loaded last.
+pub struct Rewind {
     /// What was asked for.
     target: Target,
     base: Base,
-    state: Box<MachineState>,
+    state: MachineState,
     rewinder: Rewinder,
+    /// How often it was gone back to.
+    count: u64,
+    hot: Hot,
 }
 
 impl Rewind {
-    pub(super) fn new(
-        target: Target,
-        base: Base,
-        state: Box<MachineState>,
-        rewinder: Rewinder,
-    ) -> Self {
-        Self { target, base, state, rewinder }
+    /// A checkpoint that RAM is based on.
+    pub fn new(target: Target, base: Base, state: MachineState, rewinder: Rewinder) -> Self {
+        Self { target, base, state, rewinder, count: 0, hot: Hot::default() }
+    }
+
+    /// Its vCPUs and devices.
+    pub fn state(&self) -> &MachineState {
+        &self.state
+    }
+
+    /// What RAM equals.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+}
+
+/// Whoever goes back again and again writes to the same pages each time. A fault for each of them costs
+/// more than putting back a page that was not written, so they are left unprotected for a while: they
+/// count as written each time. Which they are is found out anew after so many loads, or when they have
+/// become twice as many.
+#[derive(Debug, Default)]
+struct Hot {
+    /// Loads until then.
+    left: u32,
+    /// Pages of the first load since.
+    pages: Option<u64>,
+}
+
+impl Hot {
+    /// What is to become of the pages that were written up to the load that begins.
+    fn protect(&mut self) -> Protect {
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Protect::Not
+            }
+            None => {
+                *self = Self { left: UNPROTECTED, pages: None };
+                Protect::Again
+            }
+        }
+    }
+
+    /// So many pages counted as written.
+    fn note(&mut self, protect: Protect, pages: u64) {
+        // Those of a load that protects are of former runs too.
+        if protect == Protect::Not && pages > 2 * *self.pages.get_or_insert(pages) {
+            self.left = 0;
+        }
     }
 }
 
@@ -48,8 +97,10 @@ impl Controller {
         if !running || unread || !self.is_last_load(target) {
             return false;
         }
-        // Few pages now can be many later; many pages stay many.
-        self.machine.note_written().is_ok() && self.may_put_back()
+        // Few pages now can be many later; many pages stay many. After one way back another one is
+        // likely, and it will be seen when the guest stands still.
+        self.rewind.as_ref().is_some_and(|rewind| rewind.count > 0)
+            || self.machine.note_written(Protect::Not).is_ok() && self.may_put_back()
     }
 
     /// Whether the load of `target` was the last, RAM is based on it, and its disks are unchanged.
@@ -69,14 +120,17 @@ impl Controller {
         self.machine.tracker().dirty().count() <= MOST_PAGES
     }
 
-    /// Does the load that [`Controller::can_rewind`] was asked of, or starts it the long way.
+    /// Does the load that [`Controller::can_rewind`] was asked of, if there is one, or starts it the
+    /// long way.
     pub(super) fn rewind_now(&mut self) {
-        let Some(Task::Load(target, mode)) = self.jobs.rewinding.take() else { return };
-        match self.try_rewind(&target) {
-            Some(outcome) => self.job_done(outcome),
-            None => {
-                let Some(Current { id, handle, .. }) = self.jobs.current.take() else { return };
-                self.start_job(id, Task::Load(target, mode), handle);
+        // The end of one job can be the beginning of the next.
+        while let Some(Task::Load(target, mode)) = self.jobs.rewinding.take() {
+            match self.try_rewind(&target) {
+                Some(outcome) => self.job_done(outcome),
+                None => {
+                    let Some(Current { id, handle, .. }) = self.jobs.current.take() else { return };
+                    self.start_job(id, Task::Load(target, mode), handle);
+                }
             }
         }
     }
@@ -92,7 +146,8 @@ impl Controller {
             return Some(Err(error));
         }
         // The guest stands still: what holds now stays so.
-        let noted = self.machine.note_written();
+        let protect = self.rewind.as_mut()?.hot.protect();
+        let noted = self.machine.note_written(protect);
         if noted.is_err() || !self.may_put_back() || !self.is_last_load(target) {
             return None;
         }
@@ -101,7 +156,9 @@ impl Controller {
             debug!("the long way back to '{}': {error}", target.tag);
             return None;
         }
-        let put_back = self.machine.tracker().dirty().bytes();
+        let dirty = self.machine.tracker().dirty();
+        let (pages, put_back) = (dirty.count(), dirty.bytes());
+        rewind.hot.note(protect, pages);
         handle.committed.store(true, Ordering::Release);
         handle.memory_lost.store(true, Ordering::Release);
         self.inbox.guest_replaced();
@@ -110,6 +167,7 @@ impl Controller {
         handle.progress.advance(bytes);
         let restored = self.machine.restore_rewound(&rewind.state, rewind.base.clone());
         if restored.is_ok() {
+            rewind.count += 1;
             self.rewinds += 1;
             self.rewound_bytes += put_back;
         }

@@ -15,7 +15,6 @@ use tracing::error;
 use super::Controller;
 use super::mailbox::Message;
 use super::pauses::nanoseconds;
-use super::rewind::Rewind;
 use super::work::{
     self, Freeze, Frozen, Loaded, Task, Tracked, WorkContext, WorkError, WorkMessage,
 };
@@ -23,13 +22,14 @@ use crate::blocks::jobs::JobList;
 use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
+use crate::memory::dirty_log::Protect;
 
 /// The jobs, and what they are to do.
 pub(super) struct SnapshotJobs {
     list: JobList,
     waiting: VecDeque<Waiting>,
     pub(super) current: Option<Current>,
-    /// The load that [`WorkMessage::Rewind`] is for.
+    /// The load that is to be done by [`Controller::rewind_now`], when the client was answered.
     pub(super) rewinding: Option<Task>,
 }
 
@@ -190,8 +190,7 @@ impl Controller {
             {
                 self.jobs.current = Some(Current { id, handle, thread: None });
                 self.jobs.rewinding = Some(task);
-                // Not at once: the client is answered first.
-                return self.mailbox.send(Message::Work(WorkMessage::Rewind));
+                return;
             }
             self.start_job(id, task, handle);
         }
@@ -247,9 +246,10 @@ impl Controller {
                 // A reset may have waited for it.
                 self.release_guest(true, false);
             }
-            WorkMessage::Saved { base, report } => {
+            WorkMessage::Saved { base, report, rewind } => {
                 if self.machine.is_tracking() {
                     self.machine.tracker().saved(base);
+                    self.rewind = rewind;
                 }
                 self.job_report(|job| {
                     job.written = i64::try_from(report.bytes_written).ok();
@@ -257,13 +257,12 @@ impl Controller {
                 });
             }
             WorkMessage::Restore { loaded, reply } => {
-                let Loaded { state, base, rewinder, target, missing } = *loaded;
+                let Loaded { rewind, missing } = *loaded;
                 self.inbox.guest_replaced();
-                let restored = self.restore(&state, base.clone(), missing);
-                self.rewind = restored.is_ok().then(|| Rewind::new(target, base, state, rewinder));
+                let restored = self.restore(rewind.state(), rewind.base().clone(), missing);
+                self.rewind = restored.is_ok().then(|| Box::new(rewind));
                 let _ = reply.send(restored);
             }
-            WorkMessage::Rewind => self.rewind_now(),
             WorkMessage::Done(outcome) => self.job_done(outcome),
         }
     }
@@ -308,7 +307,7 @@ impl Controller {
         self.check_savable()?;
         // A reset since the last round has turned it off.
         self.machine.start_tracking()?;
-        self.machine.note_written()?;
+        self.machine.note_written(Protect::Again)?;
         Ok(self.machine.tracker().take())
     }
 
@@ -327,7 +326,7 @@ impl Controller {
         self.check_savable()?;
         self.hold_guest(RunState::SaveVm)?;
         let state = self.machine.capture()?;
-        self.machine.note_written()?;
+        self.machine.note_written(Protect::Again)?;
         Ok(Frozen { state, pages: self.machine.tracker().take() })
     }
 

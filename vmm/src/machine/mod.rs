@@ -33,7 +33,7 @@ use crate::kvm::irqchip::{self, ClockState, IrqchipState};
 use crate::kvm::vcpu_state::{self, CaptureInfo};
 use crate::kvm::{self, IoctlContext, msrs};
 use crate::memory;
-use crate::memory::dirty_log::DirtyLog;
+use crate::memory::dirty_log::{DirtyLog, Protect};
 use crate::vcpu::{EventSink, VcpuHandle};
 use devices::{DeviceSet, GuestSignals};
 pub use error::Error;
@@ -57,6 +57,8 @@ pub struct Machine {
     memory: GuestMemory,
     log: DirtyLog,
     tracker: Tracker,
+    /// Room for a collection of the log.
+    written: PageSet,
     spec: MachineSpec,
     cpuid: CpuId,
     info: Arc<CaptureInfo>,
@@ -99,7 +101,8 @@ impl Machine {
         let memory = memory::allocate(spec.ram_bytes, kind)?;
         memory::register(&vm, &memory)?;
         let log = DirtyLog::new(&kvm);
-        let tracker = Tracker::new(&PageSet::of(&memory));
+        let written = PageSet::of(&memory);
+        let tracker = Tracker::new(&written);
 
         let mut bus = Bus::default();
         let devices = DeviceSet::attach(&spec, &vm, &memory, &mut bus, graph, console, signals)?;
@@ -136,6 +139,7 @@ impl Machine {
             memory,
             log,
             tracker,
+            written,
             spec,
             cpuid,
             info,
@@ -339,7 +343,7 @@ impl Machine {
         if let Some(base) = base {
             self.tracker.loaded(base);
         }
-        self.put(state)
+        self.put(state, |_| Ok(()))
     }
 
     /// Puts back the pages that were written since the base of RAM. The machine must be paused, and
@@ -353,21 +357,31 @@ impl Machine {
 
     /// Replaces the state of the paused machine after [`Machine::put_back`]: RAM is that of `base`.
     pub fn restore_rewound(&mut self, state: &MachineState, base: Base) -> Result<(), Error> {
-        if !self.nested_paging {
-            memory::forget_shadow_pages(&self.vm, &self.memory)?;
-        }
         self.tracker.loaded(base);
-        self.put(state)?;
+        let forget = |machine: &Self| match machine.nested_paging {
+            true => Ok(()),
+            false => memory::forget_shadow_pages(&machine.vm, &machine.memory),
+        };
+        self.put(state, forget)?;
         self.new_generation()
     }
 
-    /// vCPUs, interrupt chips, devices and clock.
-    fn put(&mut self, state: &MachineState) -> Result<(), Error> {
+    /// vCPUs, interrupt chips, devices and clock. While the vCPUs' threads are at it, which take long,
+    /// `meanwhile` is done: something that takes long too.
+    fn put(
+        &mut self,
+        state: &MachineState,
+        meanwhile: impl FnOnce(&Self) -> Result<(), memory::Error>,
+    ) -> Result<(), Error> {
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
         state.irqchip.restore(&self.vm)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
-            vcpu.restore(state.clone())?;
+        let pairs = self.vcpus.iter().zip(&state.vcpus);
+        let pending: Result<Vec<_>, _> = pairs.map(|(vcpu, to)| vcpu.restore(to.clone())).collect();
+        meanwhile(self)?;
+        for restored in pending? {
+            restored.wait()?;
         }
+        // A device's interrupt goes to a LAPIC that is in place.
         self.devices.restore(&state.devices)?;
         self.clock = state.clock;
         Ok(())
@@ -390,10 +404,11 @@ impl Machine {
     ///
     /// # Errors
     /// KVM does not say what was written. There is no base then.
-    pub fn note_written(&mut self) -> Result<(), Error> {
-        match self.log.collect(&self.vm, &self.memory) {
-            Ok(written) => {
-                self.tracker.note(&written);
+    pub fn note_written(&mut self, protect: Protect) -> Result<(), Error> {
+        self.written.clear();
+        match self.log.collect(&self.vm, &self.memory, protect, &mut self.written) {
+            Ok(()) => {
+                self.tracker.note(&self.written);
                 Ok(())
             }
             Err(error) => {

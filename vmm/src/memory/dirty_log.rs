@@ -8,7 +8,7 @@ use devices::GuestMemory;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO, kvm_clear_dirty_log,
-    kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use snapshot::{PageRun, PageSet};
@@ -18,12 +18,13 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use super::MmapRegion;
 use crate::kvm::{self, IoctlContext};
 
-/// kvm-ioctls has all but this one.
+/// kvm-ioctls does not have the one, and allocates for the other each time.
 mod ioctl {
     #![allow(missing_docs, reason = "the macro makes a public function")]
 
-    use super::{KVMIO, kvm_clear_dirty_log};
+    use super::{KVMIO, kvm_clear_dirty_log, kvm_dirty_log};
 
+    vmm_sys_util::ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
     vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
 
@@ -33,11 +34,22 @@ const CHUNK: u64 = 1 << 16;
 const WORD: u64 = 64;
 
 /// What this host's KVM can do, and whether slots are logged.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct DirtyLog {
     /// Bits of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; 0 where reading the log clears it too.
     manual: u64,
     on: bool,
+    /// The log of one slot.
+    words: Vec<u64>,
+}
+
+/// What becomes of pages that were found to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protect {
+    /// They are write-protected, so that the next write is seen: for the guest it is a fault.
+    Again,
+    /// Where KVM can, nothing: they count as written the next time too, whether they are or not.
+    Not,
 }
 
 /// What a slot's log holds when the slot gets it.
@@ -54,7 +66,8 @@ impl DirtyLog {
     pub fn new(kvm: &Kvm) -> Self {
         let bits = kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
         let known = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-        Self { manual: u64::try_from(bits).unwrap_or(0) & u64::from(known), on: false }
+        let manual = u64::try_from(bits).unwrap_or(0) & u64::from(known);
+        Self { manual, on: false, words: Vec::new() }
     }
 
     /// Whether slots are logged.
@@ -82,29 +95,54 @@ impl DirtyLog {
         self.on = on;
     }
 
-    /// Takes the pages that were written since the last time, by the guest or for it. Without the log
-    /// it is all of RAM. A page that is written meanwhile is among them, or among the next ones; copy
-    /// it afterwards, not before.
+    /// Adds the pages that were written since the last time, by the guest or for it, to `written`.
+    /// Without the log it is all of RAM. A page that is written meanwhile is among them, or among the
+    /// next ones; copy it afterwards, not before.
     ///
     /// # Errors
     /// KVM refuses. What it had logged may be lost then: all of RAM counts as written.
-    pub fn collect(&self, vm: &VmFd, memory: &GuestMemory) -> kvm::Result<PageSet> {
-        let mut written = PageSet::of(memory);
+    pub fn collect(
+        &mut self,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        protect: Protect,
+        written: &mut PageSet,
+    ) -> kvm::Result<()> {
         for (at, region) in memory.iter().enumerate() {
             written.insert_words(at, &MmapRegion::bitmap(region).get_and_reset());
         }
         if !self.on {
             written.insert_all();
-            return Ok(written);
+            return Ok(());
         }
         for (slot, region) in (0u32..).zip(memory.iter()) {
-            let words = vm.get_dirty_log(slot, region.size()).ioctl("KVM_GET_DIRTY_LOG")?;
-            if self.manual != 0 {
-                clear(vm, slot, &words, region.len() / snapshot::PAGE_SIZE)?;
+            let pages = region.len() / snapshot::PAGE_SIZE;
+            self.read(vm, slot, pages)?;
+            if self.manual != 0 && protect == Protect::Again {
+                clear(vm, slot, &self.words, pages)?;
             }
-            written.insert_words(slot as usize, &words);
+            written.insert_words(slot as usize, &self.words);
         }
-        Ok(written)
+        Ok(())
+    }
+
+    /// Reads the log of a slot of so many pages into `words`.
+    fn read(&mut self, vm: &VmFd, slot: u32, pages: u64) -> kvm::Result<()> {
+        self.words.resize(usize::try_from(pages.div_ceil(WORD)).unwrap_or(usize::MAX), 0);
+        let arguments = kvm_dirty_log {
+            slot,
+            padding1: 0,
+            __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: self.words.as_mut_ptr().cast(),
+            },
+        };
+        // SAFETY: KVM writes one bit for each page of the slot, rounded up to words of 64 bits, and
+        // `words` has them: the slot is the region it was set for.
+        let answer = unsafe { ioctl_with_ref(vm, ioctl::KVM_GET_DIRTY_LOG(), &arguments) };
+        if answer != 0 {
+            return Err(kvm_ioctls::Error::last()).ioctl("KVM_GET_DIRTY_LOG");
+        }
+        Ok(())
     }
 }
 

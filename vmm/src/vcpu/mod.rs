@@ -138,26 +138,18 @@ impl VcpuHandle {
     pub fn capture(&self) -> Result<VcpuState, Error> {
         let (reply, receiver) = channel();
         self.send(Command::Capture { reply })?;
-        self.answer(&receiver)
+        answer(self.index, &receiver)
     }
 
-    /// Replaces the state of the paused vCPU.
-    pub fn restore(&self, state: VcpuState) -> Result<(), Error> {
-        let (reply, receiver) = channel();
+    /// Begins to replace the state of the paused vCPU.
+    pub fn restore(&self, state: VcpuState) -> Result<PendingRestore, Error> {
+        let (reply, done) = channel();
         self.send(Command::Restore { state: Box::new(state), reply })?;
-        self.answer(&receiver)
+        Ok(PendingRestore { index: self.index, done })
     }
 
     fn send(&self, command: Command) -> Result<(), Error> {
         self.commands.send(command).map_err(|_| Error::Gone(self.index))
-    }
-
-    fn answer<T>(&self, receiver: &Receiver<kvm::Result<T>>) -> Result<T, Error> {
-        let index = self.index;
-        receiver
-            .recv()
-            .map_err(|_| Error::Gone(index))?
-            .map_err(|source| Error::Kvm { index, source })
     }
 
     fn kick(&self) {
@@ -178,6 +170,24 @@ impl Drop for VcpuHandle {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+fn answer<T>(index: u8, receiver: &Receiver<kvm::Result<T>>) -> Result<T, Error> {
+    receiver.recv().map_err(|_| Error::Gone(index))?.map_err(|source| Error::Kvm { index, source })
+}
+
+/// A state that is being put in place.
+#[must_use]
+pub struct PendingRestore {
+    index: u8,
+    done: Receiver<kvm::Result<()>>,
+}
+
+impl PendingRestore {
+    /// Waits until it is.
+    pub fn wait(self) -> Result<(), Error> {
+        answer(self.index, &self.done)
     }
 }
 

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::{Freeze, IO_THREADS, Loaded, Outcome, Target, WorkContext, WorkError, WorkMessage};
 use crate::control::mailbox::Mailbox;
+use crate::control::rewind::Rewind;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
 use crate::memory;
@@ -35,8 +36,8 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     disks.revert()?;
     let (base, rewinder) = (revival.base(), Rewinder::new(&revival.checkpoint));
     let lineage = revival.lineage();
-    let (state, target) = (Box::new(revival.state), target.clone());
-    let loaded = Box::new(Loaded { state, base, rewinder, target, missing });
+    let rewind = Rewind::new(target.clone(), base, revival.state, rewinder);
+    let loaded = Box::new(Loaded { rewind, missing });
     context.ask(|reply| WorkMessage::Restore { loaded, reply })?;
     context.lineage.set(lineage);
     Ok(())

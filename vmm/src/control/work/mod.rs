@@ -36,11 +36,12 @@ use block::qcow2::Compression;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{About, Base, MachineConfig, Orders, PageSet, Rewinder, SaveReport};
+use snapshot::{About, Base, MachineConfig, Orders, PageSet, SaveReport};
 use tracing::info;
 
 pub use self::load::{Ram, Revival, lazy_host};
 use super::mailbox::{Mailbox, Message};
+use super::rewind::Rewind;
 use crate::checkpoints::CurrentLineage;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
@@ -139,14 +140,8 @@ pub enum Freeze {
 
 /// A checkpoint whose RAM and disks are in place.
 pub struct Loaded {
-    /// Its vCPUs and devices.
-    pub state: Box<MachineState>,
-    /// What RAM is based on now.
-    pub base: Base,
-    /// What is needed to go back to it.
-    pub rewinder: Rewinder,
-    /// What was asked for.
-    pub target: Target,
+    /// What was asked for and loaded.
+    pub rewind: Rewind,
     /// RAM that is still to be read.
     pub missing: Option<Arc<Missing>>,
 }
@@ -176,6 +171,8 @@ pub enum WorkMessage {
         base: Base,
         /// What was done.
         report: SaveReport,
+        /// What is needed to go back to it.
+        rewind: Option<Box<Rewind>>,
     },
     /// Stop the guest.
     Freeze {
@@ -191,8 +188,6 @@ pub enum WorkMessage {
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
     },
-    /// Go back to the checkpoint that RAM is based on: the main thread's message to itself.
-    Rewind,
     /// The job is over.
     Done(Outcome),
 }

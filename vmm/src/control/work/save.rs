@@ -3,14 +3,16 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use snapshot::fault::guard::WriteGuard;
-use snapshot::save::{Machine, Room, Save, SaveSetup, set_aside};
-use snapshot::{About, Lineage, PageSet, SaveError, SaveImages, Stamp};
+use snapshot::save::{Machine, Room, Save, SaveSetup, Saved, set_aside};
+use snapshot::{About, Lineage, PageSet, SaveError, SaveImages, SectionReader, Stamp};
 use tracing::{info, warn};
 
 use super::{
     Freeze, Frozen, IO_THREADS, Outcome, SaveMode, SaveOptions, Target, Tracked, WorkContext,
     WorkError, WorkMessage,
 };
+use crate::control::rewind::Rewind;
+use crate::machine::state::MachineState;
 
 /// Bytes after which another round of copying, guest running, gains nothing.
 const FEW: u64 = 1 << 20;
@@ -54,7 +56,7 @@ pub(super) fn save(
         // and what the guest waits for, or it could not be stopped.
         context.read_missing()?;
     }
-    let running = Running { save, context, tag, about, all: !logged };
+    let running = Running { save, context, target, about, all: !logged };
     match how.mode {
         SaveMode::Live if logged => running.live(),
         _ => running.stop(),
@@ -64,7 +66,7 @@ pub(super) fn save(
 struct Running<'a> {
     save: Save<'a>,
     context: &'a WorkContext,
-    tag: &'a str,
+    target: &'a Target,
     about: About,
     /// All of RAM is to be written, whatever is dirty.
     all: bool,
@@ -154,20 +156,25 @@ impl Running<'_> {
         pages
     }
 
-    fn finish(self, state: &crate::machine::state::MachineState) -> Outcome {
-        let Self { save, context, tag, about, .. } = self;
-        let stamp = stamp(tag, state.clock.kvmclock_ns);
+    fn finish(self, state: &MachineState) -> Outcome {
+        let Self { save, context, target, about, .. } = self;
+        let stamp = stamp(&target.tag, state.clock.kvmclock_ns);
         let ancestors = context.lineage.get();
+        let sections = state.to_sections()?;
+        // What a load would find.
+        let state = MachineState::from_sections(SectionReader::new(&sections), context.shape)?;
         let machine = Machine {
             config: &context.config,
             about: About { ancestors: ancestors.stamps().to_vec(), ..about },
-            sections: state.to_sections()?,
+            sections,
             stamp: stamp.clone(),
         };
-        let (report, base) = save.finish(machine).map_err(failed)?;
+        let Saved { report, base, rewinder } = save.finish(machine).map_err(failed)?;
         info!("saved {report:?}");
         context.lineage.set(Lineage::at(stamp, ancestors.stamps()));
-        context.send(WorkMessage::Saved { base, report });
+        let target = target.clone();
+        let rewind = rewinder.map(|r| Box::new(Rewind::new(target, base.clone(), state, r)));
+        context.send(WorkMessage::Saved { base, report, rewind });
         Ok(())
     }
 }
