@@ -39,6 +39,14 @@ pub struct SnapshotInfo {
     pub icount: Option<u64>,
 }
 
+impl SnapshotInfo {
+    /// When it was made, in seconds since the epoch with nine decimals. With the id it names one snapshot,
+    /// whatever is deleted and made.
+    pub fn date_text(&self) -> String {
+        format!("{}.{:09}", self.date_sec, self.date_nsec)
+    }
+}
+
 /// How much of a snapshot is its own, in bytes of whole clusters, tables included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SnapshotSizes {

@@ -248,3 +248,83 @@ fn what_cannot_be_forked_is_named() {
     let error = refused(&checkpoint, &["--restore", &checkpoint]);
     assert!(error.contains("--fork takes it from the checkpoint"), "{error}");
 }
+
+#[test]
+fn a_fork_that_keeps_its_overlays_goes_on_from_them_and_is_forked_again() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let temp = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "64M", 1).start();
+    let used = FREE..20 * MIB;
+    monitor(&vm).fill(used.clone(), 1);
+    vm.save("base", DISK);
+    vm.quit();
+    let before = checksum(&image);
+    let base = format!("{}#base", image.display());
+    let kept = dir.path().join("work/7");
+    let options = ["--fork-overlay", kept.to_str().unwrap()];
+
+    let mut vm = fork(&base, temp.path()).args(&options).start();
+    monitor(&vm).verify(used.clone(), 1);
+    monitor(&vm).fill(used.clone(), 2);
+    vm.save("done", DISK);
+    vm.quit();
+    assert!(is_empty(temp.path()));
+    assert_eq!(checksum(&image), before, "the base was written to");
+    let overlay = kept.join("disk0.qcow2");
+    // A second fork does not write over the first one's.
+    let (status, error) = fork(&base, temp.path()).args(&options).run();
+    assert_eq!(status.code(), Some(1));
+    assert!(error.contains("'disk0.qcow2': File exists"), "{error}");
+
+    let done = format!("{}#done", overlay.display());
+    for spec in [fork(&done, temp.path()), VmSpec::bare().args(&["--restore", &done])] {
+        let mut vm = spec.start();
+        monitor(&vm).verify(used.clone(), 2);
+        vm.save("later", DISK);
+        monitor(&vm).fill(used.clone(), 3);
+        vm.load("later", DISK);
+        monitor(&vm).verify(used.clone(), 2);
+        vm.quit();
+    }
+    let check = Command::new(binary()).args(["image", "check"]).arg(&overlay).output().unwrap();
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    let listed = Command::new(binary())
+        .args(["snapshot", "list", "--image", overlay.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(listed.contains("done") && listed.contains("later"), "{listed}");
+
+    // Without the checkpoint below it an overlay is nothing, and says so.
+    qemu_img(&["snapshot", "-d", "base", image.to_str().unwrap()]);
+    qemu_img(&["snapshot", "-c", "other", image.to_str().unwrap()]);
+    let (status, error) = VmSpec::bare().args(&["--restore", &done]).run();
+    assert_eq!(status.code(), Some(1));
+    assert!(error.contains("it is the id of 'other'"), "{error}");
+}
+
+#[test]
+fn a_fork_that_does_not_come_to_run_leaves_no_overlay() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "64M", 1).start();
+    vm.save("base", DISK);
+    vm.quit();
+    let kept = dir.path().join("kept");
+    let base = format!("{}#base", image.display());
+    let args =
+        ["--fork-overlay", kept.to_str().unwrap(), "--qmp", "unix:/nonexistent/qmp,server=on"];
+    let (status, _) = VmSpec::bare().args(&["--fork", &base]).args(&args).run();
+    assert_eq!(status.code(), Some(1));
+    let (status, error) = VmSpec::bare().args(&args[..2]).args(&["--restore", &base]).run();
+    assert_eq!(status.code(), Some(1));
+    assert!(error.contains("needs --fork"), "{error}");
+    assert!(!kept.join("disk0.qcow2").exists());
+}

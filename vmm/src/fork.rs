@@ -1,5 +1,6 @@
 //! `--fork BASE#TAG`: a guest of its own from a checkpoint that nobody changes; `docs/forks.md`.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,17 @@ pub enum ClockPolicy {
     Frozen,
     /// They are set forward by it.
     Host,
+}
+
+/// What the command line says of a fork.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForkSpec {
+    /// The checkpoint.
+    pub checkpoint: RestoreSpec,
+    /// What its clocks do.
+    pub clock: ClockPolicy,
+    /// The directory for overlays that are kept.
+    pub overlays: Option<PathBuf>,
 }
 
 /// Why a checkpoint cannot be forked.
@@ -62,7 +74,7 @@ pub enum Error {
     /// An overlay cannot be made.
     #[error("cannot make an overlay in '{}': {reason}", .dir.display())]
     Overlay {
-        /// The directory for temporary files.
+        /// The directory.
         dir: PathBuf,
         /// Why not.
         reason: String,
@@ -100,6 +112,8 @@ pub struct Fork {
     stamp: Stamp,
     vmstate: String,
     clock: ClockPolicy,
+    /// Where overlays are kept; none where they are not.
+    kept_in: Option<PathBuf>,
     overlays: Vec<Overlay>,
 }
 
@@ -108,19 +122,16 @@ impl Fork {
     ///
     /// # Errors
     /// Something is missing, or a disk cannot be shared.
-    pub fn plan(
-        spec: &RestoreSpec,
-        clock: ClockPolicy,
-        given: &MachineSpec,
-    ) -> Result<Self, Error> {
-        let plan = restore::plan(spec, given, &[], Purpose::Fork)?;
+    pub fn plan(spec: &ForkSpec, given: &MachineSpec) -> Result<Self, Error> {
+        let plan = restore::plan(&spec.checkpoint, given, &[], Purpose::Fork)?;
         let mut fork = Self {
             machine: plan.machine,
             blockdevs: Vec::new(),
-            base: spec.image.clone(),
+            base: spec.checkpoint.image.clone(),
             stamp: plan.stamp,
             vmstate: plan.vmstate,
-            clock,
+            clock: spec.clock,
+            kept_in: spec.overlays.clone(),
             overlays: Vec::new(),
         };
         fork.machine.forked = true;
@@ -151,26 +162,41 @@ impl Fork {
         let Some(snapshot) = snapshots.iter().find(|s| Stamp::of(s) == self.stamp) else {
             return Err(Error::NotTogether { node, file, tag: self.stamp.tag.clone() });
         };
-        let overlay = Overlay::create(self.overlays.len(), snapshot.disk_size)?;
-        let path = overlay.0.display().to_string();
+        // Absolute: whoever opens an overlay that is kept does it from anywhere.
+        let file = std::path::absolute(&file).map_or(file, |path| path.display().to_string());
+        let below = json!({
+            "driver": options["driver"],
+            "read-only": true,
+            "x-snapshot-id": snapshot.id,
+            "x-snapshot-date": snapshot.date_text(),
+            "file": { "driver": "file", "filename": file },
+        });
+        let size = snapshot.disk_size;
+        let overlay = match &self.kept_in {
+            Some(dir) => Overlay::keep(dir, &node, size, &below)?,
+            None => Overlay::create(self.overlays.len(), size)?,
+        };
+        let path = overlay.path.display().to_string();
         self.overlays.push(overlay);
         Ok(json!({
             "driver": "qcow2",
             "node-name": node,
             "discard": "unmap",
             "file": { "driver": "file", "filename": path },
-            "backing": {
-                "driver": options["driver"],
-                "read-only": true,
-                "x-snapshot-id": snapshot.id,
-                "file": { "driver": "file", "filename": file },
-            },
+            "backing": below,
         }))
     }
 
-    /// Takes the overlays' names away, once they are open.
-    pub fn forget_overlays(&mut self) {
-        self.overlays.clear();
+    /// The overlays are open: those that are not kept lose their names.
+    pub fn overlays_are_open(&mut self) {
+        if self.kept_in.is_none() {
+            self.overlays.clear();
+        }
+    }
+
+    /// The guest is about to run: the overlays have what it writes from here on.
+    pub fn keep_overlays(&self) {
+        self.overlays.iter().for_each(|overlay| overlay.stays.set(true));
     }
 
     /// Puts the checkpoint on the machine, which was made as [`Fork::machine`] says. Gives where its
@@ -217,22 +243,47 @@ fn since(stamp: &Stamp) -> u64 {
     u64::try_from(now.saturating_sub(then).as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// An image in the directory for temporary files; its name is removed when it is dropped.
+/// An image for what a fork writes; its name is removed when it is dropped, unless it stays.
 #[derive(Debug)]
-struct Overlay(PathBuf);
+struct Overlay {
+    path: PathBuf,
+    stays: Cell<bool>,
+}
 
 impl Overlay {
+    /// In the directory for temporary files, for this process alone.
     fn create(index: usize, size: u64) -> Result<Self, Error> {
         let dir = std::env::temp_dir();
-        let path = dir.join(format!("tardigrade-fork-{}-{index}.qcow2", Uuid::new_v4().simple()));
-        let failed = |reason: String| Error::Overlay { dir: dir.clone(), reason };
+        let name = format!("tardigrade-fork-{}-{index}.qcow2", Uuid::new_v4().simple());
+        Self::make(&dir, &name, &CreateOptions { size, ..CreateOptions::default() })
+    }
+
+    /// One that tells what is below it, and can be opened by itself later.
+    fn keep(dir: &Path, node: &str, size: u64, below: &Value) -> Result<Self, Error> {
+        let failed = |reason: String| Error::Overlay { dir: dir.to_owned(), reason };
+        // The name is the image's: it must not lead anywhere else.
+        if node.starts_with('.') || node.contains('/') {
+            return Err(failed(format!("'{node}' cannot be the name of a file")));
+        }
+        std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
+        let options = CreateOptions {
+            size,
+            backing_file: Some(format!("json:{below}")),
+            backing_fmt: below["driver"].as_str().map(str::to_owned),
+            ..CreateOptions::default()
+        };
+        Self::make(dir, &format!("{node}.qcow2"), &options)
+    }
+
+    fn make(dir: &Path, name: &str, options: &CreateOptions) -> Result<Self, Error> {
+        let path = dir.join(name);
+        let failed = |reason: String| Error::Overlay { dir: dir.to_owned(), reason };
         // A new file that nobody else may open: it is to have the guest's data.
         let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        made.map_err(|error| failed(error.to_string()))?;
-        let overlay = Self(path);
-        let options = CreateOptions { size, ..CreateOptions::default() };
-        block::create_file(&overlay.0, false)
-            .and_then(|file| create(&file, None, &options, &Progress::default()))
+        made.map_err(|error| failed(format!("'{name}': {error}")))?;
+        let overlay = Self { path, stays: Cell::new(false) };
+        block::create_file(&overlay.path, false)
+            .and_then(|file| create(&file, None, options, &Progress::default()))
             .map_err(|error| failed(error.to_string()))?;
         Ok(overlay)
     }
@@ -240,8 +291,11 @@ impl Overlay {
 
 impl Drop for Overlay {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!("'{}' is left behind: {error}", self.0.display());
+        if self.stays.get() {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!("'{}' is left behind: {error}", self.path.display());
         }
     }
 }

@@ -99,7 +99,7 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
         }
         Start::Fork { fork, text } => {
             open_recorded(&graph, &fork.blockdevs, "fork", text)?;
-            fork.forget_overlays();
+            fork.overlays_are_open();
         }
     }
     let host = |what| move |source| Error::Host { what, source };
@@ -109,6 +109,9 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
     let (machine, lineage) = make_machine(&start, guest.load_mode, &graph, output, &mailbox)?;
     let (blocks, server, requests) = start_services(options, args, graph, &[])?;
+    if let Start::Fork { fork, .. } = &start {
+        fork.keep_overlays();
+    }
     blocks.lineage().set(lineage);
     let controller = Controller::new(Parts {
         machine,
@@ -138,9 +141,8 @@ enum Start<'a> {
 impl<'a> Start<'a> {
     fn new(options: &Options, guest: &'a GuestOptions) -> Result<Self, Error> {
         let machine = &guest.machine;
-        if let Some((spec, clock)) = &guest.fork {
-            let fork =
-                Fork::plan(spec, *clock, machine).map_err(|e| fork_error(&guest.fork_text, e))?;
+        if let Some(spec) = &guest.fork {
+            let fork = Fork::plan(spec, machine).map_err(|e| fork_error(&guest.fork_text, e))?;
             return Ok(Self::Fork { fork: Box::new(fork), text: &guest.fork_text });
         }
         Ok(match (&guest.restore, &guest.loadvm) {

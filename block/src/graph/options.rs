@@ -113,6 +113,8 @@ pub(crate) struct ImageOptions {
     pub(crate) discard_no_unref: Option<bool>,
     /// Id of the internal snapshot that is shown.
     pub(crate) snapshot: Option<String>,
+    /// The date that it must have.
+    pub(crate) snapshot_date: Option<String>,
 }
 
 impl ImageOptions {
@@ -135,6 +137,7 @@ impl ImageOptions {
             },
             discard_no_unref: self.discard_no_unref.unwrap_or(false),
             snapshot: self.snapshot.clone(),
+            snapshot_date: self.snapshot_date.clone(),
         }
     }
 }

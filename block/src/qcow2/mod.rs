@@ -144,7 +144,7 @@ impl Qcow2 {
         let raw_data = geometry.external && header.autoclear & autoclear::RAW_DATA != 0;
         let mut meta = Meta::open(storage.clone(), header, &options)?;
         if let Some(id) = &options.snapshot {
-            size = snapshot::view(&mut meta, id)?;
+            size = snapshot::view(&mut meta, id, options.snapshot_date.as_deref())?;
         }
         let mut image = Self {
             data: options.data_file.unwrap_or_else(|| storage.clone()),

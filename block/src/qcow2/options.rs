@@ -37,6 +37,8 @@ pub struct Options {
     pub discard_no_unref: bool,
     /// Shows the disk as it was at the snapshot of this id; read-only.
     pub snapshot: Option<String>,
+    /// The date that this snapshot must have, as [`crate::SnapshotInfo::date_text`] tells it: ids are used again.
+    pub snapshot_date: Option<String>,
 }
 
 /// QMP's `pass-discard-*`. Unlike in QEMU all are on by default: freed space goes back to the host.

@@ -137,3 +137,28 @@ fn places_are_where_the_file_has_what_reads_give() {
         }
     }
 }
+
+#[test]
+fn a_view_with_a_date_is_of_that_snapshot_alone_whoever_has_its_id_now() {
+    if !have_qemu_img("views with a date") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "4M", "");
+    let date = {
+        let (_graph, node) = open(&image);
+        save(&*node.format(), "one");
+        node.snapshots()[0].date_text()
+    };
+    let view = |date: &str| {
+        let more = json!({ "x-snapshot-id": "1", "x-snapshot-date": date });
+        Graph::new().add(&options(&image, &more)).map(drop)
+    };
+    view(&date).unwrap();
+    common::qemu_img(&["snapshot", "-d", "one", &path(&image)]);
+    common::qemu_img(&["snapshot", "-c", "other", &path(&image)]);
+    let error = view(&date).unwrap_err().to_string();
+    let wanted =
+        format!("the snapshot of {date} that had id '1' was deleted; it is the id of 'other'");
+    assert!(error.contains(&wanted), "{error}");
+}

@@ -115,6 +115,10 @@ pub struct MachineArgs {
     /// Run a guest of its own from a checkpoint in an image that is only read; any number at once
     #[arg(long, value_name = "IMAGE#TAG")]
     pub fork: Option<String>,
+    /// Keep the fork's disks: as overlays NODE.qcow2 in this directory, which must not be there yet; what
+    /// they need of IMAGE is found as long as it is there
+    #[arg(long, value_name = "DIR")]
+    pub fork_overlay: Option<PathBuf>,
     /// The fork's clocks go on from the save (frozen), or are set forward to the host's time (host)
     /// [default: frozen]
     #[arg(long, value_name = "POLICY")]

@@ -9,7 +9,7 @@ pub use args::{Cli, MachineArgs, Subcommand};
 
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
-use crate::fork::ClockPolicy;
+use crate::fork::ForkSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
 use crate::restore::RestoreSpec;
 use qmp::schema::LoadMode;
@@ -73,7 +73,7 @@ pub struct GuestOptions {
     /// The same as the user wrote it.
     pub restore_text: String,
     /// `--fork`: the checkpoint to fork, in the same way.
-    pub fork: Option<(RestoreSpec, ClockPolicy)>,
+    pub fork: Option<ForkSpec>,
     /// The same as the user wrote it.
     pub fork_text: String,
     /// `--no-reboot`: a reset of the guest ends the machine.
@@ -156,7 +156,11 @@ fn guest_options(
         load_mode: load_mode(args)?,
         restore: recorded(args, "restore", args.restore.as_deref())?,
         fork: match recorded(args, "fork", args.fork.as_deref())? {
-            Some(spec) => Some((spec, values::fork_clock(args.fork_clock.as_deref())?)),
+            Some(checkpoint) => Some(ForkSpec {
+                checkpoint,
+                clock: values::fork_clock(args.fork_clock.as_deref())?,
+                overlays: args.fork_overlay.clone(),
+            }),
             None => None,
         },
         fork_text: args.fork.clone().unwrap_or_default(),
@@ -182,9 +186,12 @@ fn recorded(
     text: Option<&str>,
 ) -> Result<Option<RestoreSpec>, Error> {
     let Some(text) = text else {
-        return match (option, &args.fork_clock) {
-            ("fork", Some(clock)) => Err(Error::new("fork-clock", clock, "needs --fork")),
-            _ => Ok(None),
+        let overlay = args.fork_overlay.as_ref().map(|dir| dir.display().to_string());
+        let of_forks = [("fork-clock", args.fork_clock.clone()), ("fork-overlay", overlay)];
+        let given = of_forks.into_iter().find_map(|(name, value)| Some((name, value?)));
+        return match given.filter(|_| option == "fork") {
+            Some((name, value)) => Err(Error::new(name, &value, "needs --fork")),
+            None => Ok(None),
         };
     };
     let said = [

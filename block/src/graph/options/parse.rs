@@ -142,6 +142,7 @@ fn image_options(all: &mut Members, depth: usize) -> Result<ImageOptions> {
         pass_discard_other: all.bool("pass-discard-other")?,
         discard_no_unref: all.bool("discard-no-unref")?,
         snapshot: all.string("x-snapshot-id")?,
+        snapshot_date: all.string("x-snapshot-date")?,
     })
 }
 
