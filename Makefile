@@ -4,9 +4,10 @@
 # make bench   the benchmark, beside QEMU and the disk itself
 # make fuzz    the fuzzers, SECONDS=60 each, side by side
 # make loom    the block engine's own synchronisation, in every order of threads
+# make soak    random sequences of saves, loads, deletions and kills for an hour: SOAK_SECONDS, SOAK_SEED
 # make space-test  a thousand rounds of saves and deletions on one image file
 # make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
-.PHONY: all demo test check lint bench fuzz loom crash-test space-test guest clean
+.PHONY: all demo test check lint bench fuzz loom crash-test soak space-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -49,6 +50,11 @@ loom:
 
 crash-test:
 	scripts/crash-test.sh
+
+soak:
+	@scripts/setup.sh test
+	cargo build --package vmm --locked
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --package tardigrade-tests --locked --test soak -- --nocapture
 
 space-test:
 	@scripts/setup.sh test
