@@ -205,6 +205,7 @@ static OPTIONS: OpenInfo = OpenInfo {
                 optional("cache-clean-interval", "Seconds; 0 is never.", Type::Uint),
                 optional("data-file", "The external data file.", REF),
                 optional("x-snapshot-id", "Show this internal snapshot.", Type::Str),
+                optional("x-snapshot-date", "When it was made: seconds, nine decimals.", Type::Str),
             ],
         },
         Branch {
