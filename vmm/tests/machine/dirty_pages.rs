@@ -6,6 +6,7 @@ use tardigrade_tests::baremetal::apic;
 use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
 use tardigrade_tests::baremetal::virtio::{DATA, Driver};
 use tardigrade_tests::require;
+use vmm::memory::dirty_log::Protect;
 
 use crate::support::{DISK, PAGE, Running, start};
 
@@ -18,7 +19,7 @@ fn begin(vm: &Running) -> Vec<Vec<u8>> {
     let mut machine = vm.machine();
     machine.pause().unwrap();
     machine.start_tracking().unwrap();
-    machine.note_written().unwrap();
+    machine.note_written(Protect::Again).unwrap();
     machine.tracker().loaded(base());
     drop(machine);
     let before = vm.memory();
@@ -44,7 +45,7 @@ fn base() -> Base {
 fn end(vm: &Running, before: &[Vec<u8>]) -> PageSet {
     let mut machine = vm.machine();
     machine.pause().unwrap();
-    machine.note_written().unwrap();
+    machine.note_written(Protect::Again).unwrap();
     let dirty = machine.tracker().take();
     drop(machine);
     let after = vm.memory();
@@ -84,6 +85,32 @@ fn what_vcpus_write_at_any_privilege_is_seen_in_every_round() {
         // No more than what is written, by much: 5 fills of 200 pages, and what the guest needs.
         assert!(dirty.count() < 1100, "round {round}: {} pages", dirty.count());
     }
+}
+
+#[test]
+fn pages_left_unprotected_count_as_written_until_they_are_protected() {
+    if !require::kvm() {
+        return;
+    }
+    let mut vm = start(RAM, 1);
+    let (left, other) = (FREE / PAGE, FREE / PAGE + 100);
+    let look = |vm: &mut Running, protect: Protect, write: &[u64]| {
+        for page in write {
+            vm.guest.poke(page * PAGE, 1);
+        }
+        let mut machine = vm.machine();
+        machine.pause().unwrap();
+        machine.note_written(protect).unwrap();
+        let written = machine.tracker().take();
+        machine.resume().unwrap();
+        [left, other].map(|page| written.contains(0, page))
+    };
+    begin(&vm);
+    assert_eq!(look(&mut vm, Protect::Not, &[left]), [true, false]);
+    assert_eq!(look(&mut vm, Protect::Not, &[other]), [true, true]);
+    assert_eq!(look(&mut vm, Protect::Again, &[]), [true, true]);
+    assert_eq!(look(&mut vm, Protect::Not, &[]), [false, false]);
+    assert_eq!(look(&mut vm, Protect::Again, &[left]), [true, false]);
 }
 
 #[test]
