@@ -48,7 +48,7 @@ fn refusal(graph: &Graph, node: &str, overlay: &Overlay) -> String {
 }
 
 fn put(user: &Attachment, offset: u64, bytes: &[u8]) {
-    user.link().enter().write(offset, &[WriteBuf::new(bytes)]).unwrap();
+    user.link().write(offset, &[WriteBuf::new(bytes)], false).unwrap();
 }
 
 fn get(user: &Attachment, offset: u64, len: usize) -> Vec<u8> {
@@ -100,15 +100,13 @@ fn snapshots_of_a_disk_under_writes_keep_each_moment_and_a_chain_that_qemu_reads
                     let len = 1 + random.below(20_000) as usize;
                     let at = random.below((SIZE - len) as u64) as usize;
                     let bytes = random.bytes(len as u64);
-                    let entered = link.enter();
                     if random.below(4) == 0 {
                         model[at..at + len].fill(0);
-                        entered.write_zeroes(at as u64, len as u64, true).unwrap();
+                        link.write_zeroes(at as u64, len as u64, true, false).unwrap();
                     } else {
                         model[at..at + len].copy_from_slice(&bytes);
-                        entered.write(at as u64, &[WriteBuf::new(&bytes)]).unwrap();
+                        link.write(at as u64, &[WriteBuf::new(&bytes)], false).unwrap();
                     }
-                    drop(entered);
                     wrote.send(()).unwrap();
                 }
                 model

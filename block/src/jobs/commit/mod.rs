@@ -3,13 +3,15 @@
 
 use std::sync::Arc;
 
-use super::{Control, OnError, Operation};
+use super::{Control, MirrorHandle, OnError, Operation};
 use crate::graph::Graph;
 use crate::graph::chain::find_image;
 use crate::{Error, Node, Result};
 
+mod active;
 mod middle;
 
+use active::Active;
 use middle::Middle;
 
 /// The members of QMP's block-commit that are about the images.
@@ -33,7 +35,12 @@ pub struct CommitOptions {
 
 /// A commit, of images that are written to (which is ready, and completes when it is told to) or not.
 pub struct Commit {
-    kind: Middle,
+    kind: Kind,
+}
+
+enum Kind {
+    Middle(Middle),
+    Active(Box<Active>),
 }
 
 impl Commit {
@@ -66,19 +73,33 @@ impl Commit {
                     "'backing-file' specified, but 'top' has a writer on it".to_owned()
                 }));
             }
-            return Err(Error::NotSupported(
-                "an image that is written to cannot be committed".to_owned(),
-            ));
+            let active = Active::new(graph, &names, *on_error)?;
+            return Ok(Self { kind: Kind::Active(Box::new(active)) });
         }
-        let kind = Middle::new(graph, &names, backing_file.clone(), *on_error)?;
-        Ok(Self { kind })
+        let middle = Middle::new(graph, &names, backing_file.clone(), *on_error)?;
+        Ok(Self { kind: Kind::Middle(middle) })
     }
 }
 
 impl Commit {
     /// Whether it is ready once, and ends when it is told to.
     pub fn is_active(&self) -> bool {
-        false
+        self.handle().is_some()
+    }
+
+    /// For those who watch one that is ready once.
+    pub fn handle(&self) -> Option<MirrorHandle> {
+        match &self.kind {
+            Kind::Middle(_) => None,
+            Kind::Active(active) => Some(active.handle()),
+        }
+    }
+
+    fn operation(&mut self) -> &mut dyn Operation {
+        match &mut self.kind {
+            Kind::Middle(middle) => middle,
+            Kind::Active(active) => &mut **active,
+        }
     }
 }
 
@@ -124,14 +145,14 @@ fn find_base(graph: &Graph, chain: &[Arc<Node>], options: &CommitOptions) -> Res
 
 impl Operation for Commit {
     fn run(&mut self, control: &Control) -> Result<()> {
-        self.kind.run(control)
+        self.operation().run(control)
     }
 
     fn commit(&mut self) -> Result<()> {
-        self.kind.commit()
+        self.operation().commit()
     }
 
     fn abort(&mut self) {
-        self.kind.abort();
+        self.operation().abort();
     }
 }

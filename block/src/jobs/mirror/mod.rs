@@ -48,7 +48,22 @@ pub struct Mirror {
     intercepting: Option<Intercepting>,
     finish: Option<Finish>,
     attached: Option<[Attachment; 2]>,
-    _claim: Claim,
+    /// What the target is used for until the end.
+    writing: Permissions,
+    /// How many images, from the source down, the data is taken from; for a commit only.
+    images: Option<u32>,
+    claim: Option<Claim>,
+}
+
+/// A mirror into an image below the source: how a commit uses both.
+pub(super) struct Below {
+    /// Of the source and the target, in this order.
+    pub(super) attached: [Attachment; 2],
+    /// What the target is used for.
+    pub(super) writing: Permissions,
+    pub(super) claim: Claim,
+    /// How many images there are above the target.
+    pub(super) images: u32,
 }
 
 /// A mirror as those see it who watch it.
@@ -99,11 +114,30 @@ impl Mirror {
         let claim = graph.claim(&[&options.source, &options.target], "mirror")?;
         // The target is not what it is to be before the end: nobody else uses it.
         let (read, write) = (Perm::CONSISTENT_READ, Perm::WRITE);
-        let to = User::unnamed(write, Perm::WRITE_UNCHANGED);
+        let writing = Permissions { used: write, shared: Perm::WRITE_UNCHANGED };
+        let to = User::unnamed(writing.used, writing.shared);
         let attached = [
             graph.attach(&options.source, User::unnamed(read, Perm::all() - Perm::RESIZE))?,
             graph.attach(&options.target, to)?,
         ];
+        Self::track(graph, options, attached, writing, claim, None)
+    }
+
+    /// As [`Mirror::new`] into an image below the source, which was checked and attached.
+    pub(super) fn into_below(graph: &Graph, options: MirrorOptions, below: Below) -> Result<Self> {
+        let Below { attached, writing, claim, images } = below;
+        Self::track(graph, options, attached, writing, claim, Some(images))
+    }
+
+    fn track(
+        graph: &Graph,
+        options: MirrorOptions,
+        attached: [Attachment; 2],
+        writing: Permissions,
+        claim: Claim,
+        images: Option<u32>,
+    ) -> Result<Self> {
+        let (source, target) = (attached[0].node(), attached[1].node());
         let unit = options.unit(&target);
         let most = (options.buf_size() / PARALLEL as u64).min(PIECE);
         let copier = Copier {
@@ -125,7 +159,9 @@ impl Mirror {
             intercepting: None,
             finish: None,
             attached: Some(attached),
-            _claim: claim,
+            writing,
+            images,
+            claim: Some(claim),
         };
         // From before the first look at the source, so that nothing is missed.
         source.observe(tracker);
@@ -136,6 +172,21 @@ impl Mirror {
     /// For those who watch.
     pub fn handle(&self) -> MirrorHandle {
         MirrorHandle(self.tracker.clone())
+    }
+
+    /// Whether the target was to take the source's place.
+    pub(super) fn completes(&self) -> bool {
+        self.finish == Some(Finish::Complete)
+    }
+
+    /// Gives up both nodes, after the end.
+    pub(super) fn release(&mut self) {
+        if let Some([source, target]) = self.attached.take() {
+            // In this order: in a commit the target can be written only because of the other use.
+            drop(target);
+            drop(source);
+        }
+        self.claim = None;
     }
 
     fn chunks(&self) -> &Chunks {
@@ -193,7 +244,7 @@ impl Mirror {
         };
         let mut end = at;
         for extent in list {
-            if extent.depth == 1 {
+            if (1..=self.images.unwrap_or(1)).contains(&extent.depth) {
                 self.chunks().mark(end..end + extent.len);
             }
             end += extent.len;
@@ -316,8 +367,7 @@ impl Mirror {
                 Ok(())
             }
             Err(error) => {
-                let before = Permissions { used: Perm::WRITE, shared: Perm::WRITE_UNCHANGED };
-                if let Err(e) = target.set_permissions(before) {
+                if let Err(e) = target.set_permissions(self.writing) {
                     tracing::debug!("the target's use could not be taken up again: {e}");
                 }
                 Err(error)
@@ -329,7 +379,7 @@ impl Mirror {
 impl Operation for Mirror {
     fn run(&mut self, control: &Control) -> Result<()> {
         let Copier { source, target, .. } = self.tracker.copier();
-        if source.size() != target.size() {
+        if self.images.is_none() && source.size() != target.size() {
             return Err(Error::Invalid("Source and target image have different sizes".to_owned()));
         }
         self.tracker.report_to(control);
