@@ -17,7 +17,7 @@ use crate::memory;
 use crate::nodes::{
     NodesError, check_capable, check_no_jobs, find_tag, kept_tag, quoted, vmstate_index,
 };
-use crate::order::{ChangeError, NodeChange, prepare_all, publish_all};
+use crate::order::{ChangeError, NodeChange, finish, prepare_all, publish_each};
 pub use crate::revive::ReviveReport;
 use crate::revive::{Stored, revive, stored_parts};
 use crate::track::Base;
@@ -124,11 +124,24 @@ pub struct PreparedDisks<'a> {
     _alone: Vec<Occupied>,
 }
 
-impl PreparedDisks<'_> {
-    /// Takes every disk back, or none.
-    pub fn revert(mut self) -> Result<(), LoadError> {
-        publish_all(&mut self.changes, None)
-            .map_err(|source| LoadError::Revert { tag: self.tag.to_owned(), source })
+impl<'a> PreparedDisks<'a> {
+    /// Takes every disk back, durably, or none. The disks are quiesced meanwhile.
+    pub fn revert(mut self) -> Result<RevertedDisks<'a>, LoadError> {
+        publish_each(&mut self.changes, None)
+            .map_err(|source| LoadError::Revert { tag: self.tag.to_owned(), source })?;
+        Ok(RevertedDisks(self))
+    }
+}
+
+/// Disks that are those of the checkpoint. Dropping it takes them back to what they were before, so
+/// [`RevertedDisks::finish`].
+#[must_use = "the disks stay with `finish`"]
+pub struct RevertedDisks<'a>(PreparedDisks<'a>);
+
+impl RevertedDisks<'_> {
+    /// Gives back what the disks of before had; the guest may run.
+    pub fn finish(mut self) {
+        finish(&mut self.0.changes);
     }
 }
 
@@ -327,12 +340,13 @@ impl Checkpoint {
 
     /// Takes every disk back to the checkpoint, or none. The disks are quiesced meanwhile.
     pub fn revert_disks(&self) -> Result<(), LoadError> {
-        self.prepare_disks()?.revert()
+        self.prepare_disks()?.revert()?.finish();
+        Ok(())
     }
 
-    /// Does all that can fail of taking the disks back, so that it is known before guest memory is
-    /// touched. The disks stay as they are, and must stay quiesced, until
-    /// [`PreparedDisks::revert`]; dropping it undoes the preparation.
+    /// Does all that can fail of taking the disks back, so that it is known before the guest is
+    /// touched, which may run. The disks stay as they are until [`PreparedDisks::revert`]; dropping it
+    /// undoes the preparation.
     pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, LoadError> {
         let mut changes = Vec::with_capacity(self.nodes.len());
         let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };

@@ -88,6 +88,16 @@ pub fn publish_all(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {
+    publish_each(changes, progress)?;
+    finish(changes);
+    Ok(())
+}
+
+/// Publishes prepared changes, or undoes all of them. They are to be finished.
+pub fn publish_each(
+    changes: &mut [NodeChange<'_>],
+    progress: Option<&Progress>,
+) -> Result<(), ChangeError> {
     if changes.is_empty() {
         return Ok(());
     }
@@ -96,7 +106,6 @@ pub fn publish_all(
         let result = changes[at].change.publish();
         result.map_err(|error| undone(changes, at, Step::Publish, error))?;
     }
-    finish(changes);
     Ok(())
 }
 
@@ -133,7 +142,7 @@ pub fn rollback(changes: &mut [NodeChange<'_>]) -> Vec<(String, block::Error)> {
 }
 
 /// The change is visible on every node: what fails now leaks clusters and nothing else.
-fn finish(changes: &mut [NodeChange<'_>]) {
+pub(crate) fn finish(changes: &mut [NodeChange<'_>]) {
     for NodeChange { node, change } in changes {
         if let Err(error) = change.finish() {
             tracing::warn!(node, %error, "clusters are leaked; 'qemu-img check -r leaks' reclaims them");

@@ -263,6 +263,7 @@ impl Controller {
                 self.rewind = restored.is_ok().then(|| Box::new(rewind));
                 let _ = reply.send(restored);
             }
+            WorkMessage::Run => self.release_guest(true, true),
             WorkMessage::Done(outcome) => self.job_done(outcome),
         }
     }

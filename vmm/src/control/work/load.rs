@@ -20,12 +20,12 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
     let host = lazy_host(mode).filter(|_| memory::is_anonymous(&context.memory));
+    let disks = revival.checkpoint.prepare_disks()?;
     context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
     // From here on a cancel is refused; this is the last one to be heard.
     if context.progress.check().is_err() {
         return Err(WorkError::Cancelled);
     }
-    let disks = revival.checkpoint.prepare_disks()?;
     context.memory_lost.store(true, Ordering::Release);
     if let Some(earlier) = &context.missing {
         earlier.ram.abandon();
@@ -33,14 +33,18 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let (presence, orders) = (&context.presence, &context.orders);
     let ram = Ram { memory: &context.memory, fresh: false, presence, orders };
     let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
-    disks.revert()?;
+    let disks = disks.revert()?;
     let (base, rewinder) = (revival.base(), Rewinder::new(&revival.checkpoint));
     let lineage = revival.lineage();
-    let rewind = Rewind::new(target.clone(), base, revival.state, rewinder);
+    let rewind = Rewind::new(target.clone(), base, revival.state.clone(), rewinder);
     let loaded = Box::new(Loaded { rewind, missing });
-    context.ask(|reply| WorkMessage::Restore { loaded, reply })?;
-    context.lineage.set(lineage);
-    Ok(())
+    let restored = context.ask(|reply| WorkMessage::Restore { loaded, reply });
+    if restored.is_ok() {
+        context.lineage.set(lineage);
+        context.send(WorkMessage::Run);
+    }
+    disks.finish();
+    restored
 }
 
 /// What lets RAM be read lazily; none if that is not wanted or not allowed.

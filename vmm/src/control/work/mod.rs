@@ -19,6 +19,8 @@
 //!   (save) Saved ────────────────────> has a new base
 //!   (load) Restore ──────────────────> puts vCPU and device state in place
 //!     <───────────────────────────────
+//!   (load) Run ──────────────────────> lets the guest run
+//!   gives back what is of no use any more
 //!   Done ────────────────────────────> lets the guest run on, concludes the job
 //! ```
 //!
@@ -188,6 +190,8 @@ pub enum WorkMessage {
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
     },
+    /// The machine is that of the checkpoint: the guest may run.
+    Run,
     /// The job is over.
     Done(Outcome),
 }
