@@ -65,7 +65,8 @@ fn every_option_with_a_bad_value_is_named_with_the_value() {
         (&["--device", &blk], &["--device virtio-blk-device", &long, "20"]),
         (&["--device", "virtio-blk-device,drive=d,num-queues=17"], &["num-queues '17'", "16"]),
         (&["--device", "virtio-rng-device,x=1"], &["--device virtio-rng-device,x=1: ", "'x'"]),
-        (&["--qmp", "tcp:localhost:1"], &["--qmp tcp:localhost:1: ", "unix:"]),
+        (&["--qmp", "udp:localhost:1"], &["--qmp udp:localhost:1: ", "unix:"]),
+        (&["--qmp", "tcp:localhost:1"], &["--qmp tcp:localhost:1: ", "cannot connect"]),
         (
             &["--qmp", "unix:/nonexistent/qmp,server=on,wait=off"],
             &["--qmp unix:/nonexistent/qmp,server=on,wait=off: "],

@@ -54,6 +54,26 @@ fn a_machines_answers_and_events_are_those_of_qemus_schema() {
         check_node(inserted, disk);
     }
 
+    let stats = |value: Value| -> qmp::BlockDeviceStats {
+        let all: Vec<qmp::BlockStats> = parse(&value);
+        assert_eq!(all.len(), 2);
+        all.into_iter().find(|one| one.node_name.as_deref() == Some("disk1")).unwrap().stats
+    };
+    let before = stats(ask("query-blockstats", json!({})));
+    let mut agent = vm.agent();
+    agent.ask("pattern vdb 65536 131072 7");
+    agent.ask("flush vdb");
+    agent.ask("drop-caches");
+    agent.ask("verify vdb 65536 131072 7");
+    let after = stats(ask("query-blockstats", json!({})));
+    assert!(after.wr_bytes >= before.wr_bytes + 131_072, "{before:?} {after:?}");
+    assert!(after.wr_operations > before.wr_operations && after.wr_total_time_ns > 0);
+    assert!(after.flush_operations > before.flush_operations, "{before:?} {after:?}");
+    assert!(after.rd_bytes >= before.rd_bytes + 131_072, "{before:?} {after:?}");
+    assert!(after.wr_highest_offset >= 65_536 + 131_072);
+    assert!(after.idle_time_ns.is_some());
+    assert_eq!((after.failed_rd_operations, after.invalid_wr_operations), (0, 0));
+
     let nodes: Vec<qmp::BlockDeviceInfo> =
         parse(&ask("query-named-block-nodes", json!({ "flat": true })));
     for (index, disk) in disks.iter().enumerate() {
