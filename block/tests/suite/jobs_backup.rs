@@ -607,6 +607,32 @@ fn a_pause_or_an_end_at_any_request_comes_with_nothing_under_way_and_spoils_noth
     }
 }
 
+#[test]
+fn a_speed_holds_the_job_back_and_not_the_guests_writes() {
+    let graph = Graph::new();
+    Hooked::add(&graph, "s", vec![1; 4 * MIB as usize]);
+    let target = Hooked::add(&graph, "t", vec![0; 4 * MIB as usize]);
+    let s = graph.get("s").unwrap();
+    let mut backup = Backup::new(&graph, options(Sync::Full)).unwrap();
+    let (control, _told) = control();
+    control.set_speed(1);
+    thread::scope(|scope| {
+        let job = scope.spawn(|| finish(&mut backup, &control));
+        // One piece is let through and has to be paid for.
+        while control.progress().0 != MIB {
+            thread::yield_now();
+        }
+        for n in 1..4 {
+            put(&s, n * MIB, &[2; 1000]);
+            assert_eq!(control.progress().0, MIB + n * 65536);
+        }
+        assert!(!job.is_finished());
+        control.set_speed(0);
+        job.join().unwrap().unwrap();
+    });
+    assert!(target.bytes().iter().all(|byte| *byte == 1));
+}
+
 fn count_reaches<T>(count: &AtomicU64, n: usize, job: &thread::ScopedJoinHandle<'_, T>) -> bool {
     while count.load(Ordering::SeqCst) <= n as u64 {
         if job.is_finished() {
