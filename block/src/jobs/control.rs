@@ -297,8 +297,14 @@ impl Control {
         Ok(())
     }
 
+    /// Notes that `bytes` are copied, for the speed that is set.
+    pub fn spend(&self, bytes: u64) {
+        self.state().speed.take(bytes);
+    }
+
     /// Says whether `bytes` more may be copied now; else a pause or the end was asked for: call
-    /// [`Control::rest`] once nothing is under way. Waits for the speed that is set.
+    /// [`Control::rest`] once nothing is under way. Waits for the speed that is set: with nothing in hand
+    /// that others may wait for.
     pub fn pace(&self, bytes: u64) -> bool {
         loop {
             let mut state = self.state();

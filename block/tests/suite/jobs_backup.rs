@@ -689,6 +689,53 @@ fn two_backups_of_one_disk_are_of_the_moments_of_their_starts() {
     assert!(copy[..1000].iter().all(|byte| *byte == 2) && copy[1000..].iter().all(|b| *b == 1));
 }
 
+/// A write of the source that is held at the `node`'s first write until told to go on.
+fn hold_first_write(node: &Hooked) -> (std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>) {
+    let (arrived, arrivals) = channel();
+    let (go, goes) = channel::<()>();
+    let (first, both) = (AtomicBool::new(true), Mutex::new((arrived, goes)));
+    node.hook(move |io| {
+        if matches!(io, Io::Write(..)) && first.swap(false, Ordering::SeqCst) {
+            let both = both.lock().unwrap();
+            both.0.send(()).unwrap();
+            both.1.recv().unwrap();
+        }
+        None
+    });
+    (arrivals, go)
+}
+
+#[test]
+fn the_moment_waits_for_writes_in_flight_and_for_those_that_others_act_before() {
+    // In flight at the source itself, and held up by the copying of another backup.
+    for copied in [false, true] {
+        let graph = Graph::new();
+        let source = Hooked::add(&graph, "s", vec![1; MIB as usize]);
+        let first_target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
+        let target = Hooked::add(&graph, "u", vec![0; MIB as usize]);
+        let s = graph.get("s").unwrap();
+        let first = copied.then(|| Backup::new(&graph, options(Sync::None)).unwrap());
+        let (arrivals, go) = hold_first_write(if copied { &first_target } else { &source });
+        thread::scope(|scope| {
+            let write = scope.spawn(|| put(&s, 0, &[2; 65536]));
+            arrivals.recv().unwrap();
+            let begin =
+                scope.spawn(|| Backup::new(&graph, BackupOptions::new("s", "u", Sync::Full)));
+            for _ in 0..2000 {
+                thread::yield_now();
+            }
+            assert!(!begin.is_finished());
+            go.send(()).unwrap();
+            write.join().unwrap();
+            let mut second = begin.join().unwrap().unwrap();
+            finish(&mut second, &Control::default()).unwrap();
+        });
+        drop(first);
+        assert!(target.bytes()[..65536].iter().all(|byte| *byte == 2));
+        assert!(target.bytes()[65536..].iter().all(|byte| *byte == 1));
+    }
+}
+
 #[test]
 fn backups_that_begin_with_all_requests_held_are_of_one_moment() {
     let graph = Graph::new();

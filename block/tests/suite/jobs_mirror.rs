@@ -546,7 +546,82 @@ fn a_commit_that_fails_leaves_the_source_in_its_place() {
     mirror.commit().unwrap();
     assert_eq!(user.node().name(), "t");
     assert!(source.bytes() == target.bytes());
+    // The source is nobody's but who writes to it, also while the job is still there.
+    put(&graph.get("s").unwrap(), 0, &[0x99; 100]);
+    assert_ne!(target.bytes()[..100], [0x99; 100]);
     drop(mirror);
+}
+
+/// Lets other threads go on, so that what must not happen would have.
+fn let_others_run() {
+    for _ in 0..2000 {
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn a_write_that_blocks_comes_after_the_piece_that_the_job_is_at() {
+    let graph = Graph::new();
+    let source = Hooked::add(&graph, "s", vec![1; 65536]);
+    let target = Hooked::add(&graph, "t", vec![0; 65536]);
+    let s = graph.get("s").unwrap();
+    let (arrived, arrivals) = std::sync::mpsc::channel();
+    let (go, goes) = std::sync::mpsc::channel::<()>();
+    let (first, both) = (AtomicBool::new(true), Mutex::new((arrived, goes)));
+    target.hook(move |io| {
+        if !is_read(io) && first.swap(false, Ordering::SeqCst) {
+            let both = both.lock().unwrap();
+            both.0.send(()).unwrap();
+            both.1.recv().unwrap();
+        }
+        None
+    });
+    let copy_mode = CopyMode::WriteBlocking;
+    let mut mirror =
+        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(Sync::Full) }).unwrap();
+    let (control, told) = control();
+    thread::scope(|scope| {
+        let job = scope.spawn(|| finish(&mut mirror, &control));
+        arrivals.recv().unwrap();
+        let write = scope.spawn(|| put(&s, 100, &[2; 100]));
+        let_others_run();
+        assert!(!write.is_finished() && source.bytes()[100] == 1);
+        go.send(()).unwrap();
+        write.join().unwrap();
+        assert_eq!(target.bytes()[100..200], [2; 100]);
+        wait_for(&told, Notice::Ready);
+        control.cancel(false);
+        job.join().unwrap().unwrap();
+    });
+    assert!(source.bytes() == target.bytes());
+}
+
+#[test]
+fn both_sides_get_the_same_bytes_from_memory_that_changes() {
+    let graph = Graph::new();
+    let source = Hooked::add(&graph, "s", vec![1; 65536]);
+    let target = Hooked::add(&graph, "t", vec![1; 65536]);
+    let s = graph.get("s").unwrap();
+    let memory: Arc<Vec<AtomicU64>> = Arc::new((0..64).map(AtomicU64::new).collect());
+    for side in [&source, &target] {
+        let memory = memory.clone();
+        side.hook(move |io| {
+            if matches!(io, Io::Write(_, 512)) {
+                for word in memory.iter() {
+                    word.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            None
+        });
+    }
+    let copy_mode = CopyMode::WriteBlocking;
+    let mirror = Mirror::new(&graph, MirrorOptions { copy_mode, ..options(Sync::None) }).unwrap();
+    // SAFETY: 512 bytes of atomics that outlive the write.
+    let guest = unsafe { WriteBuf::from_raw(memory.as_ptr().cast(), 512) };
+    s.write(0, &[guest]).unwrap();
+    drop(mirror);
+    assert_ne!(source.bytes()[..512], [1; 512]);
+    assert_eq!(source.bytes()[..512], target.bytes()[..512]);
 }
 
 #[test]

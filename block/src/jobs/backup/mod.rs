@@ -199,19 +199,21 @@ impl Backup {
         loop {
             self.copy.check()?;
             let mut wrong = None;
-            let next = match crew.has_room() {
+            // Before a piece is taken in hand: writes of it would wait for the speed, too.
+            let go_on = control.pace(0);
+            let next = match go_on && crew.has_room() {
                 true => self.copy.next_piece(),
                 false => Ok(None),
             };
             match next {
                 Ok(Some((range, kind))) => {
-                    let bytes = if kind == Kind::Data { range.end - range.start } else { 0 };
-                    if control.pace(bytes) {
-                        crew.give((range, kind));
-                        continue;
+                    if kind == Kind::Data {
+                        control.spend(range.end - range.start);
                     }
-                    self.copy.chunks().finish(&range, false);
+                    crew.give((range, kind));
+                    continue;
                 }
+                Ok(None) if !go_on => {}
                 Ok(None) if crew.is_idle() => match self.copy.wait_for_others() {
                     true => return self.copy.check(),
                     false => continue,

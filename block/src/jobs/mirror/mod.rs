@@ -271,19 +271,21 @@ impl Mirror {
             self.tell_progress(control, first);
             let mut wrong = self.tracker.take_failed();
             if wrong.is_none() {
-                let next = match crew.has_room() {
+                // Before a piece is taken in hand: writes of it would wait for the speed, too.
+                let go_on = control.pace(0);
+                let next = match go_on && crew.has_room() {
                     true => self.tracker.next_piece(Way::Through),
                     false => Ok(None),
                 };
                 match next {
                     Ok(Some((range, kind))) => {
-                        let bytes = if kind == Kind::Data { range.end - range.start } else { 0 };
-                        if control.pace(bytes) {
-                            crew.give((range, kind));
-                            continue;
+                        if kind == Kind::Data {
+                            control.spend(range.end - range.start);
                         }
-                        self.chunks().finish(&range, false);
+                        crew.give((range, kind));
+                        continue;
                     }
+                    Ok(None) if !go_on => {}
                     Ok(None) if crew.is_idle() => match self.rest_when_same(control)? {
                         Some(finish) => return Ok(finish),
                         None => continue,
