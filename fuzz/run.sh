@@ -13,7 +13,7 @@ set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:?seconds}
 shift
-[ $# -gt 0 ] || set -- open read write check nbd
+[ $# -gt 0 ] || set -- open read write check nbd qmp
 
 triple=$(rustc -vV | sed -n 's/^host: //p')
 out=${CARGO_TARGET_DIR:-target}

@@ -7,6 +7,7 @@ pub mod alloc;
 pub mod input;
 #[cfg(feature = "libfuzzer")]
 pub mod libfuzzer;
+mod monitors;
 pub mod mutate;
 pub mod seeds;
 mod sessions;

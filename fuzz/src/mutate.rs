@@ -16,6 +16,8 @@ pub enum Body {
     OpsAndImage,
     /// What an NBD client sends.
     Session,
+    /// What a QMP client sends.
+    Monitor,
 }
 
 /// Flags of table entries, and bits of sizes.
@@ -31,14 +33,14 @@ pub fn mutate(input: &mut Vec<u8>, body: Body, random: &mut Rng) {
                 let image = input.len() - input::split_ops(input).1.len();
                 (image > 0).then_some(image)
             }
-            Body::Image | Body::Session => None,
+            Body::Image | Body::Session | Body::Monitor => None,
         };
         match ops {
             Some(image) if random.bool() => mutate_ops(input, image, random),
             _ => {
                 let start = ops.unwrap_or(0);
                 let parts = match body {
-                    Body::Session => std::iter::once(0..input.len()).collect(),
+                    Body::Session | Body::Monitor => std::iter::once(0..input.len()).collect(),
                     Body::Image | Body::OpsAndImage => input::image_parts(&input[start..]),
                 };
                 let parts: Vec<_> = parts
@@ -109,7 +111,7 @@ fn used_place(input: &[u8], parts: &[Range<usize>], random: &mut Rng) -> Option<
 /// Changes one number of the image.
 fn mutate_words(input: &mut [u8], parts: &[Range<usize>], body: Body, random: &mut Rng) {
     // Nothing is aligned in what a client sends.
-    let aligned = body != Body::Session;
+    let aligned = !matches!(body, Body::Session | Body::Monitor);
     let found = if aligned { used_place(input, parts, random) } else { place(parts, 1, random) };
     let Some(at) = found else {
         return;

@@ -53,6 +53,7 @@ pub fn of(target: &Target) -> Vec<Seed> {
         Body::Image => images(),
         Body::OpsAndImage => images().iter().flat_map(with_ops).collect(),
         Body::Session => crate::sessions::all(),
+        Body::Monitor => crate::monitors::all(),
     }
 }
 

@@ -48,6 +48,11 @@ fn checking_survives_seeds_regressions_and_mutations() {
 }
 
 #[test]
+fn qmp_sessions_survive_seeds_regressions_and_mutations() {
+    replay("qmp");
+}
+
+#[test]
 fn nbd_sessions_survive_seeds_regressions_and_mutations() {
     replay("nbd");
 }

@@ -16,6 +16,7 @@ mod check;
 mod model;
 mod nbd;
 mod open;
+pub(crate) mod qmp;
 mod read;
 mod write;
 
@@ -37,6 +38,7 @@ pub const ALL: &[Target] = &[
     Target { name: "write", run: write::run, body: Body::OpsAndImage },
     Target { name: "check", run: check::run, body: Body::Image },
     Target { name: "nbd", run: nbd::run, body: Body::Session },
+    Target { name: "qmp", run: qmp::run, body: Body::Monitor },
 ];
 
 pub(crate) use nbd::NAME as NBD_NAME;

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 
@@ -16,7 +17,8 @@ const CHUNK: usize = 16 << 10;
 /// The carriers. What was written reaches standard output before this is gone, if somebody reads.
 #[derive(Debug)]
 pub(super) struct Carriers {
-    done: Receiver<()>,
+    /// In a lock for the server to be shared between threads.
+    done: Mutex<Receiver<()>>,
     linger: Duration,
 }
 
@@ -39,7 +41,7 @@ pub(super) fn carry(linger: Duration) -> io::Result<(UnixStream, Carriers)> {
         let _ = writing.shutdown(Shutdown::Both);
         drop(sender);
     })?;
-    Ok((server, Carriers { done, linger }))
+    Ok((server, Carriers { done: Mutex::new(done), linger }))
 }
 
 fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
@@ -58,6 +60,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
 impl Drop for Carriers {
     fn drop(&mut self) {
         // The sender is dropped when all is written; nothing is ever sent.
-        let _ = self.done.recv_timeout(self.linger);
+        let done = self.done.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = done.recv_timeout(self.linger);
     }
 }
