@@ -89,7 +89,8 @@ impl Progress {
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    fn is_cancelled(&self) -> bool {
+    /// Whether [`Progress::cancel`] was called. Never rests.
+    pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }
 

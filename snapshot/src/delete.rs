@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{Format, Node, SnapshotInfo};
+use block::{Format, Node, Progress, SnapshotInfo};
 
 use crate::nodes::{NodesError, check_capable, find_tag, kept_tag};
 use crate::order::{ChangeError, NodeChange, all_or_none};
@@ -33,8 +33,24 @@ pub enum DeleteError {
     },
 }
 
+impl DeleteError {
+    /// Whether it ended because it was no longer wanted.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Delete { source, .. } if source.is_cancelled())
+    }
+}
+
 /// Deletes the first snapshot of that tag on each node; nodes without one are skipped.
 pub fn delete(nodes: &[Arc<Node>], tag: &str) -> Result<DeleteReport, DeleteError> {
+    delete_unless(nodes, tag, &Progress::default())
+}
+
+/// As [`delete`]; `progress` can cancel it until the first node is changed.
+pub fn delete_unless(
+    nodes: &[Arc<Node>],
+    tag: &str,
+    progress: &Progress,
+) -> Result<DeleteReport, DeleteError> {
     check_capable(nodes)?;
     let mut report = DeleteReport::default();
     let mut found: Vec<(&Node, Arc<dyn Format>, SnapshotInfo)> = Vec::new();
@@ -62,6 +78,6 @@ pub fn delete(nodes: &[Arc<Node>], tag: &str) -> Result<DeleteReport, DeleteErro
             }
         }
     }
-    all_or_none(&mut changes, None).map_err(failed)?;
+    all_or_none(&mut changes, Some(progress)).map_err(failed)?;
     Ok(report)
 }

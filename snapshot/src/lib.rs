@@ -34,7 +34,7 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitma
 pub use about::{About, Lineage, Stamp};
 pub use block::Progress;
 pub use config::MachineConfig;
-pub use delete::{DeleteError, DeleteReport, delete};
+pub use delete::{DeleteError, DeleteReport, delete, delete_unless};
 pub use fault::{LazyHost, LazyRam, Notice, Notify, Orders};
 pub use format::FormatError;
 pub use format::section::{Section, SectionName, SectionReader};

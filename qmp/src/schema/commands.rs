@@ -135,6 +135,10 @@ command_enum! {
         = "blockdev-snapshot-delete-internal-sync" -> SnapshotInfo;
     /// Starts a job that makes an image.
     BlockdevCreate(CreateArguments) = "blockdev-create" -> ();
+    /// Starts a job that copies what an image has into those below it.
+    BlockCommit(CommitArguments) = "block-commit" -> ();
+    /// Starts a job that copies what is below an image into it.
+    BlockStream(StreamArguments) = "block-stream" -> ();
     /// The block jobs, newest first.
     QueryBlockJobs = "query-block-jobs" -> Vec<BlockJobInfo>;
     /// Asks a block job to end early.

@@ -111,6 +111,8 @@ actions! {
     BitmapMerge(BitmapMergeArguments) = "block-dirty-bitmap-merge",
     /// As the command.
     InternalSnapshot(InternalSnapshotArguments) = "blockdev-snapshot-internal-sync",
+    /// The machine's state, at the moment of the transaction.
+    VmstateSave(VmstateSaveArguments) = "x-vmstate-save",
 }
 
 const fn data<T: Qapi>() -> Member {

@@ -67,6 +67,8 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockDirtyBitmapMerge(_)
             | Command::QueryCheckpoints(_)
             | Command::BlockdevCreate(_)
+            | Command::BlockCommit(_)
+            | Command::BlockStream(_)
             | Command::Transaction(_)
             | Command::InternalSnapshot(_)
             | Command::InternalSnapshotDelete(_)
@@ -180,6 +182,8 @@ impl Blocks {
                 self.merge_bitmaps(&arguments).and_then(|()| done())
             }
             Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
+            Command::BlockCommit(arguments) => self.commit(arguments).and_then(|()| done()),
+            Command::BlockStream(arguments) => self.stream(arguments).and_then(|()| done()),
             Command::Transaction(arguments) => self.transaction(&arguments),
             Command::InternalSnapshot(arguments) => self.transaction(&TransactionArguments {
                 actions: vec![TransactionAction::InternalSnapshot(arguments)],

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use block::qcow2::Compression;
 use qmp::schema::{
-    Command, CpuInfoFast, CpuInstanceProperties, GuidInfo, KvmInfo, LoadInfo, LoadMode, NameInfo,
-    ShutdownCause, SnapshotCompression, SnapshotSaveArguments, SnapshotSaveMode, StatusInfo,
-    SysEmuTarget, TargetInfo, UuidInfo,
+    CheckpointLabel, Command, CpuInfoFast, CpuInstanceProperties, GuidInfo, KvmInfo, LoadInfo,
+    LoadMode, NameInfo, ShutdownCause, SnapshotCompression, SnapshotSaveMode, StatusInfo,
+    SysEmuTarget, TargetInfo, TransactionAction, TransactionArguments, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -15,23 +15,37 @@ use snapshot::About;
 use super::work::{SaveMode, SaveOptions, Target, Task};
 use super::{Controller, RunState};
 use crate::blocks::jobs::{self, is_job_command};
+use crate::blocks::transaction::check_mode;
 use crate::blocks::{Answer, is_block_command};
 
 impl Controller {
     /// Runs a command and answers it. Events that it causes go out before the answer.
     pub(super) fn command(&mut self, request: qmp::Request) {
-        if is_block_command(&request.command) {
-            return self.worker.run(request);
-        }
-        if is_job_command(&request.command) {
-            return jobs::run(self.blocks.jobs(), request);
-        }
         if let Command::HumanMonitorCommand(arguments) = &request.command {
             let arguments = arguments.clone();
             return self.monitor_command(&arguments, request);
         }
-        let answer = self.execute(request.command);
-        request.reply.send(answer);
+        let qmp::Request { command, reply, .. } = match request {
+            request if saves_machine(&request.command) => request,
+            request if is_block_command(&request.command) => return self.worker.run(request),
+            request if is_job_command(&request.command) => {
+                return jobs::run(self.blocks.jobs(), request);
+            }
+            request => request,
+        };
+        if let Command::Transaction(arguments) = command {
+            return self.save_in_transaction(arguments, reply);
+        }
+        let answer = self.execute(command);
+        reply.send(answer);
+    }
+
+    fn save_in_transaction(&mut self, arguments: TransactionArguments, reply: qmp::Reply) {
+        let about = check_mode(&arguments).and_then(|()| about_state(&arguments));
+        match about {
+            Ok(about) => self.machine_transaction(arguments, about, reply),
+            Err(error) => reply.send(Err(error)),
+        }
     }
 
     fn execute(&mut self, command: Command) -> Answer {
@@ -63,7 +77,7 @@ impl Controller {
                 done()
             }
             Command::SnapshotSave(arguments) => {
-                let about = about(&arguments)?;
+                let about = about(arguments.description.as_deref(), arguments.labels.as_deref())?;
                 let target = Target {
                     tag: arguments.tag,
                     vmstate: arguments.vmstate,
@@ -141,10 +155,29 @@ impl Controller {
     }
 }
 
+/// Whether the command is a transaction with the machine's state in it.
+fn saves_machine(command: &Command) -> bool {
+    let Command::Transaction(arguments) = command else { return false };
+    arguments.actions.iter().any(|action| matches!(action, TransactionAction::VmstateSave(_)))
+}
+
+/// What is said of a checkpoint that a transaction is to make.
+fn about_state(arguments: &TransactionArguments) -> Result<About, qmp::Error> {
+    let state = arguments.actions.iter().find_map(|action| match action {
+        TransactionAction::VmstateSave(arguments) => Some(arguments),
+        _ => None,
+    });
+    let description = state.and_then(|state| state.description.as_deref());
+    about(description, state.and_then(|state| state.labels.as_deref()))
+}
+
 /// What is said of a checkpoint to be made.
-fn about(arguments: &SnapshotSaveArguments) -> Result<About, qmp::Error> {
+fn about(
+    description: Option<&str>,
+    given: Option<&[CheckpointLabel]>,
+) -> Result<About, qmp::Error> {
     let mut labels = BTreeMap::new();
-    for label in arguments.labels.iter().flatten() {
+    for label in given.unwrap_or_default() {
         if labels.insert(label.key.clone(), label.value.clone()).is_some() {
             let words = format!("label '{}' is given twice", label.key.escape_debug());
             return Err(qmp::Error::generic(words));
@@ -153,7 +186,7 @@ fn about(arguments: &SnapshotSaveArguments) -> Result<About, qmp::Error> {
     // Where it is gone, file names are of no use to anyone anyway.
     let directory = std::env::current_dir().unwrap_or_default();
     let about = About {
-        description: arguments.description.clone().unwrap_or_default(),
+        description: description.unwrap_or_default().to_owned(),
         labels,
         directory: directory.display().to_string(),
         ..About::default()

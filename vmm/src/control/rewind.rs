@@ -139,7 +139,7 @@ impl Controller {
     fn try_rewind(&mut self, target: &Target) -> Option<Outcome> {
         let current = self.jobs.current.as_ref()?;
         let handle = current.handle.clone();
-        if self.ending || handle.progress.check().is_err() {
+        if self.ending || handle.progress.is_cancelled() {
             return Some(Err(WorkError::Cancelled));
         }
         if let Err(error) = self.hold_guest(RunState::RestoreVm) {

@@ -7,9 +7,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use block::Progress;
-use qmp::jobs::{NewJob, Outcome, StateError, Work, WorkReport};
-use qmp::schema::{JobType, RunState};
-use snapshot::{Base, PageSet};
+use qmp::jobs::{AutoFlags, NewJob, Outcome, StateError, Work, WorkReport};
+use qmp::schema::{JobType, RunState, TransactionAction, TransactionArguments};
+use snapshot::{About, Base, PageSet};
 use tracing::error;
 
 use super::Controller;
@@ -23,6 +23,9 @@ use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
 use crate::memory::dirty_log::Protect;
+
+/// The id of a job that no client knows of.
+const HIDDEN: &str = "#transaction";
 
 /// The jobs, and what they are to do.
 pub(super) struct SnapshotJobs {
@@ -47,7 +50,7 @@ pub(super) struct Current {
 }
 
 /// What the job list and the main thread know of a job's work.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct Handle {
     pub(super) progress: Arc<Progress>,
     /// Set when a cancel would leave the guest without its memory.
@@ -56,6 +59,8 @@ pub(super) struct Handle {
     report: Arc<Mutex<WorkReport>>,
     /// Who waits for the end, where the job is not in the list.
     asker: Option<Arc<Mutex<Option<Asker>>>>,
+    /// Whoever is answered when the job is over, or before.
+    answer: Arc<Mutex<Option<qmp::Reply>>>,
 }
 
 /// A line of the monitor that is done by what jobs do.
@@ -75,6 +80,15 @@ impl Work for Handle {
         }
     }
 
+    fn pause(&mut self) -> bool {
+        self.progress.pause();
+        true
+    }
+
+    fn resume(&mut self) {
+        self.progress.resume();
+    }
+
     fn report(&self) -> WorkReport {
         *self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,6 +106,23 @@ impl Handle {
     fn take_asker(&self) -> Option<Asker> {
         let asker = self.asker.as_ref()?;
         asker.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn new(list: JobList, id: String, answer: Option<qmp::Reply>) -> Self {
+        let rests = move || list.report(|jobs| jobs.paused(&id));
+        Self {
+            progress: Arc::new(Progress::watched(rests)),
+            committed: Arc::default(),
+            memory_lost: Arc::default(),
+            report: Arc::default(),
+            asker: None,
+            answer: Arc::new(Mutex::new(answer)),
+        }
+    }
+
+    /// Whoever is still to be answered.
+    fn take_answer(&self) -> Option<qmp::Reply> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Whether the list still has the job. To be asked with the list's lock held.
@@ -153,8 +184,9 @@ impl Controller {
             Task::Save(..) => JobType::SnapshotSave,
             Task::Load(..) => JobType::SnapshotLoad,
             Task::Delete { .. } => JobType::SnapshotDelete,
+            Task::Transaction(..) => JobType::SnapshotSave,
         };
-        let handle = Handle::default();
+        let handle = Handle::new(self.jobs.list.clone(), id.clone(), None);
         self.jobs.list.lock().create(NewJob::new(&id, kind), Box::new(handle.clone()))?;
         self.jobs.waiting.push_back(Waiting { id, task, handle });
         self.start_next_job();
@@ -164,7 +196,8 @@ impl Controller {
     /// Does what a line of the monitor asks for, when its turn comes, and answers.
     pub(super) fn run_for(&mut self, asker: Asker, task: Task) {
         let asker = Some(Arc::new(Mutex::new(Some(asker))));
-        let handle = Handle { asker, ..Handle::default() };
+        // It is not in the list: nobody can pause it.
+        let handle = Handle { asker, ..Handle::new(self.jobs.list.clone(), String::new(), None) };
         self.jobs.waiting.push_back(Waiting { id: String::new(), task, handle });
         self.start_next_job();
     }
@@ -179,6 +212,48 @@ impl Controller {
             (Ok(()), None) => reply.value(&""),
             (Err(WorkError::Cancelled), _) => reply.value(&"Error: Operation canceled\r\n"),
             (Err(WorkError::Failed(text)), _) => reply.value(&format!("Error: {text}\r\n")),
+        }
+    }
+
+    /// A transaction with the machine's state in it. It is answered when its moment has passed, or, if
+    /// its job has no id, when all is written; or when it fails.
+    pub(super) fn machine_transaction(
+        &mut self,
+        arguments: TransactionArguments,
+        about: About,
+        reply: qmp::Reply,
+    ) {
+        let given = arguments.actions.iter().find_map(|action| match action {
+            TransactionAction::VmstateSave(arguments) => arguments.job_id.clone(),
+            _ => None,
+        });
+        let (id, hidden) = match given {
+            Some(id) => (id, false),
+            None => (HIDDEN.to_owned(), true),
+        };
+        if self.jobs.current.is_some() || !self.jobs.waiting.is_empty() {
+            let text = "A snapshot job is under way: wait for its end, or cancel it";
+            return reply.send(Err(qmp::Error::generic(text)));
+        }
+        let handle = Handle::new(self.jobs.list.clone(), id.clone(), Some(reply));
+        let auto = AutoFlags { finalize: true, dismiss: hidden };
+        let new = NewJob { auto, hidden, ..NewJob::new(&id, JobType::SnapshotSave) };
+        if let Err(error) = self.jobs.list.lock().create(new, Box::new(handle.clone())) {
+            if let Some(reply) = handle.take_answer() {
+                reply.send(Err(error));
+            }
+            return;
+        }
+        let task = Task::Transaction(arguments, about);
+        self.jobs.waiting.push_back(Waiting { id, task, handle });
+        self.start_next_job();
+    }
+
+    /// The moment of the current job's transaction has passed.
+    fn transaction_passed(&self) {
+        let reply = self.jobs.current.as_ref().and_then(|current| current.handle.take_answer());
+        if let Some(reply) = reply {
+            reply.send(Ok(serde_json::json!({})));
         }
     }
 
@@ -199,6 +274,7 @@ impl Controller {
     /// Starts the thread of a job.
     pub(super) fn start_job(&mut self, id: String, task: Task, handle: Handle) {
         let context = WorkContext {
+            blocks: Arc::clone(&self.blocks),
             graph: Arc::clone(self.blocks.graph()),
             memory: self.machine.memory().clone(),
             config: recorded::describe(&self.machine),
@@ -218,6 +294,9 @@ impl Controller {
             Err(error) => {
                 let text = format!("Cannot start the job's thread: {error}");
                 self.release_guest(false, false);
+                if let Some(reply) = handle.take_answer() {
+                    reply.send(Err(qmp::Error::generic(text.clone())));
+                }
                 self.conclude(&id, &handle, Err(WorkError::Failed(text)));
             }
         }
@@ -246,6 +325,7 @@ impl Controller {
                 // A reset may have waited for it.
                 self.release_guest(true, false);
             }
+            WorkMessage::Passed => self.transaction_passed(),
             WorkMessage::Saved { base, report, rewind } => {
                 if self.machine.is_tracking() {
                     self.machine.tracker().saved(base);
@@ -381,7 +461,19 @@ impl Controller {
         if current.thread.is_some_and(|thread| thread.join().is_err()) {
             error!("the thread of job '{}' has panicked", current.id);
         }
+        let answer = match &outcome {
+            Ok(()) => Ok(serde_json::json!({})),
+            Err(WorkError::Cancelled) => Err(qmp::Error::generic("Operation canceled")),
+            Err(WorkError::Failed(text)) => Err(qmp::Error::generic(text.clone())),
+        };
         self.conclude(&current.id, &current.handle, outcome);
+        if let Some(reply) = current.handle.take_answer() {
+            if answer.is_err() {
+                // The client hears of the failure now: there is nothing to be looked up later.
+                let _ = self.jobs.list.lock().dismiss(&current.id);
+            }
+            reply.send(answer);
+        }
         self.start_next_job();
     }
 

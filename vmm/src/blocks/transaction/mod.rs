@@ -65,7 +65,9 @@ impl Blocks {
     ) -> Box<dyn Action + 'a> {
         use TransactionAction as A;
         let change = match action {
-            A::Abort(_) => return Box::new(Abort),
+            A::Abort(_) => return Box::new(Fails("Transaction aborted using Abort action")),
+            // Where there is one it is not done here.
+            A::VmstateSave(_) => return Box::new(Fails("There is no machine to be saved")),
             A::InternalSnapshot(arguments) => {
                 return Box::new(InternalSnapshot::new(self, arguments, format, moment));
             }
@@ -81,7 +83,10 @@ impl Blocks {
 }
 
 /// Refuses actions whose outcome cannot wait for others.
-fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
+///
+/// # Errors
+/// With QEMU's text.
+pub fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
     let mode = arguments.properties.as_ref().and_then(|properties| properties.completion_mode);
     if mode != Some(ActionCompletionMode::Grouped) {
         return Ok(());
@@ -95,15 +100,15 @@ fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
     }
 }
 
-/// The action that fails.
-struct Abort;
+/// An action that fails.
+struct Fails(&'static str);
 
-impl Action for Abort {
+impl Action for Fails {
     fn lets_go_early(&self) -> bool {
         true
     }
 
     fn prepare(&mut self) -> Result<(), qmp::Error> {
-        Err(text("Transaction aborted using Abort action"))
+        Err(text(self.0))
     }
 }

@@ -28,6 +28,7 @@
 
 mod load;
 mod save;
+mod transaction;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -37,13 +38,14 @@ use std::thread::JoinHandle;
 use block::qcow2::Compression;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
-use qmp::schema::LoadMode;
+use qmp::schema::{LoadMode, TransactionArguments};
 use snapshot::{About, Base, MachineConfig, Orders, PageSet, SaveReport};
 use tracing::info;
 
 pub use self::load::{Ram, Revival, lazy_host};
 use super::mailbox::{Mailbox, Message};
 use super::rewind::Rewind;
+use crate::blocks::Blocks;
 use crate::checkpoints::CurrentLineage;
 use crate::machine::missing::Missing;
 use crate::machine::state::{MachineState, Shape};
@@ -56,6 +58,8 @@ pub(crate) const IO_THREADS: usize = 4;
 pub enum Task {
     /// snapshot-save, with what is said of the checkpoint
     Save(Target, SaveOptions, About),
+    /// A transaction with the machine's state in it, and what is said of the checkpoint.
+    Transaction(TransactionArguments, About),
     /// snapshot-load
     Load(Target, LoadMode),
     /// snapshot-delete
@@ -167,6 +171,8 @@ pub enum WorkMessage {
     },
     /// That is over.
     Unguarded,
+    /// The moment of a transaction has passed: its client can be answered.
+    Passed,
     /// The checkpoint is there.
     Saved {
         /// It, as a base.
@@ -198,6 +204,8 @@ pub enum WorkMessage {
 
 /// What a job's thread works with.
 pub struct WorkContext {
+    /// The block side.
+    pub blocks: Arc<Blocks>,
     /// The disks.
     pub graph: Arc<Graph>,
     /// The guest's RAM.
@@ -235,7 +243,10 @@ pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>
 
 fn run(task: Task, context: &WorkContext) -> Outcome {
     match task {
-        Task::Save(target, how, about) => save::save(&target, how, about, context),
+        Task::Save(target, how, about) => {
+            save::save(&target, how, about, context, &mut save::Alone)
+        }
+        Task::Transaction(arguments, about) => transaction::run(&arguments, about, context),
         Task::Load(target, mode) => load::load(&target, mode, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;
@@ -243,7 +254,10 @@ fn run(task: Task, context: &WorkContext) -> Outcome {
             if context.missing.as_ref().is_some_and(|missing| devices.contains(&missing.node)) {
                 context.read_missing()?;
             }
-            let report = snapshot::delete(&nodes, &tag)?;
+            let report =
+                snapshot::delete_unless(&nodes, &tag, &context.progress).map_err(|error| {
+                    if error.is_cancelled() { WorkError::Cancelled } else { error.into() }
+                })?;
             info!("deleted '{tag}' from {:?}", report.deleted);
             Ok(())
         }

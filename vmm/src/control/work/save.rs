@@ -29,6 +29,7 @@ pub(super) fn save(
     how: SaveOptions,
     about: About,
     context: &WorkContext,
+    point: &mut dyn Point,
 ) -> Outcome {
     let Target { tag, vmstate, devices } = target;
     let nodes = context.resolve(devices)?;
@@ -56,15 +57,32 @@ pub(super) fn save(
         // and what the guest waits for, or it could not be stopped.
         context.read_missing()?;
     }
-    let running = Running { save, context, target, about, all: !logged };
+    let running = Running { save, point, context, target, about, all: !logged };
     match how.mode {
         SaveMode::Live if logged => running.live(),
         _ => running.stop(),
     }
 }
 
+/// What else happens at the moment of a save.
+pub(super) trait Point {
+    /// Calls `switch`, which makes the moment for the checkpoint. The guest stands still.
+    fn switch(&mut self, switch: &mut dyn FnMut() -> Outcome) -> Outcome {
+        switch()
+    }
+
+    /// The moment has passed, and the guest runs again.
+    fn passed(&mut self) {}
+}
+
+/// Nothing else.
+pub(super) struct Alone;
+
+impl Point for Alone {}
+
 struct Running<'a> {
     save: Save<'a>,
+    point: &'a mut dyn Point,
     context: &'a WorkContext,
     target: &'a Target,
     about: About,
@@ -73,10 +91,18 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
+    /// Makes this the moment of the checkpoint.
+    fn switch(&mut self) -> Outcome {
+        let Self { save, point, .. } = self;
+        point.switch(&mut || save.switch().map_err(failed))
+    }
+
     /// The guest stands still until all is written.
     fn stop(mut self) -> Outcome {
+        // Nobody is to wait for a guest that a pause keeps standing.
+        let _uninterrupted = self.context.progress.without_pause();
         let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
-        self.save.switch().map_err(failed)?;
+        self.switch()?;
         let pages = self.with_all(pages);
         self.save.write(&pages).map_err(failed)?;
         self.finish(&state)
@@ -86,15 +112,19 @@ impl Running<'_> {
     fn live(mut self) -> Outcome {
         if self.copy_ahead()? {
             let room = Room::new(ROOM);
+            let uninterrupted = self.context.progress.without_pause();
             let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
             if pages.bytes() <= ASIDE {
-                self.save.switch().map_err(failed)?;
+                self.switch()?;
                 let aside = set_aside(&self.context.memory, pages, room);
                 self.context.send(WorkMessage::Thaw { guarded: false });
+                self.point.passed();
+                drop(uninterrupted);
                 self.save.write_aside(&aside).map_err(failed)?;
                 return self.finish(&state);
             }
             self.context.send(WorkMessage::Thaw { guarded: false });
+            drop(uninterrupted);
             self.save.write(&pages).map_err(failed)?;
         }
         // Memory can be watched for one thing at a time.
@@ -113,18 +143,22 @@ impl Running<'_> {
 
     /// What is dirty is write-protected, not copied: the guest writes more than a pause can copy.
     fn guarded(mut self, guard: WriteGuard) -> Outcome {
+        // What is guarded is copied when the guest writes to it, and the guest waits if that is much.
+        let uninterrupted = self.context.progress.without_pause();
         let dirty = self.context.collect()?;
         guard.arm(&dirty)?;
         let Frozen { state, pages: again } = self.context.freeze(Freeze::Save)?;
         guard.arm(&again)?;
-        self.save.switch().map_err(failed)?;
+        self.switch()?;
         guard.switch();
         self.context.send(WorkMessage::Thaw { guarded: true });
+        self.point.passed();
         let mut all = dirty;
         all.union(&again);
         self.save.write_kept(&guard, all.count()).map_err(failed)?;
         drop(guard);
         self.context.send(WorkMessage::Unguarded);
+        drop(uninterrupted);
         self.finish(&state)
     }
 
