@@ -62,6 +62,9 @@ pub trait Action {
     /// All actions count.
     fn commit(&mut self) {}
 
+    /// All actions count, and requests go on.
+    fn released(&mut self) {}
+
     /// After a successful `prepare`: all is as it was.
     fn abort(&mut self) {}
 }
@@ -98,6 +101,9 @@ pub fn run<A: Action + ?Sized, H>(
         action.commit();
     }
     drop(held);
+    for action in actions.iter_mut().rev() {
+        action.released();
+    }
     Ok(())
 }
 

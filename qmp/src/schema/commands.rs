@@ -135,6 +135,10 @@ command_enum! {
         = "blockdev-snapshot-delete-internal-sync" -> SnapshotInfo;
     /// Starts a job that makes an image.
     BlockdevCreate(CreateArguments) = "blockdev-create" -> ();
+    /// Starts a job that copies a disk as it is now.
+    BlockdevBackup(BackupArguments) = "blockdev-backup" -> ();
+    /// Starts a job that makes a node the same as another, and keeps it so.
+    BlockdevMirror(MirrorArguments) = "blockdev-mirror" -> ();
     /// Starts a job that copies what an image has into those below it.
     BlockCommit(CommitArguments) = "block-commit" -> ();
     /// Starts a job that copies what is below an image into it.

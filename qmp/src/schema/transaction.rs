@@ -1,7 +1,9 @@
 //! Transactions and internal snapshots.
 
 use super::arguments::{BitmapAddArguments, BitmapArguments, BitmapMergeArguments};
+use super::block_jobs::BackupArguments;
 use super::checkpoints::CheckpointLabel;
+use super::graph::{BlockdevSnapshot, BlockdevSnapshotSync};
 use super::macros::{enums, objects};
 use super::{Branch, Member, Qapi, Type, UnionInfo};
 
@@ -109,6 +111,12 @@ actions! {
     BitmapDisable(BitmapArguments) = "block-dirty-bitmap-disable",
     /// As the command.
     BitmapMerge(BitmapMergeArguments) = "block-dirty-bitmap-merge",
+    /// As the command.
+    Backup(BackupArguments) = "blockdev-backup",
+    /// As the command.
+    Snapshot(BlockdevSnapshot) = "blockdev-snapshot",
+    /// As the command.
+    SnapshotSync(BlockdevSnapshotSync) = "blockdev-snapshot-sync",
     /// As the command.
     InternalSnapshot(InternalSnapshotArguments) = "blockdev-snapshot-internal-sync",
     /// The machine's state, at the moment of the transaction.

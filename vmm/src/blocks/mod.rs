@@ -67,6 +67,8 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockDirtyBitmapMerge(_)
             | Command::QueryCheckpoints(_)
             | Command::BlockdevCreate(_)
+            | Command::BlockdevBackup(_)
+            | Command::BlockdevMirror(_)
             | Command::BlockCommit(_)
             | Command::BlockStream(_)
             | Command::Transaction(_)
@@ -182,6 +184,8 @@ impl Blocks {
                 self.merge_bitmaps(&arguments).and_then(|()| done())
             }
             Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
+            Command::BlockdevBackup(arguments) => self.backup(&arguments).and_then(|()| done()),
+            Command::BlockdevMirror(arguments) => self.mirror(arguments).and_then(|()| done()),
             Command::BlockCommit(arguments) => self.commit(arguments).and_then(|()| done()),
             Command::BlockStream(arguments) => self.stream(arguments).and_then(|()| done()),
             Command::Transaction(arguments) => self.transaction(&arguments),

@@ -1,11 +1,19 @@
 //! The commands that start block jobs.
 
-use block::jobs::{Commit, CommitOptions, Create, OnError, Operation, Stream, StreamOptions};
-use qmp::jobs::{AutoFlags, NewJob};
-use qmp::schema::{BlockdevOnError, CommitArguments, CreateArguments, JobType, StreamArguments};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use block::jobs::{
+    Backup, BackupOptions, BitmapMode, Commit, CommitOptions, CopyMode, Create, Mirror,
+    MirrorHandle, MirrorOptions, OnError, Operation, Stream, StreamOptions, Sync,
+};
+use qmp::jobs::{AutoFlags, GroupId, NewJob};
+use qmp::schema::{
+    BackupArguments, BitmapSyncMode, BlockdevOnError, CommitArguments, CreateArguments, JobType,
+    MirrorArguments, MirrorCopyMode, MirrorSyncMode, StreamArguments,
+};
 use qmp::{Error, ErrorClass};
 
-use super::{JobOptions, Kind, NewOperation};
+use super::{JobOptions, Kind, Mirroring, NewOperation};
 use crate::blocks::{Blocks, failed, text};
 
 impl Blocks {
@@ -15,6 +23,79 @@ impl Blocks {
         let new = NewJob::new(&arguments.job_id, JobType::Create);
         let job = NewOperation::create(&self.jobs, new, Kind::default(), Box::new(operation))?;
         Ok(job.start()?)
+    }
+
+    /// blockdev-backup.
+    pub(in crate::blocks) fn backup(&self, arguments: &BackupArguments) -> Result<(), Error> {
+        Ok(self.new_backup(arguments, None)?.start()?)
+    }
+
+    /// The job of a backup, whose moment is now.
+    pub(in crate::blocks) fn new_backup(
+        &self,
+        arguments: &BackupArguments,
+        group: Option<GroupId>,
+    ) -> Result<NewOperation, Error> {
+        let job = JobOptions {
+            id: arguments.job_id.clone(),
+            speed: arguments.speed,
+            auto_finalize: arguments.auto_finalize,
+            auto_dismiss: arguments.auto_dismiss,
+            group,
+        };
+        self.check_filter(arguments.filter_node_name.as_deref())?;
+        let (source, target) = (&arguments.device, &arguments.target);
+        let options = BackupOptions {
+            bitmap: arguments.bitmap.clone(),
+            bitmap_mode: arguments.bitmap_mode.map(|mode| match mode {
+                BitmapSyncMode::OnSuccess => BitmapMode::OnSuccess,
+                BitmapSyncMode::Never => BitmapMode::Never,
+                BitmapSyncMode::Always => BitmapMode::Always,
+            }),
+            compress: arguments.compress.unwrap_or(false),
+            on_source_error: on_error(arguments.on_source_error),
+            on_target_error: on_error(arguments.on_target_error),
+            ..BackupOptions::new(source, target, sync(arguments.sync))
+        };
+        let operation = Backup::new(&self.graph, options).map_err(failed)?;
+        self.block_job(&job, JobType::Backup, Kind::default(), Box::new(operation))
+    }
+
+    /// blockdev-mirror.
+    pub(in crate::blocks) fn mirror(&self, arguments: MirrorArguments) -> Result<(), Error> {
+        let job = JobOptions {
+            id: arguments.job_id,
+            speed: arguments.speed,
+            auto_finalize: arguments.auto_finalize,
+            auto_dismiss: arguments.auto_dismiss,
+            group: None,
+        };
+        self.check_filter(arguments.filter_node_name.as_deref())?;
+        let copy_mode = arguments.copy_mode.unwrap_or(MirrorCopyMode::Background);
+        let number = |name: &str, value: Option<i64>, expects: &str| {
+            let bytes = value.map(u64::try_from).transpose();
+            bytes.map_err(|_| Error::out_of_range(name, expects))
+        };
+        let range = "a value in range [512B, 64MB]";
+        let options = MirrorOptions {
+            replaces: arguments.replaces,
+            copy_mode: match copy_mode {
+                MirrorCopyMode::Background => CopyMode::Background,
+                MirrorCopyMode::WriteBlocking => CopyMode::WriteBlocking,
+            },
+            granularity: number("granularity", arguments.granularity, range)?,
+            buf_size: number("buf-size", arguments.buf_size, "a non-negative value")?.unwrap_or(0),
+            on_source_error: on_error(arguments.on_source_error),
+            on_target_error: on_error(arguments.on_target_error),
+            ..MirrorOptions::new(&arguments.device, &arguments.target, sync(arguments.sync))
+        };
+        let operation = Mirror::new(&self.graph, options).map_err(failed)?;
+        let mirror = RunningMirror {
+            blocking: AtomicBool::new(copy_mode == MirrorCopyMode::WriteBlocking),
+            handle: operation.handle(),
+        };
+        let kind = Kind { completes: true, mirror: Some(Box::new(mirror)) };
+        Ok(self.block_job(&job, JobType::Mirror, kind, Box::new(operation))?.start()?)
     }
 
     /// block-stream.
@@ -103,6 +184,44 @@ impl Blocks {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// A mirror as block-job-change knows it.
+struct RunningMirror {
+    handle: MirrorHandle,
+    /// Its copy mode is write-blocking.
+    blocking: AtomicBool,
+}
+
+impl Mirroring for RunningMirror {
+    fn change(&self, mode: MirrorCopyMode) -> Result<(), Error> {
+        let blocking = self.blocking.load(Ordering::Acquire);
+        match mode {
+            MirrorCopyMode::WriteBlocking => {
+                self.handle.set_write_blocking();
+                self.blocking.store(true, Ordering::Release);
+                Ok(())
+            }
+            MirrorCopyMode::Background if !blocking => Ok(()),
+            MirrorCopyMode::Background => {
+                Err(text("Change to copy mode 'background' is not implemented"))
+            }
+        }
+    }
+
+    fn is_synced(&self) -> bool {
+        self.handle.actively_synced()
+    }
+}
+
+fn sync(mode: MirrorSyncMode) -> Sync {
+    match mode {
+        MirrorSyncMode::Top => Sync::Top,
+        MirrorSyncMode::Full => Sync::Full,
+        MirrorSyncMode::None => Sync::None,
+        MirrorSyncMode::Incremental => Sync::Incremental,
+        MirrorSyncMode::Bitmap => Sync::Bitmap,
     }
 }
 

@@ -1,16 +1,21 @@
 //! `transaction`: several actions at one moment, all of them or none. The order of steps is
 //! [`qmp::transaction`]'s; here is what the actions do.
 
+mod backup;
 mod bitmaps;
+mod external;
 mod snapshots;
 
 use std::sync::Arc;
 
 use block::Format;
+use qmp::jobs::GroupId;
 use qmp::schema::{ActionCompletionMode, TransactionAction, TransactionArguments};
 use qmp::transaction::{self, Action};
 
+use self::backup::Backup;
 use self::bitmaps::{BitmapAction, Change};
+use self::external::{External, Which};
 use self::snapshots::InternalSnapshot;
 use super::{Answer, Blocks, done, text};
 
@@ -21,6 +26,8 @@ pub struct Resources {
     /// The images of internal snapshots, by the action's place.
     formats: Vec<Option<Arc<dyn Format>>>,
     moment: Moment,
+    /// Where the jobs end together.
+    group: Option<GroupId>,
 }
 
 impl Resources {
@@ -32,7 +39,8 @@ impl Resources {
             }
             _ => None,
         };
-        Self { formats: actions.iter().map(format).collect(), moment: Moment::now() }
+        let formats = actions.iter().map(format).collect();
+        Self { formats, moment: Moment::now(), group: None }
     }
 }
 
@@ -40,7 +48,10 @@ impl Blocks {
     /// Carries out a transaction without the machine.
     pub(super) fn transaction(&self, arguments: &TransactionArguments) -> Answer {
         check_mode(arguments)?;
-        let resources = Resources::new(self, &arguments.actions);
+        let mut resources = Resources::new(self, &arguments.actions);
+        if is_grouped(arguments) {
+            resources.group = Some(self.jobs().lock().new_group());
+        }
         let mut actions = self.actions(&arguments.actions, &resources);
         transaction::run(&mut actions, || Ok(self.graph().hold_all()))?;
         done()
@@ -53,15 +64,14 @@ impl Blocks {
         resources: &'a Resources,
     ) -> Vec<Box<dyn Action + 'a>> {
         let all = actions.iter().zip(&resources.formats);
-        all.map(|(action, format)| self.action(action, format.as_ref(), &resources.moment))
-            .collect()
+        all.map(|(action, format)| self.action(action, format.as_ref(), resources)).collect()
     }
 
     fn action<'a>(
         &'a self,
         action: &'a TransactionAction,
         format: Option<&'a Arc<dyn Format>>,
-        moment: &'a Moment,
+        resources: &'a Resources,
     ) -> Box<dyn Action + 'a> {
         use TransactionAction as A;
         let change = match action {
@@ -69,7 +79,17 @@ impl Blocks {
             // Where there is one it is not done here.
             A::VmstateSave(_) => return Box::new(Fails("There is no machine to be saved")),
             A::InternalSnapshot(arguments) => {
+                let moment = &resources.moment;
                 return Box::new(InternalSnapshot::new(self, arguments, format, moment));
+            }
+            A::Backup(arguments) => {
+                return Box::new(Backup::new(self, arguments, resources.group));
+            }
+            A::Snapshot(arguments) => {
+                return Box::new(External::new(self, Which::Node(arguments)));
+            }
+            A::SnapshotSync(arguments) => {
+                return Box::new(External::new(self, Which::File(arguments)));
             }
             A::BitmapAdd(arguments) => Change::Add(arguments),
             A::BitmapRemove(arguments) => Change::Remove(arguments),
@@ -82,16 +102,21 @@ impl Blocks {
     }
 }
 
+fn is_grouped(arguments: &TransactionArguments) -> bool {
+    let mode = arguments.properties.as_ref().and_then(|properties| properties.completion_mode);
+    mode == Some(ActionCompletionMode::Grouped)
+}
+
 /// Refuses actions whose outcome cannot wait for others.
 ///
 /// # Errors
 /// With QEMU's text.
 pub fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
-    let mode = arguments.properties.as_ref().and_then(|properties| properties.completion_mode);
-    if mode != Some(ActionCompletionMode::Grouped) {
+    if !is_grouped(arguments) {
         return Ok(());
     }
-    match arguments.actions.first() {
+    let other = |action: &&TransactionAction| !matches!(action, TransactionAction::Backup(_));
+    match arguments.actions.iter().find(other) {
         Some(action) => Err(text(format!(
             "Action '{}' does not support transaction property completion-mode = grouped",
             action.name()

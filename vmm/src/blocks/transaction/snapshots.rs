@@ -60,6 +60,7 @@ impl<'a> InternalSnapshot<'a> {
         let (Some(node), Some(format)) = (node, self.format) else {
             return Err(qmp::Error::no_node(device));
         };
+        self.blocks.graph().check_unclaimed(device).map_err(failed)?;
         if node.read_only() {
             return Err(text(format!("Device '{device}' is read only")));
         }
@@ -153,6 +154,7 @@ impl Blocks {
         let InternalSnapshotDeleteArguments { device, id, name } = arguments;
         let node: Arc<Node> =
             self.graph().get(device).ok_or_else(|| qmp::Error::no_node(device))?;
+        self.graph().check_unclaimed(device).map_err(failed)?;
         let (id, name) = (id.as_deref(), name.as_deref());
         if id.is_none() && name.is_none() {
             return Err(text("Name or id must be provided"));

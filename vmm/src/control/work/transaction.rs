@@ -83,6 +83,9 @@ impl Point for Together<'_> {
             action.commit();
         }
         drop(held);
+        for action in self.actions.iter_mut().rev() {
+            action.released();
+        }
         Ok(())
     }
 
