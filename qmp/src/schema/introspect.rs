@@ -28,7 +28,7 @@ pub fn introspect(without: &[&str]) -> Vec<Value> {
     for info in EVENTS {
         let data = match info.data {
             [] => types.empty(),
-            data => types.object(format!("{}-arg", info.name), data),
+            data => types.object(&format!("{}-arg", info.name), data),
         };
         entries.push(json!({ "meta-type": "event", "name": info.name, "arg-type": data }));
     }
@@ -72,7 +72,7 @@ impl Types {
                 let info = info();
                 self.union(info.name, info.tag, info.base, info.branches)
             }
-            Type::Alternate(info) => self.numbered(info.name.to_owned(), |types| {
+            Type::Alternate(info) => self.numbered(info.name, |types| {
                 let choice = |types: &mut Self, ty| json!({ "type": types.name(ty) });
                 let members: Vec<Value> = info.choices.iter().map(|ty| choice(types, ty)).collect();
                 json!({ "meta-type": "alternate", "members": members })
@@ -84,9 +84,9 @@ impl Types {
     fn named_object(&mut self, info: &ObjectInfo) -> String {
         let Some((_, tag, case, own)) = FLAT_UNIONS.iter().find(|(name, ..)| *name == info.name)
         else {
-            return self.object(info.name.to_owned(), info.members);
+            return self.object(info.name, info.members);
         };
-        self.numbered(info.name.to_owned(), |types| {
+        self.numbered(info.name, |types| {
             let mut part = |of_kind: bool| -> Vec<Value> {
                 let is = |member: &&Member| own.contains(&member.name) == of_kind;
                 info.members.iter().filter(is).map(|member| types.member(member)).collect()
@@ -99,7 +99,7 @@ impl Types {
                 });
             }
             let ty = types.numbered(
-                format!("{} {case}", info.name),
+                &format!("{} {case}", info.name),
                 |_| json!({ "meta-type": "object", "members": own }),
             );
             let variants = [json!({ "case": case, "type": ty })];
@@ -121,7 +121,7 @@ impl Types {
     }
 
     /// A type known by `key`, which gets a number before it is described: it may use itself.
-    fn numbered(&mut self, key: String, describe: impl FnOnce(&mut Self) -> Value) -> String {
+    fn numbered(&mut self, key: &str, describe: impl FnOnce(&mut Self) -> Value) -> String {
         let key = format!("type {key}");
         if let Some(name) = self.known.get(&key) {
             return name.clone();
@@ -139,14 +139,14 @@ impl Types {
     }
 
     fn empty(&mut self) -> String {
-        self.object("nothing".to_owned(), &[])
+        self.object("nothing", &[])
     }
 
     fn enumeration(&mut self, info: &EnumInfo) -> String {
-        self.values(info.name.to_owned(), info.values.iter().copied())
+        self.values(info.name, info.values.iter().copied())
     }
 
-    fn values(&mut self, key: String, values: impl Iterator<Item = &'static str>) -> String {
+    fn values(&mut self, key: &str, values: impl Iterator<Item = &'static str>) -> String {
         self.numbered(key, |_| {
             let values: Vec<&str> = values.collect();
             let members: Vec<Value> = values.iter().map(|name| json!({ "name": name })).collect();
@@ -154,7 +154,7 @@ impl Types {
         })
     }
 
-    fn object(&mut self, key: String, members: &[Member]) -> String {
+    fn object(&mut self, key: &str, members: &[Member]) -> String {
         self.numbered(key, |types| {
             let members = types.members(members);
             json!({ "meta-type": "object", "members": members })
@@ -182,13 +182,13 @@ impl Types {
         base: &[Member],
         branches: &'static [super::Branch],
     ) -> String {
-        self.numbered(name.to_owned(), |types| {
+        self.numbered(name, |types| {
             let kinds = branches.iter().map(|branch| branch.value);
-            let kind = types.values(format!("{name} {tag}"), kinds);
+            let kind = types.values(&format!("{name} {tag}"), kinds);
             let mut members = vec![json!({ "name": tag, "type": kind })];
             members.extend(types.members(base));
             let variant = |branch: &super::Branch| {
-                let ty = types.object(format!("{name} {}", branch.value), branch.members);
+                let ty = types.object(&format!("{name} {}", branch.value), branch.members);
                 json!({ "case": branch.value, "type": ty })
             };
             let variants: Vec<Value> = branches.iter().map(variant).collect();
