@@ -238,7 +238,7 @@ impl Connection {
                     false => self.executing = true,
                 }
                 let reply = Reply::new(machine.outbox.clone(), self.id, id, command.name(), oob);
-                let request = Request { monitor: self.id, command, reply };
+                let request = Request { monitor: self.id, command: *command, reply };
                 // With no one left to run it, the request is dropped, which answers it.
                 if machine.requests.send(request).is_ok()
                     && let Err(error) = machine.event.write(1)

@@ -22,7 +22,7 @@ pub(super) enum Step {
         /// For the answer.
         id: Option<Value>,
         /// Checked against the schema.
-        command: Command,
+        command: Box<Command>,
     },
 }
 
@@ -76,7 +76,7 @@ impl Session {
         };
         match self.dispatch(&name, arguments, oob) {
             Ok(Dispatched::Control(value)) => answer(id.as_ref(), &Ok(value)),
-            Ok(Dispatched::Machine(command)) => Step::Run { id, command },
+            Ok(Dispatched::Machine(command)) => Step::Run { id, command: Box::new(command) },
             Err(error) => answer(id.as_ref(), &Err(error)),
         }
     }

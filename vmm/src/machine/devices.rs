@@ -324,12 +324,15 @@ fn attach_node(
         .map_err(|source| Error::Drive { drive: drive.to_owned(), source })
 }
 
+/// A device, and its counters if it is a disk.
+type Made = (Box<dyn VirtioDevice>, Option<Arc<IoCounters>>);
+
 fn make_device(
     kind: &DeviceKind,
     name: &str,
     link: Option<&Link>,
     presence: &Presence,
-) -> Result<(Box<dyn VirtioDevice>, Option<Arc<IoCounters>>), OptionsError> {
+) -> Result<Made, OptionsError> {
     match (kind, link) {
         (DeviceKind::Block { serial, queues, .. }, Some(link)) => {
             let options = BlockOptions { serial: serial.clone(), num_queues: *queues };

@@ -107,7 +107,7 @@ impl Request {
         }
         match numbers[..] {
             [offset, length] if length <= MOST => {
-                (request.offset, request.length) = (offset, length)
+                (request.offset, request.length) = (offset, length);
             }
             [_, length] => {
                 return Err(format!("length cannot exceed {MOST}, given {length}"));
