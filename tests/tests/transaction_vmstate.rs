@@ -75,6 +75,7 @@ impl Machine {
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "callers build it in place")]
 fn action(kind: &str, data: Value) -> Value {
     json!({"type": kind, "data": data})
 }

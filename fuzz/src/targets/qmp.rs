@@ -65,7 +65,7 @@ fn structured(server: &Running, choices: &[u8]) {
         }
         if choices.below(16) == 0 {
             text.push_str("\n[");
-            text.push_str("\u{1}");
+            text.push('\u{1}');
         }
         text.push_str(&command.to_string());
         sent += 1;
