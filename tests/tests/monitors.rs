@@ -40,7 +40,8 @@ impl<R: Read, W: Write> Session<R, W> {
     }
 
     fn ask(&mut self, command: &str) -> Value {
-        writeln!(self.to, "{}", json!({ "execute": command })).unwrap();
+        // In one piece: after `quit` nobody reads what comes behind the command.
+        self.to.write_all(format!("{}\n", json!({ "execute": command })).as_bytes()).unwrap();
         self.read()
     }
 
