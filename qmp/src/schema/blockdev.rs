@@ -1,8 +1,8 @@
 //! Values whose members depend on one of them: options of nodes by driver, what images tell by
 //! format, bitmaps by name or with their node, and the schema itself. Rust sees them as JSON.
 //!
-//! `block` reads the options of nodes (`graph/options.rs`); what is said here is what it takes, and a
-//! test of `vmm` holds the two together.
+//! `block` reads the options of nodes (`graph/options`); what is said here is what it takes. Nothing
+//! holds the two together but care.
 
 use serde_json::{Map, Value};
 
