@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use qmp::client::Client;
 use serde_json::{Value, json};
 use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
 use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
@@ -307,31 +308,35 @@ fn a_live_save_that_is_cancelled_leaves_the_guest_and_the_disk_as_they_were() {
     disk(dir.path()).check();
 }
 
-/// Saves the machine, whose chains write all the time, and resets it after `skip` events of that name; the
-/// checkpoint is of the guest as it was before. It may be complete already.
-fn save_with_a_reset_in_the_middle(vm: &Vm, tag: &str, event: &str, skip: usize) {
+/// Saves the machine, whose chains write all the time, and resets it after `skip` events of that name, or
+/// when the save is over. Says whether the checkpoint is of the guest before the reset: a save may pause more
+/// than once, and its moment is in the last pause.
+fn save_with_a_reset_in_the_middle(vm: &Vm, tag: &str, event: &str, skip: usize) -> bool {
     let mut qmp = vm.qmp();
     let mut arguments = events::target(tag, DISK);
     arguments["job-id"] = json!(tag);
     qmp.execute("snapshot-save", arguments).unwrap();
-    let concluded =
-        |event: &Value| event["data"]["id"] == tag && event["data"]["status"] == "concluded";
-    let patience = Duration::from_secs(120);
-    let mut over = false;
-    for _ in 0..=skip {
-        if !over {
-            over = concluded(
-                &qmp.wait_event(patience, |e| e["event"] == event || concluded(e)).unwrap(),
-            );
-        }
+    let mut told: Vec<String> = Vec::new();
+    let mut next = |qmp: &mut Client| {
+        let event = qmp.wait_event(Duration::from_secs(120), |_| true).unwrap();
+        told.push(event["event"].as_str().unwrap().to_owned());
+        let over = event["data"]["id"] == tag && event["data"]["status"] == "concluded";
+        (over, told.clone())
+    };
+    let (mut over, mut events) = (false, Vec::new());
+    while !over && events.iter().filter(|name| *name == event).count() <= skip {
+        (over, events) = next(&mut qmp);
     }
     qmp.execute("system_reset", json!({})).unwrap();
-    if !over {
-        qmp.wait_event(patience, concluded).unwrap();
+    while !over || !events.iter().any(|name| name == "RESET") {
+        let (now_over, all) = next(&mut qmp);
+        (over, events) = (over || now_over, all);
     }
     let jobs = qmp.execute("query-jobs", json!({})).unwrap();
     assert_eq!(jobs[0]["error"], Value::Null, "{}", vm.stderr());
     qmp.execute("job-dismiss", json!({ "id": tag })).unwrap();
+    let last = |wanted: &str| events.iter().rposition(|name| name == wanted);
+    last("STOP") < last("RESET")
 }
 
 /// Saves and resets in turn, at the moments given, then goes back to all checkpoints.
@@ -343,14 +348,21 @@ fn resets_in_the_middle_of_saves(moments: [(&str, &str, usize); 3]) {
     let dir = tempfile::tempdir().unwrap();
     let mut vm = machine_with_disk(dir.path(), "64M", 3).start();
     let mut guest = monitor(&vm);
-    for (tag, event, skip) in moments {
+    let saved = moments.map(|(tag, event, skip)| {
         start_chains(&mut guest, PAGES);
-        save_with_a_reset_in_the_middle(&vm, tag, event, skip);
+        let before = save_with_a_reset_in_the_middle(&vm, tag, event, skip);
         guest.wait_started();
-    }
-    for tag in ["b", "c", "a"] {
+        (tag, before)
+    });
+    for at in [1, 2, 0] {
+        let (tag, before) = saved[at];
         vm.load(tag, DISK);
-        go_on(&mut guest, PAGES);
+        if before {
+            go_on(&mut guest, PAGES);
+        } else {
+            assert_eq!(guest.peek(FREE), 0, "{tag}: memory of before the reset");
+            start_chains(&mut guest, PAGES);
+        }
     }
     stop_chains(&mut guest);
     vm.quit();
