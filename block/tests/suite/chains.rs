@@ -545,7 +545,7 @@ fn a_base_that_somebody_else_reads_is_not_written_to() {
 }
 
 #[test]
-fn a_commit_of_images_that_nobody_writes_to_moves_their_readers_to_the_base() {
+fn a_commit_of_the_uppermost_image_is_ready_first_and_moves_readers_to_the_base() {
     if !have_qemu_img("commit of the top") {
         return;
     }
@@ -554,8 +554,11 @@ fn a_commit_of_images_that_nobody_writes_to_moves_their_readers_to_the_base() {
     let options = CommitOptions { device: "n2".to_owned(), ..CommitOptions::default() };
     let reader = graph.attach("n2", User::device("vda", false, false)).unwrap();
     let mut operation = Commit::new(&graph, &options).unwrap();
-    assert!(!operation.is_active());
-    operation.run(&Control::default()).unwrap();
+    assert!(operation.is_active());
+    let control = Control::default();
+    control.complete();
+    operation.run(&control).unwrap();
+    assert_eq!(reader.node().name(), "n2", "nothing took effect yet");
     operation.commit().unwrap();
     assert_eq!(reader.node().name(), "n0");
     assert_eq!(reader.node().size() as usize, SIZE, "the base has grown");

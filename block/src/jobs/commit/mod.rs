@@ -65,7 +65,9 @@ impl Commit {
         if base == 0 {
             return Err(Error::Invalid("cannot commit an image into itself".to_owned()));
         }
-        if graph.is_written(names[0])? {
+        // As in QEMU the uppermost image counts as written to: somebody may come, and clients wait for
+        // the job to be ready.
+        if top == 0 || graph.is_written(names[0])? {
             if backing_file.is_some() {
                 return Err(Error::Invalid(if top == 0 {
                     "'backing-file' specified, but 'top' is the active layer".to_owned()
