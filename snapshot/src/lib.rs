@@ -21,6 +21,7 @@ mod parallel;
 mod revive;
 pub mod rewind;
 pub mod save;
+pub mod stream;
 pub mod track;
 pub mod tree;
 mod units;

@@ -20,6 +20,8 @@ pub(crate) struct Flags {
     pub(crate) read_only: bool,
     pub(crate) auto_read_only: bool,
     pub(crate) force_share: bool,
+    /// Opened for reading and without locks whatever the rest says: see `activity.rs`.
+    pub(crate) inactive: bool,
     pub(crate) direct: bool,
     pub(crate) no_flush: bool,
     pub(crate) unmap: bool,
@@ -34,6 +36,7 @@ impl Flags {
             read_only: options.read_only.unwrap_or(self.read_only),
             auto_read_only: options.auto_read_only || self.auto_read_only,
             force_share: options.force_share.unwrap_or(self.force_share),
+            inactive: self.inactive,
             direct: options.direct.unwrap_or(self.direct),
             no_flush: options.no_flush.unwrap_or(self.no_flush),
             unmap: options.unmap,
@@ -50,6 +53,16 @@ impl Flags {
     /// What a backing file gets.
     pub(super) fn of_backing(self) -> Self {
         Self { read_only: true, ..self }
+    }
+
+    /// The flags of a format whose image turned out to be `read_only`, with its bytes in `file`. Of one
+    /// that is inactive they tell what it will be.
+    fn of_format(self, read_only: bool, file: &Node) -> Self {
+        let read_only = match self.inactive {
+            true => self.read_only || file.read_only(),
+            false => read_only,
+        };
+        Self { read_only, ..self }
     }
 }
 
@@ -89,7 +102,7 @@ pub(super) fn host_file(
 
 pub(super) fn file_options(flags: Flags, (locking, aio): (Locking, Aio)) -> FileOptions {
     FileOptions {
-        read_only: flags.read_only,
+        read_only: flags.read_only || flags.inactive,
         direct: flags.direct,
         no_flush: flags.no_flush,
         locking,
@@ -119,7 +132,8 @@ pub(super) fn file_node(
     flags: Flags,
 ) -> Result<Built> {
     let driver = if host_device { "host_device" } else { "file" };
-    let raw = Raw::protocol(storage.clone(), driver, flags.read_only)?.with_discard(flags.unmap);
+    let raw = Raw::protocol(storage.clone(), driver, flags.read_only || flags.inactive)?
+        .with_discard(flags.unmap);
     Ok(Built {
         format: Arc::new(raw),
         details: Details {
@@ -148,7 +162,7 @@ pub(super) fn raw_node(
             filename,
             storage: Some(storage),
             file: Some(file.clone()),
-            flags: Flags { read_only, ..flags },
+            flags: flags.of_format(read_only, file),
             ..Details::default()
         },
     })
@@ -189,7 +203,7 @@ pub(super) fn qcow2_node(
             data_file,
             backing,
             full_backing: full,
-            flags: Flags { read_only, ..flags },
+            flags: flags.of_format(read_only, file),
             ..Details::default()
         },
     })

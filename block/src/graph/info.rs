@@ -144,7 +144,7 @@ impl Node {
             drv: self.format().driver().to_owned(),
             file: self.filename(),
             ro: self.read_only(),
-            active: true,
+            active: !self.is_inactive(),
             encrypted: false,
             detect_zeroes: flags.detect_zeroes.as_str().to_owned(),
             backing_file,

@@ -20,7 +20,7 @@ pub(super) fn check(
 ) -> Result<Uses> {
     let mut all: BTreeMap<_, _> = nodes.iter().map(|n| (n.name().to_owned(), facts(n))).collect();
     for (name, writable) in pending {
-        let facts = Facts { writable: *writable, was_writable: *writable, force_share: false };
+        let facts = Facts { writable: *writable, was_writable: *writable, ..Facts::default() };
         all.insert(name.clone(), facts);
     }
     permissions::check(edges, &all)
@@ -29,7 +29,7 @@ pub(super) fn check(
 pub(super) fn facts(node: &Node) -> Facts {
     let writable = !node.read_only();
     let force_share = node.details().flags.force_share;
-    Facts { writable, was_writable: writable, force_share }
+    Facts { writable, was_writable: writable, force_share, inactive: node.is_inactive() }
 }
 
 /// Takes the locks of the uses besides those that are held.

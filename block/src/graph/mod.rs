@@ -29,6 +29,7 @@ use crate::node::{Holding, Link, Node};
 use crate::qcow2::Corruption;
 use crate::{Error, Result};
 
+mod activity;
 mod attach;
 mod build;
 pub(crate) mod chain;
@@ -92,6 +93,8 @@ struct State {
     feeds: Vec<intercept::Feed>,
     /// Who is told of damage in images.
     damage: Arc<Damage>,
+    /// Nodes are opened inactive.
+    inactive: bool,
 }
 
 impl State {
@@ -158,7 +161,8 @@ impl Graph {
         let mut state = self.state();
         let opener =
             Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone());
-        match opener.open_root(options) {
+        let inherited = Flags { inactive: state.inactive, ..Flags::default() };
+        match opener.open_root(options, inherited) {
             Ok(opened) => {
                 state.add_nodes(opened.made);
                 state.edges = opened.edges;
@@ -190,7 +194,8 @@ impl Graph {
             image.store_bitmaps()?;
             image.settle()
         };
-        let writable = self.list().into_iter().filter(|node| !node.read_only());
+        let writes = |node: &Arc<Node>| !node.read_only() && !node.is_inactive();
+        let writable = self.list().into_iter().filter(writes);
         let results: Vec<_> = writable.map(|node| close(&node)).collect();
         results.into_iter().collect()
     }
@@ -230,7 +235,8 @@ impl Graph {
         let missing = || Error::Invalid(format!("Failed to find node with node-name='{name}'"));
         let node = self.get(name).ok_or_else(missing)?;
         check_unused(&self.state(), &node)?;
-        if !node.read_only() {
+        let writes = |node: &Node| !node.read_only() && !node.is_inactive();
+        if writes(&node) {
             // Without the lock, for it can take long; what little comes after is flushed below.
             node.flush()?;
         }
@@ -239,7 +245,7 @@ impl Graph {
             return Err(missing());
         }
         check_unused(&state, &node)?;
-        if !node.read_only() {
+        if writes(&node) {
             node.flush()?;
             // Here an error can be told; at the end of the last handle it could only be logged.
             if let Some(image) = node.qcow2() {

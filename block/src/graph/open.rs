@@ -63,8 +63,8 @@ impl<'a> Opener<'a> {
 
     /// Opens the node and all below it. On failure the locks of nodes that were there before may
     /// have been widened.
-    pub(super) fn open_root(mut self, options: &NodeOptions) -> Result<Opened> {
-        let root = self.open(options, Flags::default(), None)?;
+    pub(super) fn open_root(mut self, options: &NodeOptions, inherited: Flags) -> Result<Opened> {
+        let root = self.open(options, inherited, None)?;
         Ok(Opened { root, made: self.made, edges: self.edges, next: self.next })
     }
 

@@ -124,12 +124,14 @@ impl Edge {
 }
 
 /// What the rules need to know of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
     pub(crate) writable: bool,
     /// Whether it is writable now; differs from `writable` while a reopen is checked.
     pub(crate) was_writable: bool,
     pub(crate) force_share: bool,
+    /// Other processes may do with it what they like: nothing is done with it here.
+    pub(crate) inactive: bool,
 }
 
 /// What is done with every node, by name.
@@ -168,6 +170,10 @@ pub(crate) fn check(edges: &[Edge], nodes: &BTreeMap<String, Facts>) -> Result<U
             }));
         }
         uses.insert(name.to_owned(), all);
+    }
+    // After those that are computed from them.
+    for (name, _) in nodes.iter().filter(|(_, facts)| facts.inactive) {
+        uses.insert(name.clone(), Permissions::NONE);
     }
     Ok(uses)
 }
@@ -266,7 +272,7 @@ mod tests {
 
     fn facts(writable: &[&str], read_only: &[&str]) -> BTreeMap<String, Facts> {
         let of = |names: &[&str], writable| {
-            let facts = Facts { writable, was_writable: writable, force_share: false };
+            let facts = Facts { writable, was_writable: writable, ..Facts::default() };
             names.iter().map(|name| ((*name).to_owned(), facts)).collect::<Vec<_>>()
         };
         of(writable, true).into_iter().chain(of(read_only, false)).collect()

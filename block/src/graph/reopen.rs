@@ -20,6 +20,7 @@ use std::sync::{Arc, MutexGuard};
 
 use serde_json::Value;
 
+use super::activity::has_image;
 use super::build::{self, Built, Flags};
 use super::locks;
 use super::open::not_found;
@@ -35,7 +36,7 @@ use crate::{Error, Result};
 const MAX_DEPTH: usize = 200;
 
 /// What a node is to become.
-struct Plan {
+pub(super) struct Plan {
     node: Arc<Node>,
     options: NodeOptions,
     flags: Flags,
@@ -86,7 +87,10 @@ impl Graph {
 }
 
 /// Steps 2 to 7.
-fn carry_out(mut state: MutexGuard<'_, State>, plans: &BTreeMap<String, Plan>) -> Result<()> {
+pub(super) fn carry_out(
+    mut state: MutexGuard<'_, State>,
+    plans: &BTreeMap<String, Plan>,
+) -> Result<()> {
     let edges = new_edges(&state, plans)?;
     let uses = permissions::check(&edges, &facts(&state, plans))?;
     let (swaps, above) = match prepare(&state, plans, &edges, &uses) {
@@ -125,12 +129,27 @@ fn cannot_change<T>(option: &str) -> Result<T> {
     Err(Error::Invalid(format!("Cannot change the option '{option}'")))
 }
 
-struct Planner<'a> {
+pub(super) struct Planner<'a> {
     state: &'a State,
     plans: BTreeMap<String, Plan>,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    /// Plans for nodes to become inactive, or active, and nothing else.
+    pub(super) fn of_activity(
+        state: &'a State,
+        nodes: &[Arc<Node>],
+        inactive: bool,
+    ) -> Result<BTreeMap<String, Plan>> {
+        let mut planner = Self { state, plans: BTreeMap::new() };
+        for node in nodes.iter().filter(|node| has_image(node)) {
+            let details = node.details();
+            let flags = Flags { inactive, ..details.flags };
+            planner.options(node, &details, flags.read_only, flags)?;
+        }
+        planner.finish()
+    }
+
     fn find(&self, name: &str) -> Option<Arc<Node>> {
         self.state.get(name).cloned()
     }
@@ -143,6 +162,16 @@ impl Planner<'_> {
     /// The options that a node has, but for `read-only`.
     fn access(&mut self, node: &Arc<Node>, read_only: bool) -> Result<()> {
         let details = node.details();
+        self.options(node, &details, read_only, details.flags)
+    }
+
+    fn options(
+        &mut self,
+        node: &Arc<Node>,
+        details: &Details,
+        read_only: bool,
+        flags: Flags,
+    ) -> Result<()> {
         let Some(mut options) = details.options.clone() else {
             return Err(Error::NotSupported(format!("Node '{}' cannot be reopened", node.name())));
         };
@@ -151,7 +180,7 @@ impl Planner<'_> {
             // Whatever is below it now.
             *backing = Backing::FromImage;
         }
-        self.plan_unchecked(node, options, details.flags, 0)
+        self.plan_unchecked(node, options, flags, 0)
     }
 
     /// An entry of the list.
@@ -400,6 +429,7 @@ fn facts(state: &State, plans: &BTreeMap<String, Plan>) -> BTreeMap<String, Fact
         let mut facts = locks::facts(node);
         if let Some(plan) = plans.get(node.name()) {
             facts.writable = !plan.flags.read_only;
+            facts.inactive = plan.flags.inactive;
         }
         (node.name().to_owned(), facts)
     };
@@ -453,7 +483,7 @@ fn open_all<'a>(
     uses: &Uses,
     gates: &mut BTreeMap<&'a str, Closed>,
 ) -> Result<Vec<Swap>> {
-    for plan in plans.values().filter(|plan| !plan.node.read_only()) {
+    for plan in plans.values().filter(|plan| is_written(&plan.node)) {
         plan.node.format().flush()?;
         if let Some(image) = plan.node.qcow2() {
             image.store_bitmaps()?;
@@ -475,9 +505,13 @@ fn open_all<'a>(
     Ok(swaps)
 }
 
+fn is_written(node: &Node) -> bool {
+    !node.read_only() && !node.is_inactive()
+}
+
 /// The images stay in use after all.
 fn resume_bitmaps(plans: &BTreeMap<String, Plan>) {
-    for plan in plans.values().filter(|plan| !plan.node.read_only()) {
+    for plan in plans.values().filter(|plan| is_written(&plan.node)) {
         if let Some(Err(error)) = plan.node.qcow2().map(|image| image.resume_bitmaps()) {
             tracing::error!(node = plan.node.name(), "bitmaps cannot be marked: {error}");
         }

@@ -164,7 +164,15 @@ impl Node {
 
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
-        self.look(|format| format.read_only())
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let flags = &live.details.flags;
+        if flags.inactive { flags.read_only } else { live.format.read_only() }
+    }
+
+    /// Whether another process may have the image: [`Node::read_only`] tells what it will be, until then
+    /// all writes are refused. See [`crate::Graph::inactivate`].
+    pub fn is_inactive(&self) -> bool {
+        self.live.read().unwrap_or_else(PoisonError::into_inner).details.flags.inactive
     }
 
     /// Whether [`Node::write_zeroes`] is faster than writing zeroes.

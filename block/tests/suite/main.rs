@@ -6,6 +6,7 @@
     reason = "tests fail by panicking, and their numbers are small"
 )]
 
+mod activity;
 mod bitmap_changes;
 mod bitmap_tools;
 mod bitmaps;
