@@ -7,7 +7,7 @@ use crate::format::Format;
 use crate::iobuf;
 use crate::queue::Located;
 use crate::status::StatusExtent;
-use crate::storage::Storage;
+use crate::storage::{FileStorage, Storage};
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
 
 /// What guests count in, in bytes.
@@ -177,6 +177,9 @@ impl Format for Raw {
             return refuse("The requested size is too large");
         }
         let (old, end) = (self.storage.len()?, self.offset + size);
+        if end != old && self.storage.file().is_some_and(FileStorage::is_device) {
+            return refuse("Cannot resize device files");
+        }
         if end < old {
             if mode != Preallocation::Off {
                 return refuse("Preallocation can't be used for shrinking files");

@@ -140,6 +140,11 @@ impl FileStorage {
         &self.options
     }
 
+    /// Whether it is a block device, which has the length that it has.
+    pub fn is_device(&self) -> bool {
+        self.device
+    }
+
     fn error(&self, operation: &'static str, offset: u64, source: io::Error) -> Error {
         Error::Io { operation, filename: self.name.clone(), offset, source }
     }
@@ -254,6 +259,13 @@ impl Storage for FileStorage {
 
     fn set_len(&self, len: u64) -> Result<()> {
         if self.device {
+            let there = self.len()?;
+            if len > there {
+                let name = &self.name;
+                return Err(Error::Invalid(format!(
+                    "Cannot grow device files: '{name}' has {there} bytes, not {len}"
+                )));
+            }
             return Ok(());
         }
         self.file.set_len(len).map_err(|e| self.error("truncate", len, e))

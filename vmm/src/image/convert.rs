@@ -1,5 +1,8 @@
 //! `tardigrade image convert`
 
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
 use block::{DiskRead, Node, Progress, ReadBuf, StatusExtent, WriteBuf};
 
 use super::options::{Given, asks_for_help, help};
@@ -51,13 +54,18 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
             source.size()
         )));
     }
-    let to = Target { node: &target, blank: !args.no_create };
+    let to = Target { node: &target, blank: !args.no_create && !is_device(&args.target) };
     watched(args.quiet, |progress| match args.compress {
         true => copy_compressed(&*source, &target, progress),
         false => copy(&*source, to, progress),
     })
     .map_err(of(&args.target))?;
     Ok(0)
+}
+
+/// Making an image in a block device does not empty it.
+fn is_device(file: &Path) -> bool {
+    std::fs::metadata(file).is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
 /// A disk as it is now, as what is copied.

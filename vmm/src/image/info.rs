@@ -1,6 +1,8 @@
 //! `tardigrade image info`
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -66,12 +68,14 @@ fn inspect(file: &Path, format: Option<&str>, force_share: bool) -> Result<Image
     let mut json = serde_json::to_value(&info.image).map_err(|e| Error::Usage(e.to_string()))?;
     // The node was opened without its backing file, which QMP shows in the name.
     json["filename"] = json!(file.display().to_string());
-    let host = std::fs::metadata(file).map_err(Error::Output)?;
+    // Not what stat tells, which is nothing of a block device.
+    let length = File::open(file).and_then(|mut f| f.seek(SeekFrom::End(0)));
+    let length = length.map_err(Error::Output)?;
     json["children"] = json!([{
         "name": "file",
         "info": {
             "children": [],
-            "virtual-size": host.len().next_multiple_of(512),
+            "virtual-size": length.next_multiple_of(512),
             "filename": file.display().to_string(),
             "format": "file",
             "actual-size": json["actual-size"],
