@@ -56,7 +56,7 @@ impl Probe {
 pub(super) fn make_writable(storage: &Arc<dyn Storage>, header: Header) -> Result<Header> {
     if header.incompatible & incompatible::CORRUPT != 0 {
         return Err(Error::NotSupported(format!(
-            "Image '{name}' is marked as corrupt and can be opened read-only only; repair it with: qemu-img check -r all '{name}'",
+            "Image '{name}' is marked as corrupt and can be opened read-only only; repair it with: tardigrade image check --repair all '{name}'",
             name = storage.name()
         )));
     }
