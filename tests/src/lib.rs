@@ -5,6 +5,7 @@
 //! | [`vm`] | a `tardigrade` process with its QMP and serial sockets |
 //! | [`agent`] | the guest's agent, asked over the serial port |
 //! | [`baremetal`] | a guest without a kernel, told over the serial port what to do |
+//! | [`busy`] | a machine whose guest writes its disks all the time, and jobs beside that |
 //! | [`daemon`] | a storage daemon, ours or QEMU's |
 //! | [`disk`] | images, made and judged by `qemu-img` |
 //! | [`events`] | QMP events, told in short |
@@ -22,6 +23,7 @@
 
 pub mod agent;
 pub mod baremetal;
+pub mod busy;
 pub mod checkpoint;
 pub mod counter;
 pub mod daemon;

@@ -49,6 +49,7 @@ routines:                               # in the order of `Routine` in monitor.r
     .long dirty - header
     .long trials - header
     .long touch - header
+    .long disk_load - header
 routines_end:
 
 # ---- Start ----------------------------------------------------------------------------------
@@ -698,6 +699,161 @@ touch:
     mov [r8 + 8], rax
     mov eax, ecx
     ud2
+
+# A disk's load: writes blocks of 4 KiB all the time, and keeps in memory what each must have. At rdi are the words
+# of writer.rs:
+#   0 not 0: end   8 what to do: 0 write, 1 look at all blocks, 2 take all blocks as they are
+#   16 structures of virtio.rs   24 registers of the device   32 a word for each block   40 how many blocks
+#   48 the highest number so far   56 steps   64 random state   72 block and 80 number that were wrong
+# A block with number N has words N, N + C, N + 2C, ...; that with number 0 has zeroes. A step reads a random block,
+# which must have its number, and writes the next one to it, or zeroes; now and then it flushes. Gives 0, or 1 where a
+# block is not as it must be, or 2 after an error of the disk.
+disk_load:
+    mov rbx, rdi
+    mov rsi, [rbx + 16]
+    xor r12d, r12d
+1:  cmp qword ptr [rbx], 0
+    jne 7f
+    cmp qword ptr [rbx + 8], 0
+    jne 2f
+    call random_block
+    jmp 3f
+2:  cmp r12, [rbx + 40]
+    jae 7f
+3:  lea rax, [r12 * 8]                  # sectors of 512 bytes
+    mov [rsi + 0x3008], rax
+    xor ecx, ecx
+    call block_request
+    jne 9f
+    mov r14, [rsi + 0x4000]
+    mov rcx, [rbx + 32]
+    cmp qword ptr [rbx + 8], 2
+    je 4f
+    mov r14, [rcx + r12 * 8]
+4:  mov rax, r14
+    call is_block
+    jne 8f
+    inc qword ptr [rbx + 56]
+    cmp qword ptr [rbx + 8], 0
+    je 6f
+    mov rcx, [rbx + 32]
+    mov [rcx + r12 * 8], r14
+    cmp r14, [rbx + 48]
+    jbe 5f
+    mov [rbx + 48], r14
+5:  inc r12
+    jmp 1b
+6:  call change_block
+    jne 9f
+    jmp 1b
+7:  xor eax, eax
+    ud2
+8:  mov [rbx + 72], r12
+    mov rax, [rsi + 0x4000]
+    mov [rbx + 80], rax
+    mov eax, 1
+    ud2
+9:  mov [rbx + 72], r12
+    mov eax, 2
+    ud2
+
+# The next block in r12, and random bits in rbp.
+random_block:
+    movabs rax, 6364136223846793005
+    imul rax, [rbx + 64]
+    movabs rcx, 1442695040888963407
+    add rax, rcx
+    mov [rbx + 64], rax
+    mov rbp, rax
+    shr rbp, 25
+    and ebp, 15
+    shr rax, 33
+    xor edx, edx
+    div qword ptr [rbx + 40]
+    mov r12, rdx
+    ret
+
+# Writes the next number to block r12, or zeroes where rbp is 0; flushes where it is 1. Equal if it went well.
+change_block:
+    test ebp, ebp
+    jz 1f
+    inc qword ptr [rbx + 48]
+    mov rax, [rbx + 48]
+    call make_block
+    mov dword ptr [rsi + 0x3100], 1     # VIRTIO_BLK_T_OUT
+    lea rax, [r12 * 8]
+    mov [rsi + 0x3108], rax
+    mov dword ptr [rsi + 0x48], 4096    # the length in descriptor 4
+    mov r14, [rbx + 48]
+    jmp 2f
+1:  lea rax, [r12 * 8]
+    mov [rsi + 0x4000], rax
+    mov dword ptr [rsi + 0x4008], 8
+    mov dword ptr [rsi + 0x400c], 1     # unmap
+    mov dword ptr [rsi + 0x3100], 13    # VIRTIO_BLK_T_WRITE_ZEROES
+    mov qword ptr [rsi + 0x3108], 0
+    mov dword ptr [rsi + 0x48], 16
+    xor r14d, r14d
+2:  mov ecx, 3
+    call block_request
+    jne 3f
+    mov rcx, [rbx + 32]
+    mov [rcx + r12 * 8], r14
+    cmp ebp, 1
+    je 4f
+    cmp eax, eax
+3:  ret
+4:  mov dword ptr [rsi + 0x3100], 4     # VIRTIO_BLK_T_FLUSH
+    mov qword ptr [rsi + 0x3108], 0
+    mov word ptr [rsi + 0x3e], 5        # no data: from descriptor 3 to 5
+    mov ecx, 3
+    call block_request
+    mov word ptr [rsi + 0x3e], 4
+    ret
+
+# Makes the chain at descriptor cx available and waits until it is used; equal if it went well.
+block_request:
+    movzx edx, word ptr [rsi + 0x1002]
+    mov eax, edx
+    and eax, 7
+    mov [rsi + rax * 2 + 0x1004], cx
+    inc edx
+    mov [rsi + 0x1002], dx
+    mov rax, [rbx + 24]
+    mov dword ptr [rax + 0x50], 0
+1:  pause
+    cmp [rsi + 0x2002], dx
+    jne 1b
+    cmp byte ptr [rsi + 0x3010], 0
+    ret
+
+# The data of number rax; or equal if it is there already.
+make_block:
+    call block_step
+1:  mov [rdi], rax
+    add rax, rcx
+    add rdi, 8
+    cmp rdi, rdx
+    jb 1b
+    ret
+is_block:
+    call block_step
+1:  cmp [rdi], rax
+    jne 2f
+    add rax, rcx
+    add rdi, 8
+    cmp rdi, rdx
+    jb 1b
+    cmp eax, eax
+2:  ret
+block_step:
+    xor ecx, ecx
+    test rax, rax
+    jz 1f
+    movabs rcx, 0x9e3779b97f4a7c15
+1:  lea rdi, [rsi + 0x4000]
+    lea rdx, [rsi + 0x5000]
+    ret
 
 # ---- Exceptions and interrupts --------------------------------------------------------------
 

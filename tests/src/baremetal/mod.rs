@@ -11,6 +11,7 @@
 //! | [`registers`] | all registers of a vCPU at once |
 //! | [`apic`] | interrupts, and the start of other vCPUs |
 //! | [`virtio`] | a driver for virtio-blk that can do wrong |
+//! | [`writer`] | a vCPU that writes to a disk all the time and knows what must be there |
 
 pub mod apic;
 pub mod image;
@@ -18,6 +19,7 @@ pub mod layout;
 pub mod monitor;
 pub mod registers;
 pub mod virtio;
+pub mod writer;
 
 use std::path::Path;
 

@@ -83,6 +83,8 @@ pub enum Routine {
     Trials,
     /// CPL 3: start, end.
     Touch,
+    /// CPL 3: the words of [`super::writer`].
+    DiskLoad,
 }
 
 /// An exception in the guest.
@@ -108,7 +110,7 @@ pub struct Monitor {
 impl Monitor {
     /// Connects to the serial socket.
     pub fn connect(socket: &Path) -> Self {
-        assert_eq!(image::routines(), Routine::Touch as u64 + 1, "the tables differ");
+        assert_eq!(image::routines(), Routine::DiskLoad as u64 + 1, "the tables differ");
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream }

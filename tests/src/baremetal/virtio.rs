@@ -1,26 +1,29 @@
-//! A driver for the virtio-blk device in slot 0, run from the host: right where it should be, and
-//! wrong where a test wants it.
+//! A driver for a virtio-blk device, run from the host: right where it should be, and wrong where a
+//! test wants it. The addresses here are those of the device in slot 0.
 
 use super::layout::SCRATCH;
 use super::monitor::Monitor;
 
-/// First register of slot 0 (`docs/boot.md`).
+/// First register of slot 0, and bytes from a slot to the next (`docs/boot.md`).
 const DEVICE: u64 = 0xd000_0000;
+const SLOT: u64 = 0x1000;
+/// Bytes from the structures of a slot to those of the next.
+const STRUCTURES: u64 = 0x1_0000;
 
 /// Registers (virtio 1.2, table 4.1).
-const MAGIC: u64 = DEVICE;
-const DEVICE_FEATURES: u64 = DEVICE + 0x10;
-const DEVICE_FEATURES_SELECT: u64 = DEVICE + 0x14;
-const DRIVER_FEATURES: u64 = DEVICE + 0x20;
-const DRIVER_FEATURES_SELECT: u64 = DEVICE + 0x24;
-const QUEUE_SELECT: u64 = DEVICE + 0x30;
-const QUEUE_SIZE: u64 = DEVICE + 0x38;
-const QUEUE_READY: u64 = DEVICE + 0x44;
-const QUEUE_NOTIFY: u64 = DEVICE + 0x50;
-const STATUS: u64 = DEVICE + 0x70;
-const QUEUE_DESCRIPTORS: u64 = DEVICE + 0x80;
-const QUEUE_AVAILABLE: u64 = DEVICE + 0x90;
-const QUEUE_USED: u64 = DEVICE + 0xa0;
+const MAGIC: u64 = 0;
+const DEVICE_FEATURES: u64 = 0x10;
+const DEVICE_FEATURES_SELECT: u64 = 0x14;
+const DRIVER_FEATURES: u64 = 0x20;
+const DRIVER_FEATURES_SELECT: u64 = 0x24;
+const QUEUE_SELECT: u64 = 0x30;
+const QUEUE_SIZE: u64 = 0x38;
+const QUEUE_READY: u64 = 0x44;
+const QUEUE_NOTIFY: u64 = 0x50;
+const STATUS: u64 = 0x70;
+const QUEUE_DESCRIPTORS: u64 = 0x80;
+const QUEUE_AVAILABLE: u64 = 0x90;
+const QUEUE_USED: u64 = 0xa0;
 
 /// Status bits (virtio 1.2, section 2.1).
 const ACKNOWLEDGE: u32 = 1;
@@ -54,6 +57,11 @@ pub const DISK_COUNT: u64 = SCRATCH + 0x5000;
 /// A second header.
 const OTHER_HEADER: u64 = HEADER + 0x100;
 
+/// Feature bits (virtio 1.2, sections 5.2.3 and 6): the device's own, in two words.
+const FLUSH_AND_ZEROES: u32 = 1 << 9 | 1 << 14;
+const INDIRECT_DESC: u32 = 1 << 28;
+const VERSION_1: u32 = 1;
+
 /// One entry of a descriptor table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
@@ -71,49 +79,71 @@ pub struct Descriptor {
 pub struct Driver<'a> {
     monitor: &'a mut Monitor,
     available: u16,
+    /// The device's registers.
+    device: u64,
+    /// What is added to the addresses of slot 0.
+    shift: u64,
 }
 
 impl<'a> Driver<'a> {
-    /// Resets the device and sets up its first queue.
+    /// Resets the device in slot 0 and sets up its first queue. Of the features only
+    /// VIRTIO_F_VERSION_1 and VIRTIO_RING_F_INDIRECT_DESC are taken.
     pub fn start(monitor: &'a mut Monitor) -> Self {
-        assert_eq!(monitor.peek32(MAGIC), 0x7472_6976, "there is no virtio device");
-        monitor.poke32(STATUS, 0);
-        assert_eq!(monitor.peek32(STATUS), 0);
+        Self::start_with(monitor, 0, INDIRECT_DESC)
+    }
+
+    /// The same for the device in any slot, with flushes and zeroes.
+    pub fn start_at(monitor: &'a mut Monitor, slot: u64) -> Self {
+        Self::start_with(monitor, slot, INDIRECT_DESC | FLUSH_AND_ZEROES)
+    }
+
+    fn start_with(monitor: &'a mut Monitor, slot: u64, features: u32) -> Self {
+        let (device, shift) = (DEVICE + slot * SLOT, slot * STRUCTURES);
+        let mut driver = Self { monitor, available: 0, device, shift };
+        assert_eq!(driver.register(MAGIC), 0x7472_6976, "there is no virtio device");
+        driver.set(STATUS, 0);
+        assert_eq!(driver.register(STATUS), 0);
         for rings in [AVAILABLE, USED] {
-            monitor.write(rings, &[0; 8]);
+            driver.monitor.write(rings + shift, &[0; 8]);
         }
-        let mut driver = Self { monitor, available: 0 };
-        driver.negotiate();
-        driver.queue(DESCRIPTORS, AVAILABLE, USED);
-        driver.monitor.poke32(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        driver.negotiate(features);
+        driver.queue(DESCRIPTORS + shift, AVAILABLE + shift, USED + shift);
+        driver.set(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         driver
     }
 
-    /// Of the features only VIRTIO_F_VERSION_1 and VIRTIO_RING_F_INDIRECT_DESC are taken.
-    fn negotiate(&mut self) {
-        self.monitor.poke32(STATUS, ACKNOWLEDGE | DRIVER);
-        for (word, wanted) in [(0, 1 << 28), (1, 1)] {
-            self.monitor.poke32(DEVICE_FEATURES_SELECT, word);
-            let offered = self.monitor.peek32(DEVICE_FEATURES);
+    fn register(&mut self, register: u64) -> u32 {
+        self.monitor.peek32(self.device + register)
+    }
+
+    fn set(&mut self, register: u64, value: u32) {
+        self.monitor.poke32(self.device + register, value);
+    }
+
+    fn negotiate(&mut self, features: u32) {
+        self.set(STATUS, ACKNOWLEDGE | DRIVER);
+        for (word, wanted) in [(0, features), (1, VERSION_1)] {
+            self.set(DEVICE_FEATURES_SELECT, word);
+            let offered = self.register(DEVICE_FEATURES);
             assert_eq!(offered & wanted, wanted, "features {word}: {offered:#x}");
-            self.monitor.poke32(DRIVER_FEATURES_SELECT, word);
-            self.monitor.poke32(DRIVER_FEATURES, wanted);
+            self.set(DRIVER_FEATURES_SELECT, word);
+            self.set(DRIVER_FEATURES, wanted);
         }
-        self.monitor.poke32(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        self.set(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
         assert_ne!(self.status() & FEATURES_OK, 0);
     }
 
     fn queue(&mut self, descriptors: u64, available: u64, used: u64) {
-        self.monitor.poke32(QUEUE_SELECT, 0);
-        self.monitor.poke32(QUEUE_SIZE, SIZE.into());
+        self.set(QUEUE_SELECT, 0);
+        self.set(QUEUE_SIZE, SIZE.into());
         for (register, address) in
             [(QUEUE_DESCRIPTORS, descriptors), (QUEUE_AVAILABLE, available), (QUEUE_USED, used)]
         {
             let [low, high] = halves(address);
-            self.monitor.poke32(register, low);
-            self.monitor.poke32(register + 4, high);
+            self.set(register, low);
+            self.set(register + 4, high);
         }
-        self.monitor.poke32(QUEUE_READY, 1);
+        self.set(QUEUE_READY, 1);
     }
 
     /// The guest.
@@ -123,17 +153,17 @@ impl<'a> Driver<'a> {
 
     /// The device's status.
     pub fn status(&mut self) -> u32 {
-        self.monitor.peek32(STATUS)
+        self.register(STATUS)
     }
 
     /// Waits until the device says that it needs a reset.
     pub fn wait_needs_reset(&mut self) {
-        self.monitor.wait_register(STATUS, |status| status & NEEDS_RESET != 0);
+        self.monitor.wait_register(self.device + STATUS, |status| status & NEEDS_RESET != 0);
     }
 
     /// Writes entries of the descriptor table.
     pub fn describe(&mut self, descriptors: &[Descriptor]) {
-        self.describe_at(DESCRIPTORS, descriptors);
+        self.describe_at(DESCRIPTORS + self.shift, descriptors);
     }
 
     /// Writes descriptors to any place.
@@ -150,7 +180,7 @@ impl<'a> Driver<'a> {
 
     /// Makes the chain that begins with descriptor `head` available.
     pub fn submit(&mut self, head: u16) {
-        let slot = AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
+        let slot = self.shift + AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
         self.monitor.write(slot, &head.to_le_bytes());
         let next = self.available.wrapping_add(1);
         self.set_available_index(next);
@@ -159,8 +189,8 @@ impl<'a> Driver<'a> {
     /// Claims that all entries below `index` are available, and notifies the device.
     pub fn set_available_index(&mut self, index: u16) {
         self.available = index;
-        self.monitor.write(AVAILABLE + 2, &index.to_le_bytes());
-        self.monitor.poke32(QUEUE_NOTIFY, 0);
+        self.monitor.write(self.shift + AVAILABLE + 2, &index.to_le_bytes());
+        self.set(QUEUE_NOTIFY, 0);
     }
 
     /// Transfers the sector between [`DATA`] and the disk; gives the request's status byte.
@@ -207,6 +237,26 @@ impl<'a> Driver<'a> {
             entry(DATA, 512, NEXT, 5),
             entry(REQUEST_STATUS, 1, WRITE, 0),
         ]);
+    }
+
+    /// Makes everything ready for `DiskLoad`; gives the structures and the registers.
+    pub fn prepare_load(&mut self) -> (u64, u64) {
+        for (header, kind) in [(HEADER, 0_u64), (OTHER_HEADER, 1)] {
+            self.monitor.poke(self.shift + header, kind);
+        }
+        let entry = |address, length, flags, next| {
+            let address = self.shift + address;
+            Descriptor { address, length, flags, next }
+        };
+        self.describe(&[
+            entry(HEADER, 16, NEXT, 1),
+            entry(DATA, 4096, NEXT | WRITE, 2),
+            entry(REQUEST_STATUS, 1, WRITE, 0),
+            entry(OTHER_HEADER, 16, NEXT, 4),
+            entry(DATA, 4096, NEXT, 5),
+            entry(REQUEST_STATUS, 1, WRITE, 0),
+        ]);
+        (SCRATCH + self.shift, self.device)
     }
 
     /// Writes a sector and reads it again through the device.
