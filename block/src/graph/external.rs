@@ -125,6 +125,9 @@ impl ExternalSnapshot {
     /// # Errors
     /// If something came in between that [`ExternalSnapshot::prepare`] did not see; nothing changed then.
     pub fn commit(&mut self) -> Result<()> {
+        // Another snapshot of the same transaction may have taken either of them meanwhile.
+        self.graph.state().check_no_overlay(&self.node)?;
+        self.graph.check_overlay(&self.overlay)?;
         self.graph.change(&append(&self.node, &self.overlay))?;
         self.committed = true;
         Ok(())

@@ -42,10 +42,9 @@ impl Jobs {
         let Self { jobs, sink, .. } = self;
         let job = &mut jobs[at];
         if !job.is_at_work() {
-            // Not begun, or done and without effect so far. Too late for one that is taking effect,
-            // and too late to end with success for one that has.
-            let done = matches!(job.status, JobStatus::Waiting | JobStatus::Pending);
-            if phase != Phase::Open || done && how == Cancel::Soft && job.can_complete() {
+            // Not begun, or done and without effect so far: undone, by whatever wish, as in QEMU. Too late
+            // for one that is taking effect.
+            if phase != Phase::Open {
                 return Ok(());
             }
             job.cancel = Cancel::Force;

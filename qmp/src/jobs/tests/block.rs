@@ -110,6 +110,19 @@ fn a_ready_mirror_ends_with_success_unless_it_is_forced() {
 }
 
 #[test]
+fn a_mirror_that_waits_to_be_finalized_is_undone_by_a_cancel_forced_or_not() {
+    for force in [false, true] {
+        let mut f = ready(MANUAL);
+        f.jobs.complete("j").unwrap();
+        f.jobs.finish("j", Outcome::Success).unwrap();
+        assert_eq!(f.told(), "j:waiting j:pending j:PENDING");
+        f.jobs.block_cancel("j", force).unwrap();
+        assert!(!f.jobs.is_ending_well("j"), "who asked waits for its end");
+        assert_eq!(f.told(), "j:aborting j:CANCELLED j:concluded");
+    }
+}
+
+#[test]
 fn a_paused_job_is_cancelled_by_force_only() {
     let mut f = Fixture::running(JobType::Backup, AUTO);
     f.jobs.pause("j").unwrap();
