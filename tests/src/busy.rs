@@ -2,6 +2,7 @@
 //! beside that.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use qmp::client::{Client, ClientError};
@@ -15,15 +16,21 @@ use crate::vm::Vm;
 /// How long a job may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Blocks that the guest writes: the first 2 MiB of each disk.
-const BLOCKS: u64 = 512;
-/// Steps in which a good part of the blocks is written.
+/// Blocks that the guest writes, in the first 16 MiB of each disk.
+const BLOCKS: u64 = 256;
+/// Steps in which about a third of the blocks is written.
 const STEPS: u64 = 100;
 
+/// Where the guest's blocks end, and what each disk has from there on: it is never written to, so a job has
+/// something to do however fast the guest writes.
+const END: usize = 16 << 20;
+const TAIL: u8 = 0x77;
+const TAIL_SIZE: usize = 4 << 20;
+
 /// Bytes of a disk.
-pub const SIZE: &str = "8M";
+pub const SIZE: &str = "20M";
 /// Bytes a second of a job that is not to be over before it is told to hurry.
-pub const SLOW: u64 = 64 << 10;
+pub const SLOW: u64 = 1 << 10;
 
 /// The machine: a vCPU that answers, and one for each disk that writes.
 pub struct Busy {
@@ -40,7 +47,12 @@ pub struct Busy {
 impl Busy {
     /// With so many new disks in `dir`: node disk0 in disk0.qcow2, and so on.
     pub fn start(dir: &Path, disks: u8) -> Self {
-        let vm = Self::machine(dir, disks);
+        Self::start_with(dir, disks, "32M")
+    }
+
+    /// The same with that much memory.
+    pub fn start_with(dir: &Path, disks: u8, ram: &str) -> Self {
+        let vm = Self::machine(dir, disks, ram);
         let mut guest = monitor(&vm);
         let slots = 0..u64::from(disks);
         let writers: Vec<Writer> =
@@ -50,11 +62,17 @@ impl Busy {
         busy
     }
 
-    fn machine(dir: &Path, disks: u8) -> Vm {
-        let disk = |n: u8| Disk::qcow2(dir.join(format!("disk{n}.qcow2")), SIZE);
+    fn machine(dir: &Path, disks: u8, ram: &str) -> Vm {
+        let disk = |n: u8| {
+            let disk = Disk::qcow2(dir.join(format!("disk{n}.qcow2")), SIZE);
+            let write = format!("write -q -P {TAIL} {END} {TAIL_SIZE}");
+            let status = Command::new("qemu-io").args(["-c", &write, &disk.file()]).status();
+            assert!(status.unwrap().success());
+            disk
+        };
         (0..disks)
             .map(disk)
-            .fold(machine(dir, "32M", disks + 1), |spec, disk| spec.disk(&disk))
+            .fold(machine(dir, ram, disks + 1), |spec, disk| spec.disk(&disk))
             .start()
     }
 
@@ -86,9 +104,16 @@ impl Busy {
         self.writers.iter().for_each(|writer| writer.stop(&mut self.guest));
     }
 
-    /// What each disk must have in the blocks that are written, when the writing has ended.
+    /// What each disk must have, when the writing has ended.
     pub fn contents(&mut self) -> Vec<Vec<u8>> {
-        self.writers.iter().map(|writer| writer.contents(&mut self.guest)).collect()
+        let mut all = Vec::new();
+        for writer in &self.writers {
+            let mut contents = writer.contents(&mut self.guest);
+            assert_eq!(contents.len(), END);
+            contents.resize(END + TAIL_SIZE, TAIL);
+            all.push(contents);
+        }
+        all
     }
 
     /// The guest reads all of its disks for the last time; the machine ends. Gives what each disk must have.
@@ -214,14 +239,17 @@ impl Busy {
 /// Panics unless the image is without a fault, and has only whole blocks.
 pub fn check_whole(disk: &Disk) {
     disk.check();
-    writer::check_whole(&disk.read(None));
+    let found = disk.read(None);
+    let (blocks, tail) = found.split_at(END);
+    writer::check_whole(blocks);
+    assert!(tail.iter().all(|byte| *byte == TAIL), "{disk:?}: behind the blocks");
 }
 
-/// Panics unless the image is without a fault, and has `contents` at its start and zeroes behind.
+/// Panics unless the image is without a fault, and has these contents.
 pub fn check_image(disk: &Disk, contents: &[u8]) {
     disk.check();
     let found = disk.read(None);
+    assert_eq!(found.len(), contents.len(), "{disk:?}");
     let wrong = found.iter().zip(contents).position(|(found, wanted)| found != wanted);
     assert_eq!(wrong, None, "{disk:?}: the first wrong byte");
-    assert!(found[contents.len()..].iter().all(|byte| *byte == 0), "{disk:?}: behind the blocks");
 }

@@ -1,33 +1,17 @@
 //! A session of qemu.qmp, the Python client that QEMU's own tools use: `python/test_qmp_client.py`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use tardigrade_tests::checkpoint::{Booted, TAG};
 use tardigrade_tests::{repo, require};
-
-/// A Python that has qemu.qmp: `TARDIGRADE_PYTHON`, or the environment that `make test` sets up.
-fn python() -> Option<PathBuf> {
-    let given = std::env::var_os("TARDIGRADE_PYTHON").map(PathBuf::from);
-    let python = given.unwrap_or_else(|| repo(".venv/bin/python"));
-    let has_client =
-        Command::new(&python).args(["-c", "import qemu.qmp"]).output().map(|output| output.status);
-    if has_client.is_ok_and(|status| status.success()) {
-        return Some(python);
-    }
-    let problem = format!("{} has no qemu.qmp ('make test' sets it up)", python.display());
-    assert!(std::env::var("CI").as_deref() != Ok("true"), "CI=true, but {problem}");
-    eprintln!("SKIPPED: {problem}");
-    None
-}
 
 #[test]
 fn qemus_python_client_saves_changes_loads_and_deletes() {
     if !require::kvm() {
         return;
     }
-    let Some(python) = python() else { return };
+    let Some(python) = require::python() else { return };
     let dir = tempfile::tempdir().unwrap();
     let booted = Booted { vcpus: 1, disks: 1 };
     let vm = booted.start(dir.path());

@@ -700,7 +700,7 @@ touch:
     mov eax, ecx
     ud2
 
-# A disk's load: writes blocks of 4 KiB all the time, and keeps in memory what each must have. At rdi are the words
+# A disk's load: writes blocks of 4 KiB, the first of each 64 KiB, all the time, and keeps in memory what each must have. At rdi are the words
 # of writer.rs:
 #   0 not 0: end   8 what to do: 0 write, 1 look at all blocks, 2 take all blocks as they are
 #   16 structures of virtio.rs   24 registers of the device   32 a word for each block   40 how many blocks
@@ -720,7 +720,8 @@ disk_load:
     jmp 3f
 2:  cmp r12, [rbx + 40]
     jae 7f
-3:  lea rax, [r12 * 8]                  # sectors of 512 bytes
+3:  mov rax, r12
+    shl rax, 7                          # sectors from one block to the next
     mov [rsi + 0x3008], rax
     xor ecx, ecx
     call block_request
@@ -781,12 +782,14 @@ change_block:
     mov rax, [rbx + 48]
     call make_block
     mov dword ptr [rsi + 0x3100], 1     # VIRTIO_BLK_T_OUT
-    lea rax, [r12 * 8]
+    mov rax, r12
+    shl rax, 7
     mov [rsi + 0x3108], rax
     mov dword ptr [rsi + 0x48], 4096    # the length in descriptor 4
     mov r14, [rbx + 48]
     jmp 2f
-1:  lea rax, [r12 * 8]
+1:  mov rax, r12
+    shl rax, 7
     mov [rsi + 0x4000], rax
     mov dword ptr [rsi + 0x4008], 8
     mov dword ptr [rsi + 0x400c], 1     # unmap

@@ -8,7 +8,9 @@ use super::monitor::{Monitor, Routine};
 use super::virtio::Driver;
 
 /// Bytes of a block.
-pub const BLOCK: usize = 4096;
+const BLOCK: usize = 4096;
+/// Bytes from one block to the next: a cluster, so that not all clusters are soon written.
+const SPREAD: usize = 65536;
 /// Bytes of guest memory from [`FREE`] on for each slot: a word for each block, then the words of the load.
 const ROOM: u64 = 0x2_0000;
 const WORDS: u64 = 0x1_0000;
@@ -149,7 +151,12 @@ impl Writer {
 
     /// What the disk must have, as long as the guest does not write.
     pub fn contents(&self, guest: &mut Monitor) -> Vec<u8> {
-        self.wanted(guest).into_iter().flat_map(self::block).collect()
+        let mut contents = Vec::new();
+        for number in self.wanted(guest) {
+            contents.extend(block(number));
+            contents.resize(contents.len() + SPREAD - BLOCK, 0);
+        }
+        contents
     }
 }
 
@@ -160,10 +167,12 @@ fn block(number: u64) -> Vec<u8> {
     words.flat_map(u64::to_le_bytes).collect()
 }
 
-/// Panics unless every block is one that was written, whole.
+/// Panics unless every block is one that was written, whole, and nothing else was.
 pub fn check_whole(contents: &[u8]) {
-    for (at, found) in contents.chunks(BLOCK).enumerate() {
+    for (at, found) in contents.chunks(SPREAD).enumerate() {
+        let (found, behind) = found.split_at(BLOCK);
         let number = u64::from_le_bytes(found[..8].try_into().unwrap());
         assert!(found == block(number), "block {at} is torn, number {number}");
+        assert!(behind.iter().all(|byte| *byte == 0), "behind block {at}");
     }
 }
