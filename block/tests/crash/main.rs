@@ -7,6 +7,7 @@
     reason = "tests fail by panicking, and their numbers are small"
 )]
 
+mod chains;
 #[allow(dead_code, reason = "shared with the other tests, which use all of it")]
 #[path = "../suite/common.rs"]
 mod common;

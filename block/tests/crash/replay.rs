@@ -20,7 +20,7 @@ const SAMPLE_EVERY: usize = 13;
 const USE_EVERY: u64 = 5;
 const QEMU_EVERY: u64 = 199;
 
-fn number(variable: &str) -> Option<u64> {
+pub(crate) fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
