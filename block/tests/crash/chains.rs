@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use block::jobs::{Commit, CommitOptions, Control, Operation, Stream, StreamOptions};
+use block::jobs::{Commit, CommitOptions, Control, Notice, Operation, Stream, StreamOptions};
 use block::qcow2::check::{self, Severity};
 use block::qcow2::{Options, Probe, Qcow2};
 use block::{Attachment, Format, Graph, Node, ReadBuf, User, WriteBuf};
@@ -25,6 +25,8 @@ use crate::workload::random_of;
 const IMAGES: usize = 4;
 const TOP: usize = IMAGES - 1;
 const SIZE: usize = 600 << 10;
+/// How often the job rests before it goes on beside the guest.
+const PAUSES: usize = 20;
 /// Points in the sample of a few seconds, of each job; which it takes of the points of a run.
 const SAMPLE: u64 = 700;
 const SAMPLE_EVERY: usize = 7;
@@ -191,7 +193,11 @@ fn record(job: Job, files: &[Pages], model: &[u8], seed: u64) -> Recorded {
     let host = Host::new(files.to_vec());
     let mut disk = Disk::open(&host, IMAGES, model.to_vec(), random_of(!seed));
     let mut operation = job.start(&disk.graph);
-    let control = Control::new(|_| {});
+    let ready = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&ready);
+    let control = Control::new(move |notice| {
+        told.fetch_or(notice == Notice::Ready, Ordering::AcqRel);
+    });
     control.pause();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -199,23 +205,27 @@ fn record(job: Job, files: &[Pages], model: &[u8], seed: u64) -> Recorded {
             operation.run(&control).unwrap();
             over.store(true, Ordering::Release);
         });
-        // A mirror is over when it is told to complete.
-        let steps = if matches!(job, Job::Active) { 40 } else { usize::MAX };
-        for step in 0..steps {
-            (0..disk.random.below(3)).for_each(|_| disk.request());
+        for step in 0.. {
+            // Not without end, where the job has a host that is busy.
+            if step < 3 * PAUSES {
+                (0..disk.random.below(3)).for_each(|_| disk.request());
+            }
+            let ended = || over.load(Ordering::Acquire) || ready.load(Ordering::Acquire);
             let before = control.progress().0;
             control.resume();
-            while control.progress().0 == before && !over.load(Ordering::Acquire) && step < 20 {
+            while step < PAUSES && control.progress().0 == before && !ended() {
                 thread::yield_now();
             }
-            if over.load(Ordering::Acquire) {
+            if ended() {
                 break;
             }
-            if step < 20 {
-                control.pause();
+            match step < PAUSES {
+                true => control.pause(),
+                false => thread::yield_now(),
             }
         }
         control.resume();
+        (0..4).for_each(|_| disk.request());
         control.complete();
         running.join().unwrap();
     });
