@@ -1,10 +1,10 @@
 //! What the tests of long operations share: an image whose requests can be failed, held and counted.
 
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use block::jobs::{Control, Notice, Operation};
 use block::queue::{Op, OwnedBufs, Queue, Request};
@@ -13,7 +13,7 @@ use block::storage::memory::MemoryStorage;
 use block::{Error, Format, Graph, Link, Node, ReadBuf, Result, StatusExtent, WriteBuf};
 use serde_json::{Value, json};
 
-use crate::common::{Random, path};
+use crate::common::{self, Random, path};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -223,9 +223,96 @@ pub(crate) fn guest(
     contents
 }
 
+/// What a guest left.
+type Guest<'scope> = ScopedJoinHandle<'scope, Vec<Option<u8>>>;
+
+/// Guests in threads of a scope, each with a stripe of the disk to itself, from its start on.
+pub(crate) fn guests<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    link: &Link,
+    (count, stripe): (u64, u64),
+    seed: u64,
+    stop: &'scope AtomicBool,
+    before: &[Option<u8>],
+) -> Vec<Guest<'scope>> {
+    let spawn = |n| {
+        let at = n * stripe..(n + 1) * stripe;
+        let before = before[at.start as usize..at.end as usize].to_vec();
+        let link = link.clone();
+        scope.spawn(move || guest(link, at, seed + n, stop, before))
+    };
+    (0..count).map(spawn).collect()
+}
+
+/// Waits for guests that were told to stop; what their stripes have, one after another.
+pub(crate) fn join(guests: Vec<Guest<'_>>) -> Vec<Option<u8>> {
+    guests.into_iter().flat_map(|guest| guest.join().unwrap()).collect()
+}
+
 /// Whether a disk has what the guests left.
 pub(crate) fn assert_contents(bytes: &[u8], expected: &[Option<u8>], what: &str) {
     assert_eq!(bytes.len(), expected.len());
     let wrong = bytes.iter().zip(expected).position(|(byte, e)| e.is_some_and(|e| e != *byte));
     assert_eq!(wrong, None, "{what}: the first wrong byte");
+}
+
+pub(crate) fn put(node: &Node, offset: u64, bytes: &[u8]) {
+    node.write(offset, &[WriteBuf::new(bytes)]).unwrap();
+}
+
+pub(crate) fn contents(node: &Node) -> Vec<u8> {
+    let mut bytes = vec![0; node.size() as usize];
+    node.read(0, &[ReadBuf::new(&mut bytes)]).unwrap();
+    bytes
+}
+
+pub(crate) fn error_of<T>(result: Result<T>) -> String {
+    result.err().unwrap().to_string()
+}
+
+/// A hook that calls `act` at the `n`th request of a kind, once, and the number of these requests.
+pub(crate) fn nth(
+    n: usize,
+    kind: impl Fn(Io) -> bool + Send + Sync + 'static,
+    act: impl Fn() -> Option<i32> + Send + Sync + 'static,
+) -> (impl Fn(Io) -> Option<i32> + Send + Sync + 'static, Arc<AtomicU64>) {
+    let count = Arc::new(AtomicU64::new(0));
+    let counted = count.clone();
+    let hook = move |io| {
+        if kind(io) && counted.fetch_add(1, Ordering::SeqCst) == n as u64 { act() } else { None }
+    };
+    (hook, count)
+}
+
+pub(crate) fn is_read(io: Io) -> bool {
+    matches!(io, Io::Read(..))
+}
+
+pub(crate) fn is_change(io: Io) -> bool {
+    !is_read(io)
+}
+
+/// A raw image of 8 MiB without data.
+pub(crate) fn raw(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
+    path
+}
+
+/// An image of 8 MiB with data in two places, for others to be over.
+pub(crate) fn base(dir: &Path) -> PathBuf {
+    let base = common::create(dir, "base.qcow2", "8M", "");
+    common::qemu_io(&base, &["write -P 1 0 4M", "write -P 2 6M 100k"]);
+    base
+}
+
+/// An overlay of [`base`], with more options if there are any (",...").
+pub(crate) fn over(base: &Path, name: &str, options: &str) -> PathBuf {
+    let options = format!("backing_file={},backing_fmt=qcow2{options}", path(base));
+    common::create(base.parent().unwrap(), name, "8M", &options)
+}
+
+/// Has an overlay hide and zero some of what [`base`] has.
+pub(crate) fn write_over(overlay: &Path) {
+    common::qemu_io(overlay, &["write -P 3 1M 70k", "write -z 3M 256k", "write -P 4 7M 1k"]);
 }

@@ -1,0 +1,41 @@
+//! What is refused.
+
+use super::*;
+
+#[test]
+fn what_cannot_be_mirrored_is_refused_and_leaves_everything_as_it_was() {
+    let graph = Graph::new();
+    Hooked::add(&graph, "s", vec![1; MIB as usize]);
+    Hooked::add(&graph, "t", vec![0; MIB as usize]);
+    Hooked::add(&graph, "small", vec![0; 65536]);
+    let new = |options: MirrorOptions| error_of(Mirror::new(&graph, options));
+    let to = |source: &str, target: &str| new(MirrorOptions::new(source, target, Sync::Full));
+    assert_eq!(to("s", "s"), "Can't mirror node into itself");
+    assert_eq!(to("x", "t"), "Cannot find device='x' nor node-name='x'");
+    assert_eq!(new(options(Sync::Incremental)), "Sync mode 'incremental' not supported");
+    let granularity =
+        |bytes| new(MirrorOptions { granularity: Some(bytes), ..options(Sync::Full) });
+    let range = "Parameter 'granularity' expects a value in range [512B, 64MB]";
+    assert_eq!((granularity(256).as_str(), granularity(128 << 20).as_str()), (range, range));
+    assert_eq!(granularity(1000), "Parameter 'granularity' expects a power of 2");
+    let replaces =
+        |name: &str| new(MirrorOptions { replaces: Some(name.to_owned()), ..options(Sync::Full) });
+    assert_eq!(replaces("x"), "Failed to find node with node-name='x'");
+    assert!(replaces("small").starts_with("Cannot replace 'small' by a node mirrored from 's'"));
+    // Other sizes are found out by the job, as in QEMU.
+    let mut mirror = Mirror::new(&graph, MirrorOptions::new("s", "small", Sync::Full)).unwrap();
+    let error = finish(&mut mirror, &Control::default()).unwrap_err().to_string();
+    assert_eq!(error, "Source and target image have different sizes");
+    drop(mirror);
+
+    let mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+    assert_eq!(to("s", "small"), "Need a root block node");
+    let busy = "Node 't' is busy: block device is in use by block job: mirror";
+    assert_eq!(to("small", "t"), busy);
+    assert_eq!(error_of(graph.remove("t")), busy);
+    let export = error_of(graph.attach_export("t", false).map(drop));
+    assert!(export.contains("'consistent read' are both required by"), "{export}");
+    drop(mirror);
+    drop(graph.attach_export("t", true).unwrap());
+    graph.remove("t").unwrap();
+}
