@@ -20,6 +20,7 @@ mod create;
 mod crew;
 mod mirror;
 mod stream;
+mod walk;
 
 pub use backup::{Backup, BackupOptions, BitmapMode, OnCbwError, Sync};
 pub use commit::{Commit, CommitOptions};

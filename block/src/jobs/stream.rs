@@ -13,14 +13,10 @@
 
 use std::sync::Arc;
 
-use super::{Control, OnError, Operation, Side};
+use super::{Control, OnError, Operation, Side, walk};
 use crate::graph::chain::find_image;
 use crate::graph::{Attachment, Claim, Graph, Step, User};
 use crate::{Error, Node, Perm, Result};
-
-/// Bytes of data copied at once, and of zeroes gone over at once.
-const PIECE: u64 = 1 << 20;
-const ZERO_PIECE: u64 = 64 << 20;
 
 /// The members of QMP's block-stream that are about the images.
 #[derive(Debug, Clone, Default)]
@@ -174,35 +170,11 @@ impl Operation for Stream {
             return Ok(());
         }
         let Some(top) = self.user.as_ref().map(Attachment::node) else { return Ok(()) };
-        let size = top.size();
-        control.add_total(size);
-        let mut at = 0;
-        while at < size {
-            control.rest()?;
-            let status = top.access().block_status(at, size - at);
-            let status = match status {
-                Ok(status) => status,
-                Err(error) => {
-                    control.failed(self.on_error, Side::Source, error)?;
-                    continue;
-                }
-            };
-            for extent in status {
-                let wanted = (2..=self.images).contains(&extent.depth);
-                let end = at + extent.len;
-                while at < end {
-                    let most = if extent.zero { ZERO_PIECE } else { PIECE };
-                    let n = if wanted { most.min(end - at) } else { end - at };
-                    control.throttle(if wanted && !extent.zero { n } else { 0 })?;
-                    if wanted {
-                        self.copy(&top, control, at, n)?;
-                    }
-                    control.advance(n);
-                    at += n;
-                }
-            }
-        }
-        Ok(())
+        // Not what is its own.
+        let depths = 2..=self.images;
+        walk::pieces(&top, &depths, (control, self.on_error), |piece| {
+            self.copy(&top, control, piece.at, piece.len)
+        })
     }
 
     fn commit(&mut self) -> Result<()> {

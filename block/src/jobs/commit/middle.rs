@@ -11,13 +11,10 @@
 //! reads something else from the first write on, and must not be used any more.
 
 use crate::graph::{Attachment, Claim, Graph, User};
+use crate::jobs::walk::{self, PIECE, ZERO_PIECE};
 use crate::jobs::{Control, OnError, Operation, Side};
 use crate::queue::AlignedBuf;
 use crate::{Error, Node, Perm, Preallocation, Progress, ReadBuf, Result, WriteBuf};
-
-/// Bytes copied at once, and of zeroes written at once.
-const PIECE: u64 = 1 << 20;
-const ZERO_PIECE: u64 = 64 << 20;
 
 /// An overlay, and the backing file and format that it named before.
 type Renamed = (String, Option<(String, String)>);
@@ -163,40 +160,18 @@ impl Operation for Middle {
         let Some((reader, writer)) = &self.users else { return Ok(()) };
         let (top, base) = (reader.node(), writer.node());
         let size = top.size();
-        control.add_total(size);
         if base.size() < size {
             base.resize(size, Preallocation::Off, &Progress::default())?;
         }
         let mut buf = AlignedBuf::new(usize::try_from(PIECE).unwrap_or_default());
-        let mut at = 0;
-        while at < size {
-            control.rest()?;
-            let status = top.access().block_status(at, size - at);
-            let status = match status {
-                Ok(status) => status,
-                Err(error) => {
-                    control.failed(self.on_error, Side::Source, error)?;
-                    continue;
-                }
-            };
-            for extent in status {
-                let wanted = (1..=self.images).contains(&extent.depth);
-                let end = at + extent.len;
-                while at < end {
-                    let most = if extent.zero { ZERO_PIECE } else { PIECE };
-                    let n = if wanted { most.min(end - at) } else { end - at };
-                    control.throttle(if wanted && !extent.zero { n } else { 0 })?;
-                    if wanted && extent.zero {
-                        self.zero(control, &base, at, n)?;
-                    } else if wanted {
-                        let len = usize::try_from(n).unwrap_or_default();
-                        self.copy(control, (&top, &base), at, &mut buf[..len])?;
-                    }
-                    control.advance(n);
-                    at += n;
-                }
+        let depths = 1..=self.images;
+        walk::pieces(&top, &depths, (control, self.on_error), |piece| {
+            if piece.zero {
+                return self.zero(control, &base, piece.at, piece.len);
             }
-        }
+            let len = usize::try_from(piece.len).unwrap_or_default();
+            self.copy(control, (&top, &base), piece.at, &mut buf[..len])
+        })?;
         self.zero_rest(control, &base, size)
     }
 
