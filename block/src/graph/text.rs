@@ -1,14 +1,13 @@
 //! Options as the command line has them: `driver=qcow2,file.driver=file,...` (QEMU's keyval), or JSON.
 
-use std::fmt;
-
-use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
+mod json;
+
 pub use super::options::{Members, Source};
+pub(super) use json::json;
 
 /// Reads the value of `--blockdev`. All values of `key=value` text are strings.
 pub(crate) fn parse(text: &str) -> Result<(Value, Source)> {
@@ -55,80 +54,6 @@ fn parse_as(text: &str, implied: &str) -> Result<(Value, Source)> {
         insert(&mut all, key, key, value)?;
     }
     Ok((Value::Object(all), Source::Text))
-}
-
-pub(super) fn json(text: &str) -> Result<Value> {
-    let Unique(value) = serde_json::from_str(text).map_err(|e| Error::Invalid(json_error(&e)))?;
-    Ok(value)
-}
-
-/// A value in which no object has a key twice.
-struct Unique(Value);
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        from.deserialize_any(UniqueVisitor).map(Self)
-    }
-}
-
-struct UniqueVisitor;
-
-impl<'de> Visitor<'de> for UniqueVisitor {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
-    }
-
-    fn visit_unit<E: de::Error>(self) -> std::result::Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E: de::Error>(self, value: bool) -> std::result::Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E: de::Error>(self, value: i64) -> std::result::Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E: de::Error>(self, value: u64) -> std::result::Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E: de::Error>(self, value: f64) -> std::result::Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E: de::Error>(self, value: &str) -> std::result::Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> std::result::Result<Value, A::Error> {
-        let mut list = Vec::new();
-        while let Some(Unique(value)) = all.next_element()? {
-            list.push(value);
-        }
-        Ok(list.into())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut all: A) -> std::result::Result<Value, A::Error> {
-        let mut members = Map::new();
-        while let Some((key, Unique(value))) = all.next_entry::<String, Unique>()? {
-            if members.insert(key, value).is_some() {
-                return Err(de::Error::custom("duplicate key"));
-            }
-        }
-        Ok(members.into())
-    }
-}
-
-fn json_error(error: &serde_json::Error) -> String {
-    if error.is_eof() {
-        return "JSON parse error, premature end: a quote, bracket or brace is not closed"
-            .to_owned();
-    }
-    format!("JSON parse error, {error}")
 }
 
 /// Splits at commas; a double comma is a comma of the value.
@@ -195,27 +120,6 @@ mod tests {
             json!({"driver": "qcow2", "node-name": "d", "file":
                 {"driver": "file", "filename": "a,b", "cache": {"direct": "on"}}})
         );
-    }
-
-    #[test]
-    fn json_that_is_not_closed_is_called_that() {
-        for text in ["{", r#"{"driver":"raw""#, r#"{"driver":"raw"#, r#"{"a":[1"#] {
-            let error = parse(text).unwrap_err().to_string();
-            assert!(error.contains("a quote, bracket or brace is not closed"), "{text}: {error}");
-        }
-        let error = parse(r#"{"driver":}"#).unwrap_err().to_string();
-        assert_eq!(error, "JSON parse error, expected value at line 1 column 11");
-    }
-
-    #[test]
-    fn a_key_that_is_there_twice_in_json_is_refused_and_in_text_the_last_wins() {
-        for text in [r#"{"a":1,"a":2}"#, r#"{"driver":"raw","file":{"b":[{"c":1,"c":1}]}}"#] {
-            let error = parse(text).unwrap_err().to_string();
-            assert!(error.starts_with("JSON parse error, duplicate key at line 1"), "{error}");
-        }
-        let all = json!({"a": [1, -1, 1.5, "x", null, true, {"b": {}}], "c": u64::MAX});
-        assert_eq!(parse(&all.to_string()).unwrap().0, all);
-        assert_eq!(parse("driver=raw,driver=file").unwrap().0, json!({"driver": "file"}));
     }
 
     #[test]
