@@ -272,6 +272,11 @@ impl Refcounts {
         self.next.is_some() || self.table_dirty.is_some() || self.blocks.is_dirty()
     }
 
+    /// Whether [`Refcounts::write_blocks`] has something to write.
+    pub(crate) fn has_dirty_blocks(&self) -> bool {
+        self.blocks.is_dirty()
+    }
+
     /// Writes blocks, then table entries; a flush comes in between where entries are new, so that
     /// the table never refers to a block that is not there. Not while the table moves.
     pub(crate) fn write_back(&mut self) -> Result<()> {
