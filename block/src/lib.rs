@@ -23,6 +23,7 @@ pub mod qcow2;
 pub mod queue;
 pub mod raw;
 pub mod snapshot;
+mod stack;
 pub mod status;
 pub mod storage;
 mod sync;

@@ -18,6 +18,10 @@ fn main() -> ExitCode {
     let filter =
         EnvFilter::try_from_env("TARDIGRADE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A chain of backing files takes two descriptors an image. Without it, shorter ones work still.
+    if let Err(error) = block::storage::raise_descriptor_limit() {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
     if let Some(Subcommand::Image(args)) = &cli.subcommand {
         // A check has more exit statuses than two.
         return vmm::image::run(&args.command);

@@ -43,7 +43,7 @@ impl Graph {
     /// Whether somebody writes to a node.
     pub(crate) fn is_written(&self, node: &str) -> Result<bool> {
         let state = self.state();
-        let uses = locks::check(&state.edges, &state.nodes, &[])?;
+        let uses = locks::check(&state.edges, &state.nodes)?;
         Ok(uses.get(node).is_some_and(|uses| uses.used.contains(Perm::WRITE)))
     }
 

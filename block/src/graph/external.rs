@@ -261,7 +261,7 @@ impl Graph {
         options.unmap = flags.unmap;
         let mut state = self.state();
         let opener =
-            Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone());
+            Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone())?;
         match opener.open_implicit(&options, flags) {
             Ok(opened) => {
                 state.add_nodes(opened.made);
@@ -281,7 +281,7 @@ impl Graph {
         let refuse = |text: &str| Err(Error::Invalid(text.to_owned()));
         let state = self.state();
         let node = state.get(overlay).ok_or_else(|| not_found(overlay))?;
-        let uses = locks::check(&state.edges, &state.nodes, &[])?;
+        let uses = locks::check(&state.edges, &state.nodes)?;
         // A mirror's target may become one: what writes only does not mind what is read.
         if locks::of(node, &uses).used.contains(Perm::CONSISTENT_READ) {
             return refuse("The overlay is already in use");

@@ -1,9 +1,10 @@
 //! Holding requests back for as long as several changes take.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::open::not_found;
-use super::permissions::{parents_first, reaches};
+use super::permissions::{parents_first, that_reach};
 use super::{Graph, State, lock, locks};
 use crate::Result;
 use crate::node::{Holding, Node};
@@ -43,23 +44,27 @@ impl Graph {
         for name in names {
             state.get(name).ok_or_else(|| not_found(name))?;
         }
-        Ok(self.hold_where(state, |state, node| {
-            names.iter().any(|below| reaches(&state.edges, node.name(), below))
-        }))
+        let wanted: Vec<_> = {
+            let names = that_reach(&state.edges, names.iter().copied());
+            let wanted = |node: &Arc<Node>| names.contains(node.name());
+            state.top_down().into_iter().filter(wanted).collect()
+        };
+        Ok(self.hold_these(state, &wanted))
     }
 
     /// As [`Graph::hold`], of all nodes.
     pub fn hold_all(&self) -> Held {
-        self.hold_where(self.state(), |_, _| true)
+        let state = self.state();
+        let all = state.top_down();
+        self.hold_these(state, &all)
     }
 
-    fn hold_where(
+    /// `wanted` are top-down.
+    fn hold_these(
         &self,
         mut state: std::sync::MutexGuard<'_, State>,
-        wanted: impl Fn(&State, &Arc<Node>) -> bool,
+        wanted: &[Arc<Node>],
     ) -> Held {
-        let wanted: Vec<_> =
-            state.top_down().into_iter().filter(|node| wanted(&state, node)).collect();
         let is_wanted = |node: &Arc<Node>| wanted.iter().any(|other| Arc::ptr_eq(node, other));
         // Changes that are intercepted first, also those that make a job write to one of these nodes:
         // what is under way may need any of the gates.
@@ -76,7 +81,8 @@ impl State {
     /// All nodes, each after those that use it.
     pub(super) fn top_down(&self) -> Vec<Arc<Node>> {
         let all = self.nodes.iter().map(|n| (n.name().to_owned(), locks::facts(n))).collect();
+        let by_name: HashMap<&str, &Arc<Node>> = self.nodes.iter().map(|n| (n.name(), n)).collect();
         let order = parents_first(&self.edges, &all);
-        order.into_iter().filter_map(|name| self.get(name).cloned()).collect()
+        order.into_iter().filter_map(|name| by_name.get(name).map(|n| Arc::clone(n))).collect()
     }
 }

@@ -9,6 +9,10 @@ use crate::node::Node;
 use crate::qcow2::{Compression, StoredBitmap};
 use crate::snapshot::SnapshotInfo;
 
+/// Most images that are told of one in the other: parsers of JSON refuse to go much deeper, and as each
+/// node tells of all below it, the answer would grow with the square of the chain.
+const MOST_NESTED: usize = 200;
+
 /// `BlockDeviceInfo`: an element of query-named-block-nodes, and `inserted` of query-block.
 #[derive(Debug, Clone, Serialize)]
 pub struct NodeInfo {
@@ -100,7 +104,7 @@ pub struct ImageInfo {
     /// Backing format as the image has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_filename_format: Option<String>,
-    /// The backing image.
+    /// The backing image. Below the 200th there is none; `backing_file_depth` counts all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_image: Option<Box<ImageInfo>>,
 }
@@ -173,7 +177,20 @@ impl Node {
         depth
     }
 
+    /// With the images below, unless `flat`.
     fn image_info(&self, flat: bool) -> Result<ImageInfo> {
+        let most = if flat { 0 } else { MOST_NESTED };
+        let below = std::iter::successors(self.backing(), |node| node.backing()).take(most);
+        let below: Vec<_> = below.map(|node| node.own_info()).collect::<Result<_>>()?;
+        let mut info = self.own_info()?;
+        info.backing_image = below.into_iter().rev().fold(None, |below, mut info| {
+            info.backing_image = below;
+            Some(Box::new(info))
+        });
+        Ok(info)
+    }
+
+    fn own_info(&self) -> Result<ImageInfo> {
         let format = self.format();
         let mut info = ImageInfo {
             filename: self.filename(),
@@ -234,9 +251,6 @@ impl Node {
             {
                 specific["data"]["bitmaps"] = bitmaps.into();
             }
-        }
-        if !flat && let Some(backing) = self.backing() {
-            info.backing_image = Some(Box::new(backing.image_info(false)?));
         }
         Ok(info)
     }

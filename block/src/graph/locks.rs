@@ -12,17 +12,9 @@ use crate::Result;
 use crate::node::Node;
 use crate::perm::Permissions;
 
-/// Checks the uses of all nodes; `pending` are nodes that are being opened.
-pub(super) fn check(
-    edges: &[Edge],
-    nodes: &[Arc<Node>],
-    pending: &[(String, bool)],
-) -> Result<Uses> {
-    let mut all: BTreeMap<_, _> = nodes.iter().map(|n| (n.name().to_owned(), facts(n))).collect();
-    for (name, writable) in pending {
-        let facts = Facts { writable: *writable, was_writable: *writable, ..Facts::default() };
-        all.insert(name.clone(), facts);
-    }
+/// Checks the uses of all nodes.
+pub(super) fn check(edges: &[Edge], nodes: &[Arc<Node>]) -> Result<Uses> {
+    let all: BTreeMap<_, _> = nodes.iter().map(|n| (n.name().to_owned(), facts(n))).collect();
     permissions::check(edges, &all)
 }
 
@@ -34,12 +26,15 @@ pub(super) fn facts(node: &Node) -> Facts {
 
 /// Takes the locks of the uses besides those that are held.
 pub(super) fn widen(nodes: &[Arc<Node>], uses: &Uses) -> Result<()> {
-    for node in nodes {
-        if let Some(storage) = node.details().host.as_ref() {
-            storage.widen_locks(of(node, uses))?;
-        }
+    nodes.iter().try_for_each(|node| widen_one(node, of(node, uses)))
+}
+
+/// As [`widen`], of one node.
+pub(super) fn widen_one(node: &Node, uses: Permissions) -> Result<()> {
+    match &node.details().host {
+        Some(storage) => storage.widen_locks(uses),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Gives up the locks that are not of the uses.

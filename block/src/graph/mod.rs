@@ -20,7 +20,7 @@
 //! holds requests back ([`Held`]) may take the state's lock: whoever has that lock and comes to a gate
 //! waits for requests only, and these were waited for when they were held back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
@@ -109,7 +109,7 @@ impl State {
 
     /// Takes the locks that these uses ask for, and only these. Undone on an error.
     fn take_locks(&self, edges: &[Edge]) -> Result<()> {
-        let uses = locks::check(edges, &self.nodes, &[])?;
+        let uses = locks::check(edges, &self.nodes)?;
         if let Err(error) = locks::widen(&self.nodes, &uses) {
             self.put_locks_back();
             return Err(error);
@@ -120,7 +120,7 @@ impl State {
 
     /// After a failure, or after a use has ended: the locks are those of the uses that are left.
     fn put_locks_back(&self) {
-        match locks::check(&self.edges, &self.nodes, &[]) {
+        match locks::check(&self.edges, &self.nodes) {
             Ok(uses) => locks::reduce(&self.nodes, &uses),
             Err(error) => tracing::error!("more is locked than needed: {error}"),
         }
@@ -160,7 +160,7 @@ impl Graph {
         // Held while files are opened: names stay free and a node cannot go away meanwhile.
         let mut state = self.state();
         let opener =
-            Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone());
+            Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone())?;
         let inherited = Flags { inactive: state.inactive, ..Flags::default() };
         match opener.open_root(options, inherited) {
             Ok(opened) => {
@@ -297,20 +297,42 @@ impl State {
     /// Nodes that were made for others go with these, top-down; the caller drops them.
     #[must_use]
     fn forget_orphans(&mut self) -> Vec<Arc<Node>> {
-        let mut orphans = Vec::new();
-        while let Some(orphan) = self.orphan() {
-            self.forget(&orphan);
-            orphans.push(orphan);
+        let implicit: HashMap<&str, &Arc<Node>> = self
+            .nodes
+            .iter()
+            .filter(|node| node.details().implicit)
+            .map(|node| (node.name(), node))
+            .collect();
+        let mut uses: HashMap<&str, usize> = HashMap::new();
+        let mut children: HashMap<&str, Vec<&str>> = HashMap::new();
+        for edge in &self.edges {
+            *uses.entry(&edge.child).or_default() += 1;
+            if let Parent::Node(parent) = &edge.parent {
+                children.entry(parent).or_default().push(&edge.child);
+            }
         }
-        orphans
-    }
-
-    /// A node that was made for another one, which is gone.
-    fn orphan(&self) -> Option<Arc<Node>> {
         let unused = |node: &&Arc<Node>| {
-            node.details().implicit && self.users_of(node.name()).next().is_none()
+            implicit.contains_key(node.name()) && !uses.contains_key(node.name())
         };
-        self.nodes.iter().find(unused).cloned()
+        let mut orphans: Vec<Arc<Node>> = self.nodes.iter().filter(unused).cloned().collect();
+        // Each one's children may have lost their last user with it.
+        let mut next = 0;
+        while let Some(orphan) = orphans.get(next).cloned() {
+            next += 1;
+            for child in children.get(orphan.name()).into_iter().flatten() {
+                if let Some(left) = uses.get_mut(child) {
+                    *left -= 1;
+                    if *left == 0 {
+                        orphans.extend(implicit.get(child).map(|node| Arc::clone(node)));
+                    }
+                }
+            }
+        }
+        let gone: HashSet<&str> = orphans.iter().map(|node| node.name()).collect();
+        self.nodes.retain(|node| !gone.contains(node.name()));
+        self.edges
+            .retain(|edge| !matches!(&edge.parent, Parent::Node(n) if gone.contains(n.as_str())));
+        orphans
     }
 }
 

@@ -9,30 +9,20 @@ use super::check_name;
 use super::damage::Damage;
 use super::locks;
 use super::options::{Backing, Driver, NodeOptions, NodeRef, Source, Window};
-use super::permissions::{Edge, Parent, Role, reaches};
+use super::permissions::{Edge, Facts, Growing, Parent, Role};
 use super::text;
 use crate::node::{Details, Node};
 use crate::qcow2::Probe;
+use crate::stack::deep;
 use crate::storage::{Aio, Locking};
 use crate::{Error, Result};
-
-/// Stack that opening one image needs at most, and how much more is taken where it is not there.
-const STACK_LEFT: usize = 128 << 10;
-const STACK_MORE: usize = 1 << 20;
-
-/// Most images in a chain. Reading and closing go down it by recursion, for which half of a thread's
-/// usual stack of 2 MiB is enough even without optimisation: `tests/suite/large.rs` has a chain of
-/// this length.
-pub(super) const MAX_CHAIN: usize = 200;
 
 /// Opens one tree of nodes; those made are only handed over when all went well.
 pub(super) struct Opener<'a> {
     existing: &'a [Arc<Node>],
     made: Vec<Arc<Node>>,
-    /// All uses, with those of the nodes being opened.
-    edges: Vec<Edge>,
-    /// Nodes being opened, with whether they are going to be writable.
-    pending: Vec<(String, bool)>,
+    /// All nodes and uses, with those that are being opened.
+    graph: Growing,
     next: u32,
     /// Device and inode of the images of the chain being opened.
     chain: HashSet<(u64, u64)>,
@@ -56,16 +46,18 @@ impl<'a> Opener<'a> {
         edges: Vec<Edge>,
         next: u32,
         damage: Arc<Damage>,
-    ) -> Self {
-        let (made, pending, chain) = (Vec::new(), Vec::new(), HashSet::new());
-        Self { existing, made, edges, pending, next, chain, damage, implicit_root: false }
+    ) -> Result<Self> {
+        let facts = existing.iter().map(|node| (node.name().to_owned(), locks::facts(node)));
+        let graph = Growing::new(edges, facts.collect())?;
+        let (made, chain) = (Vec::new(), HashSet::new());
+        Ok(Self { existing, made, graph, next, chain, damage, implicit_root: false })
     }
 
     /// Opens the node and all below it. On failure the locks of nodes that were there before may
     /// have been widened.
     pub(super) fn open_root(mut self, options: &NodeOptions, inherited: Flags) -> Result<Opened> {
         let root = self.open(options, inherited, None)?;
-        Ok(Opened { root, made: self.made, edges: self.edges, next: self.next })
+        Ok(Opened { root, made: self.made, edges: self.graph.into_edges(), next: self.next })
     }
 
     /// As [`Opener::open_root`], of a node that goes when nobody uses it any more; what its options do
@@ -77,7 +69,7 @@ impl<'a> Opener<'a> {
     ) -> Result<Opened> {
         self.implicit_root = true;
         let root = self.open(options, inherited, None)?;
-        Ok(Opened { root, made: self.made, edges: self.edges, next: self.next })
+        Ok(Opened { root, made: self.made, edges: self.graph.into_edges(), next: self.next })
     }
 
     fn find(&self, name: &str) -> Option<&Arc<Node>> {
@@ -88,7 +80,7 @@ impl<'a> Opener<'a> {
     fn name(&mut self, given: Option<&str>) -> Result<String> {
         if let Some(name) = given {
             check_name(name)?;
-            if self.find(name).is_some() || self.pending.iter().any(|(other, _)| other == name) {
+            if self.graph.has(name) {
                 return Err(Error::Invalid(format!("Duplicate nodes with node-name='{name}'")));
             }
             return Ok(name.to_owned());
@@ -98,15 +90,14 @@ impl<'a> Opener<'a> {
         Ok(name)
     }
 
-    /// `above` is the node that these options were part of, if any. Goes down a chain by recursion, so
-    /// it takes another stack where little is left of the caller's.
+    /// `above` is the node that these options were part of, if any. Goes down a chain by recursion.
     fn open(
         &mut self,
         options: &NodeOptions,
         inherited: Flags,
         above: Option<&str>,
     ) -> Result<Arc<Node>> {
-        stacker::maybe_grow(STACK_LEFT, STACK_MORE, || self.open_here(options, inherited, above))
+        deep(|| self.open_here(options, inherited, above))
     }
 
     fn open_here(
@@ -120,17 +111,18 @@ impl<'a> Opener<'a> {
         let built = match &options.driver {
             Driver::File { filename, locking, aio, host_device } => {
                 let how = (*locking, *aio);
-                let storage = build::host_file(filename, how, *host_device, &mut flags)?;
+                let storage = build::host_file(filename, how, *host_device, &mut flags)
+                    .map_err(|error| self.explain(error))?;
                 build::file_node(Arc::new(storage), filename, *host_device, flags)?
             }
             Driver::Raw { file, window } => {
-                self.pending.push((name.clone(), !flags.read_only));
+                self.begin(&name, flags)?;
                 let role = if window.is_whole() { Role::Filtered } else { Role::Part };
                 let file = self.open_child(&name, file, flags, role)?;
                 build::raw_node(&file, build::storage_of(&file)?, *window, flags)?
             }
             Driver::Compress { file } => {
-                self.pending.push((name.clone(), !flags.read_only));
+                self.begin(&name, flags)?;
                 let below = match file {
                     NodeRef::Inline(options) => self.open(options, flags, Some(&name))?,
                     NodeRef::Name(name) => {
@@ -141,11 +133,32 @@ impl<'a> Opener<'a> {
                 build::compress_node(&below, flags)?
             }
             Driver::Qcow2 { .. } => {
-                self.pending.push((name.clone(), !flags.read_only));
+                self.begin(&name, flags)?;
                 return self.open_qcow2(name, options, flags, above);
             }
         };
-        Ok(self.add(name, built, options, above, self.made.len()))
+        self.add(name, built, options, above, self.made.len())
+    }
+
+    /// Takes a node in that is going to be opened.
+    fn begin(&mut self, name: &str, flags: Flags) -> Result<()> {
+        let writable = !flags.read_only;
+        self.graph.put(name, Facts { writable, was_writable: writable, ..Facts::default() })
+    }
+
+    /// What ends a chain is the number of files that a process may have open.
+    fn explain(&self, error: Error) -> Error {
+        match error {
+            Error::Open { filename, source }
+                if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+            {
+                Error::Invalid(format!(
+                    "Could not open '{filename}': {source}; it would be image {} of its backing chain, each of which takes two descriptors: allow more (ulimit -Hn) or make the chain shorter (block-commit, block-stream)",
+                    self.chain.len() + 1
+                ))
+            }
+            other => other,
+        }
     }
 
     fn add(
@@ -155,7 +168,7 @@ impl<'a> Opener<'a> {
         options: &NodeOptions,
         above: Option<&str>,
         place: usize,
-    ) -> Arc<Node> {
+    ) -> Result<Arc<Node>> {
         let details = Details {
             implicit: match above {
                 Some(_) => options.node_name.is_none(),
@@ -166,10 +179,10 @@ impl<'a> Opener<'a> {
             ..built.details
         };
         self.damage.watch(&name, &details);
-        self.pending.retain(|(pending, _)| *pending != name);
         let node = Arc::new(Node::with_details(name, built.format, details));
+        self.graph.put(node.name(), locks::facts(&node))?;
         self.made.insert(place, node.clone());
-        node
+        Ok(node)
     }
 
     /// Puts `child` below the node `parent` that is being opened, and takes the file locks that
@@ -181,16 +194,20 @@ impl<'a> Opener<'a> {
         label: &'static str,
         role: Role,
     ) -> Result<()> {
-        let child = child.name().to_owned();
-        if reaches(&self.edges, &child, parent) {
-            return Err(Error::Invalid(format!(
-                "Making '{child}' a {label} child of '{parent}' would create a cycle"
-            )));
+        // No loop comes about: the parent is not there yet for others to be over it.
+        let edge = Edge {
+            parent: Parent::Node(parent.to_owned()),
+            child: child.name().to_owned(),
+            label,
+            role,
+        };
+        for name in self.graph.connect(edge)? {
+            let node = if name == child.name() { Some(child) } else { self.find(&name) };
+            if let Some(node) = node {
+                locks::widen_one(node, self.graph.of(&name))?;
+            }
         }
-        self.edges.push(Edge { parent: Parent::Node(parent.to_owned()), child, label, role });
-        let nodes: Vec<_> = self.existing.iter().chain(&self.made).cloned().collect();
-        let uses = locks::check(&self.edges, &nodes, &self.pending)?;
-        locks::widen(&nodes, &uses)
+        Ok(())
     }
 
     /// The protocol node below a format.
@@ -247,7 +264,7 @@ impl<'a> Opener<'a> {
         let options_of_image = image.to_options();
         let built =
             build::qcow2_node(probe, &file, storage, data_file, below, flags, options_of_image)?;
-        Ok(self.add(name, built, options, above, place))
+        self.add(name, built, options, above, place)
     }
 
     /// The node of an image's external data file: the one given, or the file that the image names.
@@ -279,11 +296,6 @@ impl<'a> Opener<'a> {
 
     /// Notes an image of the chain; one that is met twice is its own backing file.
     fn enter_chain(&mut self, path: &str) -> Result<()> {
-        if self.chain.len() >= MAX_CHAIN {
-            return Err(Error::NotSupported(format!(
-                "Backing chain is longer than {MAX_CHAIN} images at '{path}'"
-            )));
-        }
         match std::fs::metadata(path) {
             Ok(meta) if !self.chain.insert((meta.dev(), meta.ino())) => Err(loops(path)),
             _ => Ok(()),

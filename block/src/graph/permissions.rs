@@ -8,10 +8,16 @@
 //!
 //! The outcome for a file's node is what its image locks tell other processes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::perm::{Perm, Permissions};
 use crate::{Error, Result};
+
+mod growing;
+mod order;
+
+pub(super) use growing::Growing;
+pub(super) use order::{parents_first, reached_from, reaches, that_reach};
 
 /// How a parent node uses a child: QEMU's BdrvChildRole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +100,16 @@ pub(crate) enum Parent {
     },
 }
 
+impl Parent {
+    /// The name, of a node.
+    fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node(name) => Some(name),
+            Self::User { .. } => None,
+        }
+    }
+}
+
 /// One use of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Edge {
@@ -106,10 +122,6 @@ pub(crate) struct Edge {
 }
 
 impl Edge {
-    fn parent_is(&self, node: &str) -> bool {
-        matches!(&self.parent, Parent::Node(name) if name == node)
-    }
-
     fn is_below_others(&self) -> bool {
         matches!(self.parent, Parent::User { below_others: true, .. })
     }
@@ -142,40 +154,52 @@ pub(crate) type Uses = BTreeMap<String, Permissions>;
 /// # Errors
 /// A parent does what another does not allow, or writes to a node that is read-only; QEMU's text.
 pub(crate) fn check(edges: &[Edge], nodes: &BTreeMap<String, Facts>) -> Result<Uses> {
-    let mut uses = Uses::new();
-    for name in parents_first(edges, nodes) {
-        let Some(facts) = nodes.get(name) else { continue };
-        // Newest first, as QEMU lists them: it decides which conflict is told of.
-        let above: Vec<(&Edge, Permissions)> = edges
-            .iter()
-            .rev()
-            .filter(|edge| edge.child == name)
-            .map(|edge| (edge, of_edge(edge, facts, nodes, &uses)))
-            .collect();
-        // As if it were between the node and the others, like QEMU's filters of jobs.
-        let (below, others): (Vec<_>, Vec<_>) =
-            above.into_iter().partition(|(edge, _)| edge.is_below_others());
-        no_conflict(name, &others)?;
-        let mut all = others.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
-        if !below.is_empty() {
-            let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
-            all = Permissions { used: all.used & writes, shared: Perm::all() };
-        }
-        all = below.iter().fold(all, |all, (_, p)| all.and(*p));
-        if !facts.writable && all.used.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
-            return Err(Error::Invalid(if facts.was_writable {
-                format!("Read-only block node '{name}' cannot support read-write users")
-            } else {
-                "Block node is read-only".to_owned()
-            }));
-        }
-        uses.insert(name.to_owned(), all);
-    }
+    let mut uses = compute(edges, nodes)?;
     // After those that are computed from them.
     for (name, _) in nodes.iter().filter(|(_, facts)| facts.inactive) {
         uses.insert(name.clone(), Permissions::NONE);
     }
     Ok(uses)
+}
+
+/// As [`check`], as if all nodes were active.
+fn compute(edges: &[Edge], nodes: &BTreeMap<String, Facts>) -> Result<Uses> {
+    let mut uses_of: HashMap<&str, Vec<&Edge>> = HashMap::new();
+    for edge in edges {
+        uses_of.entry(&edge.child).or_default().push(edge);
+    }
+    let mut uses = Uses::new();
+    for name in parents_first(edges, nodes) {
+        let Some(facts) = nodes.get(name) else { continue };
+        let edges = uses_of.get(name).into_iter().flatten().rev();
+        let above = edges.map(|edge| (*edge, of_edge(edge, facts, nodes, &uses))).collect();
+        let all = of_node(name, facts, above)?;
+        uses.insert(name.to_owned(), all);
+    }
+    Ok(uses)
+}
+
+/// What is done with a node by those above it. They come newest first, as QEMU lists them: it decides
+/// which conflict is told of.
+fn of_node(name: &str, facts: &Facts, above: Vec<(&Edge, Permissions)>) -> Result<Permissions> {
+    // As if it were between the node and the others, like QEMU's filters of jobs.
+    let (below, others): (Vec<_>, Vec<_>) =
+        above.into_iter().partition(|(edge, _)| edge.is_below_others());
+    no_conflict(name, &others)?;
+    let mut all = others.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
+    if !below.is_empty() {
+        let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+        all = Permissions { used: all.used & writes, shared: Perm::all() };
+    }
+    all = below.iter().fold(all, |all, (_, p)| all.and(*p));
+    if !facts.writable && all.used.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+        return Err(Error::Invalid(if facts.was_writable {
+            format!("Read-only block node '{name}' cannot support read-write users")
+        } else {
+            "Block node is read-only".to_owned()
+        }));
+    }
+    Ok(all)
 }
 
 fn of_edge(
@@ -199,6 +223,11 @@ fn of_edge(
 }
 
 fn no_conflict(name: &str, above: &[(&Edge, Permissions)]) -> Result<()> {
+    let all = above.iter().fold(Permissions::NONE, |all, (_, p)| all.and(*p));
+    if all.shared.contains(all.used) {
+        // What is found for nearly every node without looking at pairs.
+        return Ok(());
+    }
     for (a, (allows, shared)) in above.iter().enumerate() {
         for (b, (needs, used)) in above.iter().enumerate() {
             let denied = used.used - shared.shared;
@@ -214,63 +243,22 @@ fn no_conflict(name: &str, above: &[(&Edge, Permissions)]) -> Result<()> {
     Ok(())
 }
 
-/// The nodes in an order in which each comes after all its parents.
-pub(super) fn parents_first<'a>(
-    edges: &'a [Edge],
-    nodes: &'a BTreeMap<String, Facts>,
-) -> Vec<&'a str> {
-    let mut order: Vec<&str> = Vec::with_capacity(nodes.len());
-    let mut left: Vec<&str> = nodes.keys().map(String::as_str).collect();
-    while !left.is_empty() {
-        let waits = |name: &str| {
-            edges.iter().any(|e| e.child == name && left.iter().any(|other| e.parent_is(other)))
-        };
-        let (later, now): (Vec<_>, Vec<_>) = left.iter().partition(|name| waits(name));
-        if now.is_empty() {
-            // A loop; the graph refuses them before they come here.
-            order.extend(later);
-            break;
-        }
-        order.extend(now);
-        left = later;
-    }
-    order
-}
-
-/// Whether `below` is reached from `above`.
-pub(crate) fn reaches(edges: &[Edge], above: &str, below: &str) -> bool {
-    let mut seen = vec![above];
-    let mut next = 0;
-    while let Some(&name) = seen.get(next) {
-        if name == below {
-            return true;
-        }
-        for edge in edges.iter().filter(|edge| edge.parent_is(name)) {
-            if !seen.contains(&edge.child.as_str()) {
-                seen.push(&edge.child);
-            }
-        }
-        next += 1;
-    }
-    false
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn node(parent: &str, child: &str, label: &'static str, role: Role) -> Edge {
+    pub(super) fn node(parent: &str, child: &str, label: &'static str, role: Role) -> Edge {
         Edge { parent: Parent::Node(parent.to_owned()), child: child.to_owned(), label, role }
     }
 
-    fn user(id: u64, child: &str, used: Perm, shared: Perm) -> Edge {
+    pub(super) fn user(id: u64, child: &str, used: Perm, shared: Perm) -> Edge {
         let permissions = Permissions { used, shared };
         let description = "an unnamed block device".to_owned();
         let parent = Parent::User { id, description, permissions, below_others: false };
         Edge { parent, child: child.to_owned(), label: "root", role: Role::Filtered }
     }
 
-    fn facts(writable: &[&str], read_only: &[&str]) -> BTreeMap<String, Facts> {
+    pub(super) fn facts(writable: &[&str], read_only: &[&str]) -> BTreeMap<String, Facts> {
         let of = |names: &[&str], writable| {
             let facts = Facts { writable, was_writable: writable, ..Facts::default() };
             names.iter().map(|name| ((*name).to_owned(), facts)).collect::<Vec<_>>()
@@ -278,8 +266,8 @@ mod tests {
         of(writable, true).into_iter().chain(of(read_only, false)).collect()
     }
 
-    const READ: Perm = Perm::CONSISTENT_READ;
-    const SHARED: Perm = Perm::all().difference(Perm::RESIZE);
+    pub(super) const READ: Perm = Perm::CONSISTENT_READ;
+    pub(super) const SHARED: Perm = Perm::all().difference(Perm::RESIZE);
 
     #[test]
     fn a_device_that_does_not_share_writes_excludes_a_writable_export() {
@@ -365,13 +353,5 @@ mod tests {
         assert_eq!(error(&nodes), "Block node is read-only");
         nodes.get_mut("f").unwrap().was_writable = true;
         assert_eq!(error(&nodes), "Read-only block node 'f' cannot support read-write users");
-    }
-
-    #[test]
-    fn reachability_follows_edges_downwards_only() {
-        let edges = [node("a", "b", "backing", Role::Backing), node("b", "c", "file", Role::Image)];
-        assert!(reaches(&edges, "a", "c"));
-        assert!(reaches(&edges, "a", "a"));
-        assert!(!reaches(&edges, "c", "a"));
     }
 }

@@ -11,13 +11,13 @@
 //!
 //! Up to 4 a failure leaves all as it was.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::build::{self, Built};
-use super::open::{MAX_CHAIN, not_found};
+use super::open::not_found;
 use super::options::{Driver, NodeOptions};
-use super::permissions::{Edge, Parent, Role, Uses, reaches};
+use super::permissions::{Edge, Parent, Role, Uses, reached_from, reaches, that_reach};
 use super::{Graph, State, locks};
 use crate::format::Format;
 use crate::node::{Closed, Details, Link, Node};
@@ -107,12 +107,11 @@ impl Graph {
 /// The uses after the steps, those that are others than now, and what they come to: step 1.
 fn plan(state: &State, steps: &[Step]) -> Result<(Vec<Edge>, Vec<Move>, Uses)> {
     let edges = edges_after(state, steps)?;
-    check_chains(&edges)?;
     let moves = moves(state, &edges);
     for moved in &moves {
         moved.check(state)?;
     }
-    let uses = locks::check(&edges, &state.nodes, &[])?;
+    let uses = locks::check(&edges, &state.nodes)?;
     Ok((edges, moves, uses))
 }
 
@@ -125,8 +124,9 @@ fn edges_after(state: &State, steps: &[Step]) -> Result<Vec<Edge>> {
                 for name in [from, to] {
                     state.get(name).ok_or_else(|| not_found(name))?;
                 }
+                let below = reached_from(&edges, [to.as_str()]);
                 let stays: Vec<bool> =
-                    edges.iter().map(|edge| stays(state, &edges, edge, to)).collect();
+                    edges.iter().map(|edge| stays(state, edge, &below)).collect();
                 for (edge, stays) in edges.iter_mut().zip(stays) {
                     if edge.child == *from && !stays {
                         edge.child.clone_from(to);
@@ -158,11 +158,12 @@ fn edges_after(state: &State, steps: &[Step]) -> Result<Vec<Edge>> {
     Ok(edges)
 }
 
-/// Whether a use of a node stays there when `to` takes the node's place.
-fn stays(state: &State, edges: &[Edge], edge: &Edge, to: &str) -> bool {
+/// Whether a use of a node stays there when another takes the node's place, which has all of `below`
+/// at or below it.
+fn stays(state: &State, edge: &Edge, below: &HashSet<&str>) -> bool {
     match &edge.parent {
         Parent::User { id, .. } => !state.followers.contains_key(id),
-        Parent::Node(parent) => reaches(edges, to, parent),
+        Parent::Node(parent) => below.contains(parent.as_str()),
     }
 }
 
@@ -174,11 +175,25 @@ struct Move {
     to: Option<String>,
 }
 
+/// What tells the uses apart that one parent makes.
+#[derive(PartialEq, Eq, Hash)]
+enum Key<'a> {
+    Node(&'a str, &'static str),
+    User(u64),
+}
+
+fn key(edge: &Edge) -> Key<'_> {
+    match &edge.parent {
+        Parent::Node(name) => Key::Node(name, edge.label),
+        Parent::User { id, .. } => Key::User(*id),
+    }
+}
+
 fn moves(state: &State, after: &[Edge]) -> Vec<Move> {
-    let same = |a: &Edge, b: &Edge| a.parent == b.parent && a.label == b.label;
+    let new: HashMap<_, _> = after.iter().map(|edge| (key(edge), edge)).collect();
     let mut moves: Vec<Move> = Vec::new();
     for old in &state.edges {
-        let new = after.iter().find(|new| same(old, new));
+        let new = new.get(&key(old));
         if new.is_some_and(|new| new.child == old.child) {
             continue;
         }
@@ -189,7 +204,8 @@ fn moves(state: &State, after: &[Edge]) -> Vec<Move> {
             to: new.map(|new| new.child.clone()),
         });
     }
-    for new in after.iter().filter(|new| !state.edges.iter().any(|old| same(old, new))) {
+    let old: HashSet<_> = state.edges.iter().map(key).collect();
+    for new in after.iter().filter(|new| !old.contains(&key(new))) {
         let (parent, role) = (new.parent.clone(), new.role);
         moves.push(Move { parent, role, from: None, to: Some(new.child.clone()) });
     }
@@ -235,10 +251,9 @@ fn prepare(state: &State, moves: &[Move]) -> Result<(Gates, Vec<Set>)> {
             Parent::User { .. } => moved.from.as_deref(),
         })
         .collect();
-    let concerned =
-        |node: &Arc<Node>| held.iter().any(|below| reaches(&state.edges, node.name(), below));
+    let concerned = that_reach(&state.edges, held);
     let top_down = state.top_down();
-    let closed = top_down.iter().filter(|node| concerned(node));
+    let closed = top_down.iter().filter(|node| concerned.contains(node.name()));
     let gates = closed.map(|node| (node.name().to_owned(), node.close_gate())).collect();
     let sets = moves.iter().filter_map(|moved| set(state, moved).transpose());
     Ok((gates, sets.collect::<Result<_>>()?))
@@ -293,26 +308,4 @@ impl Set {
             }
         }
     }
-}
-
-/// Requests go down chains by recursion.
-fn check_chains(edges: &[Edge]) -> Result<()> {
-    let below = |name: &str| {
-        let backing = |edge: &&Edge| {
-            edge.role == Role::Backing && matches!(&edge.parent, Parent::Node(n) if n == name)
-        };
-        edges.iter().find(backing).map(|edge| edge.child.as_str())
-    };
-    for edge in edges.iter().filter(|edge| edge.role == Role::Backing) {
-        let (mut length, mut at) = (2, edge.child.as_str());
-        while let Some(next) = below(at) {
-            (length, at) = (length + 1, next);
-            if length > MAX_CHAIN {
-                return Err(Error::NotSupported(format!(
-                    "Backing chain would be longer than {MAX_CHAIN} images at node '{at}'"
-                )));
-            }
-        }
-    }
-    Ok(())
 }

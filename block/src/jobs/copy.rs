@@ -72,7 +72,7 @@ impl Copier {
     ) -> std::result::Result<(Range<u64>, Kind), Failed> {
         let ask = |format: &dyn Format| format.block_status(range.start, range.end - range.start);
         let list = match way {
-            Way::Through => ask(&*self.source.access()),
+            Way::Through => ask(self.source.access().format()),
             Way::Held => ask(&*self.source.format()),
         };
         let list = list.map_err(at(Side::Source))?;
@@ -139,7 +139,7 @@ impl Copier {
         while start < range.end {
             let ask = |format: &dyn Format| format.block_status(start, range.end - start);
             let list = match way {
-                Way::Through => ask(&*self.target.access()),
+                Way::Through => ask(self.target.access().format()),
                 Way::Held => ask(&*self.target.format()),
             }?;
             let before = start;

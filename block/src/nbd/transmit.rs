@@ -281,13 +281,13 @@ impl Transmission {
     }
 
     fn block_status(&mut self, to: To, offset: u64, len: u64, one: bool) {
-        let format = self.access();
+        let entered = self.access();
         let mut lists = Vec::with_capacity(self.contexts.len());
         for id in &self.contexts {
             let Some(context) = self.export.context(*id) else {
                 continue;
             };
-            match extents::describe(&**format, &context, offset, len, one) {
+            match extents::describe(entered.access().format(), &context, offset, len, one) {
                 Ok(list) => lists.push((*id, list)),
                 Err(e) => {
                     let error = errno_of(&e);
@@ -296,7 +296,7 @@ impl Transmission {
                 }
             }
         }
-        drop(format);
+        drop(entered);
         let last = lists.len().saturating_sub(1);
         for (n, (id, list)) in lists.into_iter().enumerate() {
             self.outbox.small(|out| to.status(out, n == last, id, &list));

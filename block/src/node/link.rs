@@ -1,7 +1,6 @@
 //! What a user of a node holds: the node as it is now, whichever that is.
 
 use std::fmt::{self, Debug, Formatter};
-use std::ops::Deref;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::{Access, Change, Node};
@@ -88,18 +87,15 @@ impl Debug for Entered {
     }
 }
 
-impl Deref for Entered {
-    type Target = Access;
-
-    fn deref(&self) -> &Access {
-        &self.access
-    }
-}
-
 impl Entered {
     /// The node.
     pub fn node(&self) -> &Arc<Node> {
         &self.node
+    }
+
+    /// What the request may do there.
+    pub fn access(&self) -> &Access {
+        &self.access
     }
 }
 
@@ -110,7 +106,7 @@ impl Link {
     /// # Errors
     /// As [`Node::read`].
     pub fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
-        self.enter().read(offset, bufs)
+        self.enter().access.read(offset, bufs)
     }
 
     /// As [`Node::write`]; with `fua` it is durable afterwards.
@@ -142,7 +138,7 @@ impl Link {
     /// # Errors
     /// As [`Node::flush`].
     pub fn flush(&self) -> Result<()> {
-        self.enter().flush()
+        self.enter().access.flush()
     }
 
     fn change(&self, change: &Change<'_>, fua: bool) -> Result<()> {

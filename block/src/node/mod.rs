@@ -1,7 +1,6 @@
 //! Named images.
 
 use std::fmt::{self, Debug, Formatter};
-use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -10,16 +9,19 @@ use crate::format::Format;
 use crate::graph::{DetectZeroes, Flags, NodeOptions};
 use crate::iobuf;
 use crate::qcow2::Qcow2;
+use crate::stack::deep;
 use crate::storage::{FileStorage, Storage};
 use crate::{Preallocation, Progress, ReadBuf, Result, SnapshotInfo, WriteBuf};
 
+mod access;
 mod gate;
 mod intercept;
 mod jobs;
 mod link;
 
+pub use access::Access;
+use gate::Gate;
 pub(crate) use gate::{Closed, Holding};
-use gate::{Gate, Passage};
 use intercept::Interception;
 pub use intercept::{Change, ChangeKind, Interceptor, Turn};
 pub use jobs::Occupied;
@@ -81,28 +83,6 @@ pub trait WriteObserver: Send + Sync {
     fn wrote(&self, offset: u64, len: u64);
 }
 
-/// The right to carry out one request: the image stays what it is until it is dropped.
-///
-/// For reads and for those who, like [`crate::Node`]'s own methods, call [`Node::note_write`].
-pub struct Access {
-    format: Arc<dyn Format>,
-    _passage: Passage,
-}
-
-impl Debug for Access {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Access").field("driver", &self.format.driver()).finish_non_exhaustive()
-    }
-}
-
-impl Deref for Access {
-    type Target = dyn Format;
-
-    fn deref(&self) -> &Self::Target {
-        &*self.format
-    }
-}
-
 impl Node {
     /// Names an open image.
     pub fn new(name: impl Into<String>, format: Arc<dyn Format>) -> Self {
@@ -143,13 +123,13 @@ impl Node {
     /// has to complete other requests of its own meanwhile calls [`Node::try_access`] instead.
     pub fn access(&self) -> Access {
         let passage = self.gate.enter();
-        Access { format: self.format(), _passage: passage }
+        Access::new(self.format(), passage)
     }
 
     /// As [`Node::access`]; `None` while the image is being replaced.
     pub fn try_access(&self) -> Option<Access> {
         let passage = self.gate.try_enter()?;
-        Some(Access { format: self.format(), _passage: passage })
+        Some(Access::new(self.format(), passage))
     }
 
     /// Size of the guest's disk in bytes.
@@ -231,14 +211,15 @@ impl Node {
     /// Makes a change, after the interceptors.
     fn make(&self, access: &Access, change: &Change<'_>) -> Result<()> {
         let Change { offset, len, kind } = *change;
+        let image = access.format();
         let result = match kind {
             ChangeKind::Write(bufs) => match self.zeroes_to_detect(bufs) {
-                Some(unmap) => access.write_zeroes(offset, len, unmap),
-                None => access.write(offset, bufs),
+                Some(unmap) => image.write_zeroes(offset, len, unmap),
+                None => image.write(offset, bufs),
             },
-            ChangeKind::Compressed(bufs) => access.write_compressed(offset, bufs),
-            ChangeKind::Zeroes { unmap } => access.write_zeroes(offset, len, unmap),
-            ChangeKind::Discard => access.discard(offset, len),
+            ChangeKind::Compressed(bufs) => image.write_compressed(offset, bufs),
+            ChangeKind::Zeroes { unmap } => image.write_zeroes(offset, len, unmap),
+            ChangeKind::Discard => image.discard(offset, len),
         };
         self.note_write(offset, len);
         result
@@ -450,6 +431,17 @@ impl Node {
 
     pub(crate) fn qcow2(&self) -> Option<Arc<Qcow2>> {
         self.details().qcow2.clone()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let live = self.live.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(details) = Arc::get_mut(&mut live.details) {
+            let below = (details.file.take(), details.backing.take());
+            // They may be the last handles of the images below, and so on.
+            deep(|| drop(below));
+        }
     }
 }
 

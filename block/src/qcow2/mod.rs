@@ -33,6 +33,7 @@ use crate::queue::Located;
 use crate::snapshot::{
     DiskRead, NewSnapshot, SnapshotChange, SnapshotCreate, SnapshotInfo, SnapshotSizes, VmStateRead,
 };
+use crate::stack::deep;
 use crate::status::StatusExtent;
 use crate::storage::Storage;
 use crate::{Error, Preallocation, Progress, ReadBuf, Result, WriteBuf};
@@ -271,6 +272,16 @@ impl Qcow2 {
 
 impl Drop for Qcow2 {
     fn drop(&mut self) {
+        self.end();
+        let below = self.backing.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        // It may be the last handle of the image below, and so on.
+        deep(|| drop(below));
+    }
+}
+
+impl Qcow2 {
+    /// Writes what is still only in memory.
+    fn end(&mut self) {
         let meta = self.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
         if meta.writable
             && meta.is_dirty()

@@ -9,6 +9,7 @@ pub mod memory;
 pub(crate) mod sys;
 
 pub use file::{Aio, FileOptions, FileStorage, Locking};
+pub use sys::raise_descriptor_limit;
 pub(crate) use sys::{ofd_lock_held, ofd_lock_shared};
 
 /// A growable array of bytes with durable writes. Offsets and lengths are host bytes.

@@ -53,7 +53,7 @@ fn put(user: &Attachment, offset: u64, bytes: &[u8]) {
 
 fn get(user: &Attachment, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xee; len];
-    user.link().enter().read(offset, &[ReadBuf::new(&mut bytes)]).unwrap();
+    user.link().read(offset, &[ReadBuf::new(&mut bytes)]).unwrap();
     bytes
 }
 

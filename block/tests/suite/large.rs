@@ -1,14 +1,16 @@
 //! Sizes and numbers at the far end: 10 TiB of disk, hundreds of snapshots, long backing chains.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use block::jobs::{Control, Operation, Stream, StreamOptions};
 use block::qcow2::check::{self, Options as CheckOptions};
 use block::qcow2::create::{CreateOptions, create};
 use block::qcow2::{Probe, Qcow2};
 use block::storage::memory::MemoryStorage;
 use block::storage::{FileOptions, FileStorage, Storage};
-use block::{Format, Graph, Progress};
+use block::{Format, Graph, Node, Progress, ReadBuf, User, WriteBuf};
+use serde_json::json;
 
 use crate::common::{
     self, Random, check as qemu_check, delete, have_qemu_img, load, path, qemu_img, qemu_io, read,
@@ -147,61 +149,167 @@ fn hundreds_of_snapshots_are_listed_as_by_qemu_and_deleted_in_any_order() {
     assert!(read(&format, place(last), 4096) == [byte(last); 4096]);
 }
 
-/// The longest chain, a cluster of which each image has: opened, read through, told of and taken
-/// apart with half of the stack that threads have.
-#[test]
-fn a_backing_chain_of_200_images_is_opened_read_and_removed_and_one_more_is_refused() {
-    if have_qemu_img("long chain") {
-        let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(long_chain);
-        thread.unwrap().join().unwrap();
-    }
-}
+const CLUSTER: u64 = 65536;
+const SIZE: u64 = 128 << 20;
 
-fn long_chain() {
-    const IMAGES: usize = 200;
-    const SIZE: u64 = 64 << 20;
-    let dir = tempfile::tempdir().unwrap();
-    let at = |n: usize| dir.path().join(format!("{n}.qcow2"));
-    for n in 0..=IMAGES {
+/// An image at each place of a chain, the lowest first, each with a cluster that only it has.
+fn chain(dir: &Path, images: usize) -> Vec<PathBuf> {
+    let at = |n: usize| dir.join(format!("{n}.qcow2"));
+    for n in 0..images {
         let options = CreateOptions {
             size: SIZE,
-            cluster_size: Some(65536),
+            cluster_size: Some(CLUSTER),
             backing_file: (n > 0).then(|| format!("{}.qcow2", n - 1)),
             backing_fmt: (n > 0).then(|| "qcow2".to_owned()),
             ..CreateOptions::default()
         };
-        std::fs::write(at(n), []).unwrap();
-        let storage: Arc<dyn Storage> =
-            Arc::new(FileStorage::open(at(n), FileOptions::default()).unwrap());
-        create(&*storage, None, &options, &Progress::default()).unwrap();
-        let format = Qcow2::open(Probe::new(storage).unwrap(), None, false).unwrap();
-        write(&format, n as u64 * 65536, &[byte(n); 65536]);
+        let storage = MemoryStorage::new(Vec::new());
+        create(&storage, None, &options, &Progress::default()).unwrap();
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        let format = Qcow2::open(Probe::new(storage.clone()).unwrap(), None, false).unwrap();
+        write(&format, n as u64 * CLUSTER, &[byte(n); CLUSTER as usize]);
+        drop(format);
+        let mut bytes = vec![0; storage.len().unwrap() as usize];
+        storage.read_at(0, &[ReadBuf::new(&mut bytes)]).unwrap();
+        std::fs::write(at(n), bytes).unwrap();
     }
+    (0..images).map(at).collect()
+}
+
+fn add_top(graph: &Graph, image: &Path) -> block::Result<Arc<Node>> {
+    let top = path(image);
+    graph.add_text(&format!("driver=qcow2,node-name=d,file.driver=file,file.filename={top}"))
+}
+
+/// What the disk of a chain reads as.
+fn contents(images: usize) -> Vec<u8> {
+    let mut bytes = vec![0; SIZE as usize];
+    for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).take(images).enumerate() {
+        cluster.fill(byte(n));
+    }
+    bytes
+}
+
+/// Runs with a quarter of the stack that threads have.
+fn with_little_stack(test: fn()) {
+    std::thread::Builder::new().stack_size(512 << 10).spawn(test).unwrap().join().unwrap();
+}
+
+/// Opened, read through, written to, told of, streamed and taken apart.
+#[test]
+fn a_backing_chain_of_1000_images_is_one_disk() {
+    if have_qemu_img("long chain") {
+        with_little_stack(long_chain);
+    }
+}
+
+fn long_chain() {
+    const IMAGES: usize = 1000;
+    block::storage::raise_descriptor_limit().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let images = chain(dir.path(), IMAGES);
+    let (top, below) = (&images[IMAGES - 1], &images[IMAGES - 2]);
     let graph = Graph::new();
-    let add = |n: usize| {
-        let top = path(&at(n));
-        graph.add_text(&format!("driver=qcow2,node-name=d,file.driver=file,file.filename={top}"))
-    };
-    let error = add(IMAGES).unwrap_err().to_string();
-    assert!(error.contains("longer than 200 images"), "{error}");
-    let top = at(IMAGES - 1);
-    let node = add(IMAGES - 1).unwrap();
-    assert_eq!(node.info(true).unwrap().backing_file.unwrap(), path(&at(IMAGES - 2)));
-    assert_eq!(node.info(false).unwrap().backing_file_depth, IMAGES as u64 - 1);
-    for n in [0, 1, IMAGES / 2, IMAGES - 2, IMAGES - 1] {
-        let bytes = common::read(&*node.format(), n as u64 * 65536, 65536);
-        assert!(bytes == [byte(n); 65536], "of image {n}");
-    }
-    // What no image has, and a write that copies from the lowest one.
-    assert!(common::read(&*node.format(), SIZE - 512, 512) == [0; 512]);
-    write(&*node.format(), 512, &[0xee; 512]);
-    let first = common::read(&*node.format(), 0, 1536);
-    assert!(first == [[1; 512], [0xee; 512], [1; 512]].concat());
+    let node = add_top(&graph, top).unwrap();
+    assert_eq!(graph.list().len(), 2 * IMAGES);
+    assert_eq!(node.info(true).unwrap().backing_file.unwrap(), path(below));
+    let info = node.info(false).unwrap();
+    assert_eq!(info.backing_file_depth, IMAGES as u64 - 1);
+    let images_told = std::iter::successors(Some(&info.image), |i| i.backing_image.as_deref());
+    assert_eq!(images_told.count(), 201);
+
+    let mut expected = contents(IMAGES);
+    assert!(common::read_all(&*node.format()) == expected);
+    // A write that copies from the lowest image.
+    node.write(512, &[WriteBuf::new(&[0xee; 512])]).unwrap();
+    expected[512..1024].fill(0xee);
     let status = node.format().block_status(0, SIZE).unwrap();
-    assert_eq!(status.iter().map(|extent| extent.len).sum::<u64>(), SIZE);
+    let depths: Vec<_> = status.iter().map(|extent| (extent.len, extent.depth)).collect();
+    assert_eq!(depths[..3], [(CLUSTER, 1), (CLUSTER, 999), (CLUSTER, 998)]);
+    assert_eq!(depths.len(), IMAGES + 1);
+
+    // A node above all of them while requests come, and a base that takes writes and refuses them.
+    let overlay = common::create(dir.path(), "over.qcow2", "128M", "");
+    graph
+        .add(&json!({"driver": "qcow2", "node-name": "o", "backing": null,
+            "file": {"driver": "file", "filename": path(&overlay)}}))
+        .unwrap();
+    let user = graph.attach("d", User::device("vda", true, false)).unwrap();
+    graph.append("d", "o").unwrap();
+    user.link().write(0, &[WriteBuf::new(&[0xdd; 512])], false).unwrap();
+    assert!(common::read(&*node.format(), 0, 512) == [1; 512]);
+    graph.replace("o", "d").unwrap();
+    assert_eq!(user.node().name(), "d");
+    drop(user);
+    graph.remove("o").unwrap();
+    let lowest = graph.list()[0].name().to_owned();
+    graph.set_read_only(&lowest, true).unwrap();
+
+    // All of it goes into the top, and the images below are closed.
+    let options = StreamOptions { device: "d".to_owned(), ..StreamOptions::default() };
+    let mut stream = Stream::new(&graph, &options).unwrap();
+    stream.run(&Control::default()).unwrap();
+    stream.commit().unwrap();
+    drop(stream);
+    assert_eq!(graph.list().len(), 2);
+    assert!(common::read_all(&*node.format()) == expected);
     graph.remove("d").unwrap();
     drop(node);
+    qemu_check(top);
+    assert!(common::qemu_contents(dir.path(), top, None) == expected);
+}
+
+#[test]
+fn a_long_chain_that_comes_back_to_itself_is_refused() {
+    const IMAGES: usize = 300;
+    if !have_qemu_img("long loop") {
+        return;
+    }
+    block::storage::raise_descriptor_limit().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let images = chain(dir.path(), IMAGES);
+    let graph = Graph::new();
+    for (bottom, to) in [(0, IMAGES - 1), (0, IMAGES / 2), (IMAGES / 2, IMAGES / 2)] {
+        qemu_img(&[
+            "rebase",
+            "-u",
+            "-F",
+            "qcow2",
+            "-b",
+            &path(&images[to]),
+            &path(&images[bottom]),
+        ]);
+        let error = add_top(&graph, &images[IMAGES - 1]).unwrap_err().to_string();
+        assert!(error.contains(&path(&images[to])) && error.ends_with("infinite loop."), "{error}");
+        assert!(graph.list().is_empty());
+    }
+    // By another name of the same file, and without the name of a format.
+    let link = dir.path().join("link.qcow2");
+    std::os::unix::fs::symlink(&images[IMAGES - 1], &link).unwrap();
+    qemu_img(&["rebase", "-u", "-F", "qcow2", "-b", &path(&link), &path(&images[IMAGES / 2])]);
+    let error = add_top(&graph, &images[IMAGES - 1]).unwrap_err().to_string();
+    assert!(error.ends_with("infinite loop."), "{error}");
     assert!(graph.list().is_empty());
-    qemu_check(&top);
-    qemu_io(&top, &["read -P 1 0 512", "read -P 0xee 512 512", "read -P 1 1024 512"]);
+}
+
+/// Nodes with names of their own, from the lowest up: whoever has the last handle of the uppermost
+/// ends them all.
+#[test]
+fn a_long_chain_of_named_nodes_is_dropped_as_a_whole() {
+    with_little_stack(|| {
+        const IMAGES: usize = 400;
+        block::storage::raise_descriptor_limit().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let graph = Graph::new();
+        for (n, image) in chain(dir.path(), IMAGES).iter().enumerate() {
+            let below = n.checked_sub(1).map(|below| format!("n{below}"));
+            graph
+                .add(&json!({"driver": "qcow2", "node-name": format!("n{n}"), "backing": below,
+                    "read-only": true, "file": {"driver": "file", "filename": path(image)}}))
+                .unwrap();
+        }
+        let top = graph.get(&format!("n{}", IMAGES - 1)).unwrap();
+        drop(graph);
+        assert!(common::read_all(&*top.format()) == contents(IMAGES));
+    });
 }

@@ -13,9 +13,6 @@ use super::text::size;
 use super::{Access, Error, Result, of, open, say, say_json};
 use crate::cli::image::{InfoArgs, Output};
 
-/// Most images of a chain, as for opening one.
-const MAX_CHAIN: usize = 200;
-
 pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     let mut chain = Vec::new();
     let mut seen = HashSet::new();
@@ -26,11 +23,6 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
         {
             let file = file.display();
             return Err(Error::Usage(format!("Backing file '{file}' creates an infinite loop.")));
-        }
-        if chain.len() == MAX_CHAIN {
-            return Err(Error::Usage(format!(
-                "the backing chain is longer than {MAX_CHAIN} images"
-            )));
         }
         let one = inspect(&file, format.as_deref(), args.force_share)?;
         if args.backing_chain {

@@ -29,8 +29,8 @@ impl Transmission {
             return self.read_part(to, offset, u64::from(len), None);
         }
         // An error shows again, at the right place, when the data is read.
-        let access = self.export.link().try_enter();
-        let status = access.map(|format| format.block_status(offset, u64::from(len)));
+        let entered = self.export.link().try_enter();
+        let status = entered.map(|e| e.access().block_status(offset, u64::from(len)));
         let status = status.and_then(Result::ok).unwrap_or_default();
         let parts = chunks(offset, u64::from(len), &status);
         if let [part] = parts[..]

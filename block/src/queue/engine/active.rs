@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::super::located::Located;
 use super::super::{Completion, Op, Request};
 use crate::Result;
-use crate::node::{Access, Entered};
+use crate::format::Format;
+use crate::node::Entered;
 
 /// A located request.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ impl Active {
             return true;
         }
         let written = self.result.is_ok();
-        match self.access.finish_write(&mut self.located, written, wait) {
+        match self.access.access().format().finish_write(&mut self.located, written, wait) {
             Some(result) => {
                 self.located.targets.clear();
                 if written {
@@ -50,14 +51,14 @@ impl Active {
 }
 
 /// Where a request is, if that can be told at once.
-pub(super) fn locate(access: &Access, request: &Request, located: &mut Located) -> bool {
+pub(super) fn locate(image: &dyn Format, request: &Request, located: &mut Located) -> bool {
     let len = request.bufs.len();
     if len == 0 {
         return false;
     }
     match request.op {
-        Op::Read { offset } => access.locate_read(offset, len, located),
-        Op::Write { offset, .. } => access.locate_write(offset, len, located),
+        Op::Read { offset } => image.locate_read(offset, len, located),
+        Op::Write { offset, .. } => image.locate_write(offset, len, located),
         _ => false,
     }
 }

@@ -46,13 +46,15 @@ impl Engine {
             // The thread's write finds out again, and may wait for what others do before it.
             return self.give_to_thread(Work::Request(request));
         }
+        // Its changes are told when they complete: `Active::note`.
+        let image = access.access().format();
         let mut located = self.spare_located.pop().unwrap_or_default();
-        let mut found = locate(access, &request, &mut located);
+        let mut found = locate(image, &request, &mut located);
         if !found && located.conflict && self.run.is_some() {
             // Perhaps with what is being joined.
             self.flush_run();
             located.clear();
-            found = locate(access, &request, &mut located);
+            found = locate(image, &request, &mut located);
         }
         if found {
             self.transfer(request, located, access);

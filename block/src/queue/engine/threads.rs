@@ -75,7 +75,8 @@ impl Engine {
         let hand_over = self.hand_over.clone();
         TRANSFERS.run(Box::new(move || {
             // The image is the same for all: it is not replaced while one of them has its access.
-            let result = caught(|| waiting.first().map_or(Ok(()), |first| first.access.flush()));
+            let result =
+                caught(|| waiting.first().map_or(Ok(()), |first| first.access.access().flush()));
             let results = each(result, waiting.len());
             let ended = waiting.into_iter().zip(results);
             let ended = ended.map(|(active, result)| active.complete(result)).collect();

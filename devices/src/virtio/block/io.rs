@@ -257,7 +257,7 @@ impl QueueHandler for BlockHandler {
         if self.link.node().read_only() {
             return Ok(());
         }
-        self.link.enter().flush()
+        self.link.flush()
     }
 }
 
