@@ -57,8 +57,8 @@ pub(crate) fn check_capable(nodes: &[Arc<Node>]) -> Result<(), NodesError> {
     }
     no_repeats(nodes)?;
     for node in nodes {
-        // QEMU says the same of read-only nodes, and clients look for these words.
-        if node.read_only() || !node.format().supports_snapshots() {
+        // QEMU says the same of read-only and inactive nodes, and clients look for these words.
+        if node.read_only() || node.is_inactive() || !node.format().supports_snapshots() {
             return Err(NodesError::NoSnapshots(node.name().to_owned()));
         }
     }

@@ -15,6 +15,8 @@ use tardigrade_tests::require;
 const DELIBERATE: &[(&str, &str)] = &[
     ("blockdev-create.options<qcow2>.encrypt", "is refused, whatever it says"),
     ("blockdev-create.options<qcow2>.backing-fmt", "is only written down"),
+    ("migrate.channels[].addr<socket>.path", "QEMU's is a union here, of which there is one kind"),
+    ("migrate-incoming.channels[].addr<socket>.path", "as of migrate"),
 ];
 
 struct Schema {

@@ -14,6 +14,7 @@ pub mod image;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod restore;
 pub mod run;
 pub mod terminal;

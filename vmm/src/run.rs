@@ -91,9 +91,9 @@ pub fn run(args: &MachineArgs) -> Result<(), Error> {
 
 fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> Result<(), Error> {
     let mut start = Start::new(options, guest)?;
-    let graph = open_nodes(options)?;
+    let graph = open_nodes(options, guest.incoming.is_some())?;
     match &mut start {
-        Start::Boot(_) | Start::Load { .. } => {}
+        Start::Boot(_) | Start::Load { .. } | Start::Wait(_) => {}
         Start::Restore { plan, text, .. } => {
             open_recorded(&graph, &plan.blockdevs, "restore", text)?;
         }
@@ -122,14 +122,18 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
         server,
         requests,
         no_reboot: guest.no_reboot,
+        incoming: guest.incoming.clone(),
+        start: !guest.start_paused,
     })?;
-    Ok(controller.run(!guest.start_paused)?)
+    Ok(controller.run()?)
 }
 
 /// How the machine begins.
 enum Start<'a> {
     /// With a kernel.
     Boot(&'a MachineSpec),
+    /// With what comes from elsewhere.
+    Wait(&'a MachineSpec),
     /// From a checkpoint of a machine as the command line tells it.
     Load { machine: &'a MachineSpec, tag: &'a str },
     /// From a checkpoint of a machine as the checkpoint tells it.
@@ -154,13 +158,14 @@ impl<'a> Start<'a> {
                 Self::Restore { plan: Box::new(plan), tag: &spec.tag, text: &guest.restore_text }
             }
             (None, Some(tag)) => Self::Load { machine, tag },
+            (None, None) if guest.incoming.is_some() => Self::Wait(machine),
             (None, None) => Self::Boot(machine),
         })
     }
 
     fn machine(&self) -> &MachineSpec {
         match self {
-            Self::Boot(machine) | Self::Load { machine, .. } => machine,
+            Self::Boot(machine) | Self::Wait(machine) | Self::Load { machine, .. } => machine,
             Self::Restore { plan, .. } => &plan.machine,
             Self::Fork { fork, .. } => &fork.machine,
         }
@@ -185,7 +190,7 @@ fn open_recorded(
 }
 
 fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
-    let graph = open_nodes(options)?;
+    let graph = open_nodes(options, false)?;
     let (blocks, server, requests) = start_services(options, args, graph, daemon::WITHOUT)?;
     Ok(Daemon::new(blocks, server, requests)?.run()?)
 }
@@ -237,6 +242,7 @@ fn make_machine(
     let (signals, events) = (guest_signals(mailbox), vcpu_events(mailbox));
     let make = || Machine::new(spec.clone(), graph, console, signals, &events);
     match start {
+        Start::Wait(_) => Ok((make()?, Lineage::default())),
         Start::Load { tag, .. } => {
             let mut machine = make()?;
             let target = writable_disks(&machine, tag)?;
@@ -275,8 +281,12 @@ fn make_machine(
     }
 }
 
-fn open_nodes(options: &Options) -> Result<Arc<Graph>, Error> {
+/// Opens the nodes; another process may still have the images of a machine that is to come.
+fn open_nodes(options: &Options, incoming: bool) -> Result<Arc<Graph>, Error> {
     let graph = Graph::new();
+    if incoming {
+        graph.open_inactive();
+    }
     for blockdev in &options.blockdevs {
         graph.add_text(blockdev).map_err(|error| cli::Error::new("blockdev", blockdev, error))?;
     }

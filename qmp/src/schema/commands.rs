@@ -8,6 +8,7 @@ use super::blockdev::*;
 use super::checkpoints::*;
 use super::graph::*;
 use super::macros::command_enum;
+use super::migration::*;
 use super::monitor::*;
 use super::transaction::*;
 use super::types::*;
@@ -100,6 +101,22 @@ command_enum! {
     /// Runs a line of the monitor for people, and returns its output; errors are told there, too.
     /// docs/monitor.md lists the lines.
     HumanMonitorCommand(HumanMonitorArguments) = "human-monitor-command" -> String;
+    /// Begins to send the machine to a file, a command or another process: docs/migration.md.
+    Migrate(MigrateArguments) = "migrate" -> ();
+    /// Makes this machine, which waits for it, what comes from there.
+    MigrateIncoming(MigrateIncomingArguments) = "migrate-incoming" -> ();
+    /// Ends a migration that is under way; nothing if none is.
+    MigrateCancel = "migrate_cancel" -> ();
+    /// How far the last migration is.
+    QueryMigrate = "query-migrate" -> MigrationInfo;
+    /// Says what is wanted of migrations.
+    MigrateSetCapabilities(MigrateSetCapabilitiesArguments) = "migrate-set-capabilities" -> ();
+    /// What is wanted of migrations.
+    QueryMigrateCapabilities = "query-migrate-capabilities" -> Vec<MigrationCapabilityStatus>;
+    /// Says what migrations may use, from now on.
+    MigrateSetParameters(MigrationParameters) = "migrate-set-parameters" -> ();
+    /// What migrations may use.
+    QueryMigrateParameters = "query-migrate-parameters" -> MigrationParameters;
     /// Starts a job that saves the machine and its disks as one checkpoint.
     SnapshotSave(SnapshotSaveArguments) = "snapshot-save" -> ();
     /// Starts a job that puts the machine and its disks back to a checkpoint.
@@ -171,6 +188,7 @@ pub const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
 pub(crate) const FLAT_UNIONS: &[(&str, &str, &str, &[&str])] = &[
     ("BlockExportOptions", "type", "nbd", &["name", "description", "bitmaps", "allocation-depth"]),
     ("BlockJobChangeArguments", "type", "mirror", &["copy-mode"]),
+    ("MigrationSocket", "type", "unix", &["path"]),
     ("BlockJobInfo", "type", "mirror", &["actively-synced"]),
 ];
 

@@ -1,6 +1,7 @@
 //! The events.
 
 use super::macros::event_enum;
+use super::migration::MigrationStatus;
 use super::types::{BlockErrorAction, IoOperationType, JobStatus, JobType, ShutdownCause};
 
 event_enum! {
@@ -28,6 +29,18 @@ event_enum! {
         /// Who asked for it.
         "reason" reason: ShutdownCause,
     } = "RESET";
+
+    /// A migration is further; with the capability `events`.
+    Migration {
+        /// How far.
+        "status" status: MigrationStatus,
+    } = "MIGRATION";
+
+    /// What the guest has written was asked for, to be sent; with the capability `events`.
+    MigrationPass {
+        /// How often it was.
+        "pass" pass: i64,
+    } = "MIGRATION_PASS";
 
     /// An export is gone, and its node is free.
     BlockExportDeleted {

@@ -105,6 +105,10 @@ pub struct MachineArgs {
     /// Revive this checkpoint instead of booting
     #[arg(long, value_name = "TAG")]
     pub loadvm: Option<String>,
+    /// Wait for a machine that is migrated here: file:PATH[,offset=BYTES], exec:COMMAND, unix:PATH, or
+    /// defer, which leaves it to QMP's migrate-incoming
+    #[arg(long, value_name = "ADDRESS")]
+    pub incoming: Option<String>,
     /// When --loadvm reads RAM: lazy, as the guest needs it and in the background, or eager, before
     /// the guest runs [default: lazy]
     #[arg(long, value_name = "MODE")]

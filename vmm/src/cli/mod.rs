@@ -9,8 +9,10 @@ pub use args::{Cli, MachineArgs, Subcommand};
 
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
+use crate::control::migration::Incoming;
 use crate::fork::ForkSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
+use crate::migration::address::Address;
 use crate::restore::RestoreSpec;
 use qmp::schema::LoadMode;
 use values::{MachineType, QmpSpec};
@@ -76,6 +78,8 @@ pub struct GuestOptions {
     pub fork: Option<ForkSpec>,
     /// The same as the user wrote it.
     pub fork_text: String,
+    /// `--incoming`: where the machine comes from.
+    pub incoming: Option<Incoming>,
     /// `--no-reboot`: a reset of the guest ends the machine.
     pub no_reboot: bool,
 }
@@ -165,8 +169,26 @@ fn guest_options(
         },
         fork_text: args.fork.clone().unwrap_or_default(),
         restore_text: args.restore.clone().unwrap_or_default(),
+        incoming: incoming(args)?,
         no_reboot: args.no_reboot,
     })
+}
+
+fn incoming(args: &MachineArgs) -> Result<Option<Incoming>, Error> {
+    let Some(text) = args.incoming.as_deref() else { return Ok(None) };
+    let others = [("loadvm", &args.loadvm), ("restore", &args.restore), ("fork", &args.fork)];
+    for (option, value) in others {
+        if value.is_some() {
+            return Err(Error::new("incoming", text, format!("cannot go with --{option}")));
+        }
+    }
+    match text {
+        "defer" => Ok(Some(Incoming::Defer)),
+        text => match Address::parse(text) {
+            Ok(address) => Ok(Some(Incoming::From(address))),
+            Err(reason) => Err(Error::new("incoming", text, reason)),
+        },
+    }
 }
 
 fn load_mode(args: &MachineArgs) -> Result<LoadMode, Error> {
@@ -228,6 +250,7 @@ fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
         ("S", flag(args.start_paused)),
         ("loadvm", args.loadvm.clone()),
         ("load-mode", args.load_mode.clone()),
+        ("incoming", args.incoming.clone()),
         ("restore", args.restore.clone()),
         ("fork", args.fork.clone()),
         ("no-reboot", flag(args.no_reboot)),
@@ -248,6 +271,7 @@ fn machine_spec(
     dirty_tracking: bool,
 ) -> Result<MachineSpec, Error> {
     let revived = args.loadvm.is_some() || args.restore.is_some() || args.fork.is_some();
+    let revived = revived || args.incoming.is_some();
     if args.kernel.is_none() && !revived {
         return Err(Error::new(
             "kernel",

@@ -76,6 +76,23 @@ impl Controller {
                 self.shutdown(false, ShutdownCause::HostQmpQuit);
                 done()
             }
+            Command::Migrate(arguments) => self.migrate(&arguments).and_then(|()| done()),
+            Command::MigrateIncoming(arguments) => {
+                self.migrate_incoming(&arguments).and_then(|()| done())
+            }
+            Command::MigrateCancel => {
+                self.migrate_cancel();
+                done()
+            }
+            Command::QueryMigrate => value(&self.migration_info()),
+            Command::MigrateSetCapabilities(arguments) => {
+                self.set_capabilities(&arguments.capabilities).and_then(|()| done())
+            }
+            Command::QueryMigrateCapabilities => value(&self.capabilities()),
+            Command::MigrateSetParameters(arguments) => {
+                self.set_parameters(&arguments).and_then(|()| done())
+            }
+            Command::QueryMigrateParameters => value(&self.parameters()),
             Command::SnapshotSave(arguments) => {
                 let about = about(arguments.description.as_deref(), arguments.labels.as_deref())?;
                 let target = Target {

@@ -36,6 +36,14 @@ pub const WITHOUT: &[&str] = &[
     "snapshot-save",
     "snapshot-load",
     "snapshot-delete",
+    "migrate",
+    "migrate-incoming",
+    "migrate_cancel",
+    "query-migrate",
+    "migrate-set-capabilities",
+    "query-migrate-capabilities",
+    "migrate-set-parameters",
+    "query-migrate-parameters",
 ];
 
 /// The main thread's state.

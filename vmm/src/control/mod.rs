@@ -10,6 +10,7 @@ mod block_stats;
 mod commands;
 pub mod daemon;
 pub mod mailbox;
+pub mod migration;
 pub(crate) mod monitor;
 mod pauses;
 mod rewind;
@@ -57,6 +58,9 @@ pub enum Error {
     /// The terminal on the serial port refuses.
     #[error("cannot use the terminal: {0}")]
     Terminal(std::io::Error),
+    /// The machine that was to come did not.
+    #[error("load of migration failed: {0}")]
+    Incoming(String),
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] machine::Error),
@@ -86,6 +90,10 @@ pub struct Parts {
     pub requests: qmp::Requests,
     /// A reset of the guest ends the machine.
     pub no_reboot: bool,
+    /// The machine is to be what comes from elsewhere.
+    pub incoming: Option<migration::Incoming>,
+    /// The guest is to run at once, or when it is there.
+    pub start: bool,
 }
 
 /// The main thread's state.
@@ -102,6 +110,7 @@ pub struct Controller {
     /// Readable after a signal that ends the machine.
     signals: UnixStream,
     jobs: SnapshotJobs,
+    migration: migration::Migration,
     pauses: Pauses,
     /// What guests touched first after loads.
     orders: Arc<snapshot::Orders>,
@@ -117,8 +126,12 @@ pub struct Controller {
     /// A save still reads RAM: it may not be replaced.
     guarded: bool,
     no_reboot: bool,
+    /// The guest is to run at once.
+    start: bool,
     /// The machine is to end.
     ending: bool,
+    /// Why it ends, if that is an error.
+    failure: Option<Error>,
 }
 
 impl Controller {
@@ -152,17 +165,21 @@ impl Controller {
             hold: None,
             guarded: false,
             no_reboot: parts.no_reboot,
+            start: parts.start && parts.incoming.is_none(),
+            migration: migration::Migration::new(parts.incoming, parts.start),
             ending: false,
+            failure: None,
         })
     }
 
-    /// Runs the machine until it ends, then stops everything with the disks flushed. With `start`
-    /// the guest runs at once, without it it waits for `cont`.
+    /// Runs the machine until it ends, then stops everything with the disks flushed.
     ///
     /// # Errors
-    /// The event loop fails, or a disk cannot be flushed at the end.
-    pub fn run(mut self, start: bool) -> Result<(), Error> {
-        if start {
+    /// The event loop fails, the guest does not come from where it should, or a disk cannot be flushed at
+    /// the end.
+    pub fn run(mut self) -> Result<(), Error> {
+        self.begin_incoming()?;
+        if self.start {
             self.machine.resume()?;
             self.state = RunState::Running;
         }
@@ -186,7 +203,10 @@ impl Controller {
         let images = self.blocks.close();
         machine?;
         images?;
-        Ok(())
+        match self.failure {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
     }
 
     fn handle(&mut self, message: Message) {

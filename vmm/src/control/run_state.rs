@@ -18,6 +18,10 @@
 //! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
 //! when the job lets go. A vCPU that cannot go on leads to internal-error.
 //!
+//! A migration stops the guest in finish-migrate; when it is completed the state is postmigrate, from which
+//! `cont` leads back if the disks can be had. A machine that waits for one is in inmigrate, and goes on
+//! as the one that came.
+//!
 //! A reset replaces RAM, which a guarded save reads after it has let the guest go: whether the reset comes
 //! before that or after, the guest stands still until the save has read all, and is reset then.
 
@@ -39,7 +43,7 @@ pub(super) struct Hold {
     /// Whether the guest runs on afterwards.
     resume: bool,
     /// A reset was asked for meanwhile.
-    reset: Option<ShutdownCause>,
+    pub(super) reset: Option<ShutdownCause>,
     /// Since when it stands still, if it was saved while it ran.
     saved: Option<Instant>,
 }
@@ -53,7 +57,16 @@ impl Controller {
         }
         match self.state {
             RunState::Running => Ok(()),
-            RunState::PreLaunch | RunState::Paused | RunState::IoError => self.resume_guest(),
+            RunState::InMigrate => {
+                self.start_when_arrived(true);
+                Ok(())
+            }
+            RunState::PreLaunch | RunState::Paused | RunState::IoError | RunState::PostMigrate => {
+                // After a migration they may be another process's.
+                let taken = self.blocks.graph().activate();
+                taken.map_err(|error| qmp::Error::generic(error.to_string()))?;
+                self.resume_guest()
+            }
             RunState::RestoreVm => Err(qmp::Error::generic(
                 "The guest's memory was lost in a failed load: load a checkpoint or reset the \
                  machine first",
@@ -73,7 +86,18 @@ impl Controller {
                     hold.before = RunState::Paused;
                 }
             }
+            None if self.state == RunState::InMigrate => self.start_when_arrived(false),
             None => self.stop_in(RunState::Paused),
+        }
+    }
+
+    /// What the guest does, or is going to do when nobody holds it any more.
+    pub(super) fn doing(&self) -> RunState {
+        match &self.hold {
+            Some(hold) if hold.resume => RunState::Running,
+            Some(hold) if hold.before == RunState::Running => RunState::Paused,
+            Some(hold) => hold.before,
+            None => self.state,
         }
     }
 
@@ -96,7 +120,7 @@ impl Controller {
         self.emit(&Event::Stop);
     }
 
-    fn resume_guest(&mut self) -> Result<(), qmp::Error> {
+    pub(super) fn resume_guest(&mut self) -> Result<(), qmp::Error> {
         if let Err(error) = self.machine.resume() {
             error!("cannot resume the guest: {error}");
             self.state = RunState::InternalError;
@@ -178,6 +202,12 @@ impl Controller {
 
     /// `system_reset`
     pub(super) fn system_reset(&mut self) -> Result<(), qmp::Error> {
+        if self.state == RunState::InMigrate {
+            // There is no guest yet; the one that comes is not reset by it.
+            let reason = ShutdownCause::HostQmpSystemReset;
+            self.emit(&Event::Reset { guest: false, reason });
+            return Ok(());
+        }
         if self.machine.spec().kernel.is_none() {
             return Err(qmp::Error::generic(machine::Error::NoKernel.to_string()));
         }
@@ -292,7 +322,7 @@ impl Controller {
         self.reset_paused(guest, cause, running);
     }
 
-    fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
+    pub(super) fn reset_paused(&mut self, guest: bool, reason: ShutdownCause, run: bool) {
         let booted = machine::prepare_boot(self.machine.spec())
             .and_then(|prepared| self.machine.boot(prepared));
         self.inbox.guest_replaced();

@@ -46,7 +46,7 @@ pub(super) struct Current {
     pub(super) id: String,
     pub(super) handle: Handle,
     /// None for what the main thread does itself.
-    thread: Option<JoinHandle<()>>,
+    pub(super) thread: Option<JoinHandle<()>>,
 }
 
 /// What the job list and the main thread know of a job's work.
@@ -120,6 +120,11 @@ impl Handle {
         }
     }
 
+    /// Of work that is in no list.
+    pub(super) fn unlisted(list: JobList) -> Self {
+        Self::new(list, String::new(), None)
+    }
+
     /// Whoever is still to be answered.
     fn take_answer(&self) -> Option<qmp::Reply> {
         self.answer.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -180,6 +185,7 @@ fn report(result: Result<(), StateError>) {
 impl Controller {
     /// Adds a job, and starts it if no other works.
     pub(super) fn create_job(&mut self, id: String, task: Task) -> Result<(), qmp::Error> {
+        self.check_no_migration()?;
         let kind = match &task {
             Task::Save(..) => JobType::SnapshotSave,
             Task::Load(..) => JobType::SnapshotLoad,
@@ -223,6 +229,9 @@ impl Controller {
         about: About,
         reply: qmp::Reply,
     ) {
+        if let Err(error) = self.check_no_migration() {
+            return reply.send(Err(error));
+        }
         let given = arguments.actions.iter().find_map(|action| match action {
             TransactionAction::VmstateSave(arguments) => arguments.job_id.clone(),
             _ => None,
@@ -231,9 +240,8 @@ impl Controller {
             Some(id) => (id, false),
             None => (HIDDEN.to_owned(), true),
         };
-        if self.jobs.current.is_some() || !self.jobs.waiting.is_empty() {
-            let text = "A snapshot job is under way: wait for its end, or cancel it";
-            return reply.send(Err(qmp::Error::generic(text)));
+        if let Err(error) = self.check_no_snapshot_job() {
+            return reply.send(Err(error));
         }
         let handle = Handle::new(self.jobs.list.clone(), id.clone(), Some(reply));
         let auto = AutoFlags { finalize: true, dismiss: hidden };
@@ -257,7 +265,16 @@ impl Controller {
         }
     }
 
-    fn start_next_job(&mut self) {
+    /// For commands that cannot be done meanwhile.
+    pub(super) fn check_no_snapshot_job(&self) -> Result<(), qmp::Error> {
+        if self.jobs.current.is_some() || !self.jobs.waiting.is_empty() {
+            let text = "A snapshot job is under way: wait for its end, or cancel it";
+            return Err(qmp::Error::generic(text));
+        }
+        Ok(())
+    }
+
+    pub(super) fn start_next_job(&mut self) {
         while self.jobs.current.is_none() && !self.ending {
             let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
             if let Task::Load(target, mode) = &task
@@ -273,7 +290,24 @@ impl Controller {
 
     /// Starts the thread of a job.
     pub(super) fn start_job(&mut self, id: String, task: Task, handle: Handle) {
-        let context = WorkContext {
+        match work::start(task, self.work_context(&handle)) {
+            Ok(thread) => {
+                self.jobs.current = Some(Current { id, handle, thread: Some(thread) });
+            }
+            Err(error) => {
+                let text = format!("Cannot start the job's thread: {error}");
+                self.release_guest(false, false);
+                if let Some(reply) = handle.take_answer() {
+                    reply.send(Err(qmp::Error::generic(text.clone())));
+                }
+                self.conclude(&id, &handle, Err(WorkError::Failed(text)));
+            }
+        }
+    }
+
+    /// What a job's thread works with.
+    pub(super) fn work_context(&self, handle: &Handle) -> WorkContext {
+        WorkContext {
             blocks: Arc::clone(&self.blocks),
             graph: Arc::clone(self.blocks.graph()),
             memory: self.machine.memory().clone(),
@@ -286,19 +320,6 @@ impl Controller {
             progress: Arc::clone(&handle.progress),
             memory_lost: Arc::clone(&handle.memory_lost),
             mailbox: self.mailbox.clone(),
-        };
-        match work::start(task, context) {
-            Ok(thread) => {
-                self.jobs.current = Some(Current { id, handle, thread: Some(thread) });
-            }
-            Err(error) => {
-                let text = format!("Cannot start the job's thread: {error}");
-                self.release_guest(false, false);
-                if let Some(reply) = handle.take_answer() {
-                    reply.send(Err(qmp::Error::generic(text.clone())));
-                }
-                self.conclude(&id, &handle, Err(WorkError::Failed(text)));
-            }
         }
     }
 
@@ -344,6 +365,19 @@ impl Controller {
                 let _ = reply.send(restored);
             }
             WorkMessage::Run => self.release_guest(true, true),
+            WorkMessage::Migration(step) => self.migration_step(step),
+            WorkMessage::Doing { reply } => {
+                let _ = reply.send(Ok(self.doing()));
+            }
+            WorkMessage::LetGo { reply } => {
+                // RAM is whole: what a load had left in its image has been read.
+                self.rewind = None;
+                self.machine.forget_missing();
+                let _ = reply.send(Ok(()));
+            }
+            WorkMessage::Arrived { arrived, reply } => {
+                let _ = reply.send(self.arrived(&arrived));
+            }
             WorkMessage::Done(outcome) => self.job_done(outcome),
         }
     }
@@ -367,7 +401,11 @@ impl Controller {
             return Err(WorkError::Cancelled);
         }
         match purpose {
-            Freeze::Save => self.freeze_to_save(),
+            Freeze::Save => self.freeze_to_save(RunState::SaveVm),
+            Freeze::Migrate => {
+                self.migration_stops();
+                self.freeze_to_save(RunState::FinishMigrate)
+            }
             Freeze::Load(state) => self.freeze_to_load(state),
         }
     }
@@ -403,9 +441,9 @@ impl Controller {
         Ok(())
     }
 
-    fn freeze_to_save(&mut self) -> Result<Frozen, WorkError> {
+    fn freeze_to_save(&mut self, state: RunState) -> Result<Frozen, WorkError> {
         self.check_savable()?;
-        self.hold_guest(RunState::SaveVm)?;
+        self.hold_guest(state)?;
         let state = self.machine.capture()?;
         self.machine.note_written(Protect::Again)?;
         Ok(Frozen { state, pages: self.machine.tracker().take() })
@@ -447,6 +485,9 @@ impl Controller {
     }
 
     pub(super) fn job_done(&mut self, outcome: work::Outcome) {
+        if self.migrates() {
+            return self.migration_done(outcome);
+        }
         let lost = |current: &Current| current.handle.memory_lost.load(Ordering::Acquire);
         let memory_lost = self.jobs.current.as_ref().is_some_and(lost);
         if memory_lost && outcome.is_err() {
@@ -480,6 +521,7 @@ impl Controller {
     /// Cancels what can be cancelled and waits for the rest, so that no image is left half changed.
     pub(super) fn abandon_jobs(&mut self) {
         self.jobs.list.lock().close();
+        self.end_migration();
         while self.jobs.current.is_some() {
             match self.inbox.wait() {
                 Some(Message::Work(message)) => self.work_message(message),

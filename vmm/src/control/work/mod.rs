@@ -26,7 +26,9 @@
 //!
 //! A job that ends before `Freeze` has not touched the guest.
 
+pub mod incoming;
 mod load;
+pub mod migrate;
 mod save;
 mod transaction;
 
@@ -38,7 +40,7 @@ use std::thread::JoinHandle;
 use block::qcow2::Compression;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
-use qmp::schema::{LoadMode, TransactionArguments};
+use qmp::schema::{LoadMode, RunState, TransactionArguments};
 use snapshot::{About, Base, MachineConfig, Orders, PageSet, SaveReport};
 use tracing::info;
 
@@ -140,6 +142,8 @@ pub struct Tracked {
 pub enum Freeze {
     /// To save it.
     Save,
+    /// To send the last of it.
+    Migrate,
     /// To replace it by this state, which is checked before the guest is stopped.
     Load(Box<MachineState>),
 }
@@ -182,7 +186,7 @@ pub enum WorkMessage {
         /// What is needed to go back to it.
         rewind: Option<Box<Rewind>>,
     },
-    /// Stop the guest.
+    /// Stop the guest; a migration goes on with it elsewhere.
     Freeze {
         /// Why.
         purpose: Freeze,
@@ -198,6 +202,25 @@ pub enum WorkMessage {
     },
     /// The machine is that of the checkpoint: the guest may run.
     Run,
+    /// A migration is further.
+    Migration(migrate::Step),
+    /// Tell what the guest does where nobody holds it.
+    Doing {
+        /// Gets it.
+        reply: Sender<Result<RunState, WorkError>>,
+    },
+    /// Drop what keeps images open: others are about to take their places.
+    LetGo {
+        /// Told when it is done.
+        reply: Sender<Result<(), WorkError>>,
+    },
+    /// The machine that came is to go on here.
+    Arrived {
+        /// It.
+        arrived: Box<incoming::Arrived>,
+        /// Tells whether it worked.
+        reply: Sender<Result<(), WorkError>>,
+    },
     /// The job is over.
     Done(Outcome),
 }
@@ -235,8 +258,20 @@ pub struct WorkContext {
 /// # Errors
 /// The host has no thread to give.
 pub fn start(task: Task, context: WorkContext) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name("snapshot-job".to_owned()).spawn(move || {
-        let outcome = run(task, &context);
+    start_with("snapshot-job", context, move |context| run(task, context))
+}
+
+/// Starts a thread with this name and work. Its last message is [`WorkMessage::Done`].
+///
+/// # Errors
+/// The host has no thread to give.
+pub fn start_with(
+    name: &str,
+    context: WorkContext,
+    work: impl FnOnce(&WorkContext) -> Outcome + Send + 'static,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let outcome = work(&context);
         context.mailbox.send(Message::Work(WorkMessage::Done(outcome)));
     })
 }
