@@ -188,7 +188,6 @@ pub const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
 pub(crate) const FLAT_UNIONS: &[(&str, &str, &str, &[&str])] = &[
     ("BlockExportOptions", "type", "nbd", &["name", "description", "bitmaps", "allocation-depth"]),
     ("BlockJobChangeArguments", "type", "mirror", &["copy-mode"]),
-    ("MigrationSocket", "type", "unix", &["path"]),
     ("BlockJobInfo", "type", "mirror", &["actively-synced"]),
 ];
 

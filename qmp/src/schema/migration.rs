@@ -132,14 +132,6 @@ objects! {
         "dirty-sync-missed-zero-copy" dirty_sync_missed_zero_copy: u64,
     }
 
-    /// A socket that is listened on: a flat union by `type`, of which there is one.
-    MigrationSocket {
-        /// Its kind.
-        "type" kind: SocketAddressType,
-        /// Where it is.
-        "path" path: Option<String>,
-    }
-
     /// From `query-migrate`.
     MigrationInfo {
         /// How far it is; nothing if none was asked for.
@@ -193,6 +185,29 @@ pub enum MigrationAddress {
         /// Where the stream begins in it.
         offset: u64,
     },
+}
+
+/// A socket that is listened on.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum MigrationSocket {
+    /// A file.
+    Unix {
+        /// Where it is.
+        path: String,
+    },
+}
+
+impl Qapi for MigrationSocket {
+    const TYPE: Type = Type::Union(&UnionInfo {
+        name: "MigrationSocket",
+        doc: "A socket that is listened on.",
+        tag: "type",
+        branches: &[Branch {
+            value: "unix",
+            members: &[member("path", "Where it is.", String::TYPE)],
+        }],
+    });
 }
 
 const fn member(name: &'static str, doc: &'static str, ty: Type) -> Member {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use qmp::schema::{
     Event, MigrateArguments, MigrateIncomingArguments, MigrationCapability,
     MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationSocket, MigrationStats,
-    MigrationStatus, RunState, ShutdownCause, SocketAddressType,
+    MigrationStatus, RunState, ShutdownCause,
 };
 use tracing::error;
 
@@ -389,7 +389,8 @@ impl Controller {
         &mut self,
         given: &[MigrationCapabilityStatus],
     ) -> Result<(), qmp::Error> {
-        if self.migration.is_active() {
+        // What waits for another machine may be told late, as in QEMU.
+        if self.migration.is_active() && self.state != RunState::InMigrate {
             return Err(generic(IN_PROGRESS));
         }
         for MigrationCapabilityStatus { capability, state } in given {
@@ -451,10 +452,11 @@ impl Controller {
         info.error_desc.clone_from(&last.error);
         if !last.outgoing {
             let waits = last.status == MigrationStatus::Setup;
-            info.socket_address = last.socket.as_ref().filter(|_| waits).map(|path| {
-                let path = Some(path.display().to_string());
-                vec![MigrationSocket { kind: SocketAddressType::Unix, path }]
-            });
+            info.socket_address = last
+                .socket
+                .as_ref()
+                .filter(|_| waits)
+                .map(|path| vec![MigrationSocket::Unix { path: path.display().to_string() }]);
             return info;
         }
         let told = matches!(

@@ -93,10 +93,16 @@ pub enum Step {
 }
 
 pub(in crate::control) fn migrate(to: Prepared, shared: &Shared, context: &WorkContext) -> Outcome {
-    let output = Output::open(to, shared.stopper.clone()).map_err(WorkError::Failed)?;
+    let mut output = Output::open(to, shared.stopper.clone()).map_err(WorkError::Failed)?;
+    send_all(&mut output, shared, context).map_err(|error| explain(&mut output, context, error))
+}
+
+fn send_all(output: &mut Output, shared: &Shared, context: &WorkContext) -> Outcome {
     let logged = context.track()?.logged;
     // A page that is not there would be taken for one of zeroes.
     context.read_missing()?;
+    tell_pass(shared, context);
+    context.send(WorkMessage::Migration(Step::Status(MigrationStatus::Active)));
     let about = About {
         ancestors: context.lineage.get().stamps().to_vec(),
         directory: std::env::current_dir().unwrap_or_default().display().to_string(),
@@ -106,11 +112,11 @@ pub(in crate::control) fn migrate(to: Prepared, shared: &Shared, context: &WorkC
     let bucket = Bucket::default();
     let mut sending =
         Sending { writer, shared, context, bucket, began: Instant::now(), first: true };
-    sending.run(logged).map_err(|error| sending.explain(error))
+    sending.run(logged)
 }
 
 struct Sending<'a> {
-    writer: StreamWriter<Output>,
+    writer: StreamWriter<&'a mut Output>,
     shared: &'a Shared,
     context: &'a WorkContext,
     bucket: Bucket,
@@ -121,8 +127,6 @@ struct Sending<'a> {
 
 impl Sending<'_> {
     fn run(&mut self, logged: bool) -> Outcome {
-        self.pass();
-        self.tell(Step::Status(MigrationStatus::Active));
         let mut left = self.context.collect()?;
         if logged {
             left = self.rounds()?;
@@ -146,7 +150,7 @@ impl Sending<'_> {
         self.context.ask(|reply| WorkMessage::LetGo { reply })?;
         self.context.graph.inactivate()?;
         self.end().map_err(|error| {
-            let error = self.explain(error);
+            let error = explain(self.writer.out(), self.context, error);
             if let Err(reason) = self.context.graph.activate() {
                 error!("the disks cannot be taken back: {reason}");
                 self.tell(Step::DisksAreGone);
@@ -226,29 +230,34 @@ impl Sending<'_> {
     }
 
     fn pass(&self) {
-        let rounds = {
-            let mut numbers = lock(&self.shared.numbers);
-            numbers.rounds += 1;
-            numbers.rounds
-        };
-        self.tell(Step::Pass(rounds));
+        tell_pass(self.shared, self.context);
     }
 
     fn tell(&self, step: Step) {
         self.context.send(WorkMessage::Migration(step));
     }
+}
 
-    /// With what the other end has to say.
-    fn explain(&mut self, error: WorkError) -> WorkError {
-        let WorkError::Failed(text) = error else { return error };
-        if self.context.progress.is_cancelled() {
-            return WorkError::Cancelled;
-        }
-        match self.writer.out().reason().filter(|reason| !text.contains(reason.as_str())) {
-            Some(reason) => WorkError::Failed(format!("{text}: {reason}")),
-            None => WorkError::Failed(text),
-        }
+/// With what the other end has to say.
+fn explain(output: &mut Output, context: &WorkContext, error: WorkError) -> WorkError {
+    let WorkError::Failed(text) = error else { return error };
+    if context.progress.is_cancelled() {
+        return WorkError::Cancelled;
     }
+    match output.reason().filter(|reason| !text.contains(reason.as_str())) {
+        Some(reason) => WorkError::Failed(format!("{text}: {reason}")),
+        None => WorkError::Failed(text),
+    }
+}
+
+/// What was written is asked for.
+fn tell_pass(shared: &Shared, context: &WorkContext) {
+    let rounds = {
+        let mut numbers = lock(&shared.numbers);
+        numbers.rounds += 1;
+        numbers.rounds
+    };
+    context.send(WorkMessage::Migration(Step::Pass(rounds)));
 }
 
 /// Waits as long as so many bytes take at the speed that is allowed, which may change meanwhile.
