@@ -51,12 +51,13 @@ struct Player<'a> {
     program: Running,
     stream: BufReader<UnixStream>,
     dir: &'a Path,
+    greeted: bool,
 }
 
 impl<'a> Player<'a> {
     fn new(program: Running, stream: UnixStream, dir: &'a Path) -> Self {
         stream.set_read_timeout(Some(patience())).unwrap();
-        Self { program, stream: BufReader::new(stream), dir }
+        Self { program, stream: BufReader::new(stream), dir, greeted: false }
     }
 
     fn negotiate(&mut self) -> Result<(), String> {
@@ -96,6 +97,10 @@ impl<'a> Player<'a> {
             && !(time["seconds"].is_u64() && time["microseconds"].is_u64())
         {
             return Err(format!("a strange timestamp: {time}"));
+        }
+        if message.get("QMP").is_some() && std::mem::replace(&mut self.greeted, true) {
+            // QEMU greets twice whom it finds connected when its monitor begins.
+            return self.next();
         }
         Ok(Some(message))
     }
