@@ -137,6 +137,51 @@ fn a_lazy_image_that_was_killed_is_repaired_at_opening() {
     assert!(qemu_img(&["info", &path(&image)]).contains("corrupt: false"));
 }
 
+/// Data that has the place of a table is the guest's only copy, and so is the table: both are there
+/// after one repair, also of one that is made at an opening.
+#[test]
+fn one_repair_parts_data_from_a_table_that_it_shares_a_cluster_with() {
+    if !have_qemu_img("repair") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = crate::common::create(dir.path(), "shared.qcow2", "16M", "");
+    assert!(!qemu_io(&image, &["write -P 5 0 64k", "write -P 6 1M 1M"]).contains("failed"));
+    let whole = std::fs::read(&image).unwrap();
+    let be64 = |at: usize| u64::from_be_bytes(whole[at..at + 8].try_into().unwrap());
+    let (l1, table) = (be64(40), be64(48));
+    let offset = 0x00ff_ffff_ffff_fe00;
+    let l2 = (be64(l1 as usize) & offset) as usize;
+    let block = be64(table as usize);
+    for (what, place) in [("the L1 table", l1), ("the refcount table", table), ("a block", block)] {
+        for dirty in [false, true] {
+            let mut bytes = whole.clone();
+            bytes[l2..l2 + 8].copy_from_slice(&(1 << 63 | place).to_be_bytes());
+            bytes[79] |= u8::from(dirty);
+            std::fs::write(&image, &bytes).unwrap();
+            if dirty {
+                let storage = FileStorage::open(&image, FileOptions::default()).unwrap();
+                check::repair_at_open(&storage).unwrap();
+            } else {
+                let report = repair(&image, Repair::All).unwrap();
+                assert_eq!(report.exit_code(), 0, "{what}\n{}", lines(&report));
+            }
+            let (status, _, text) = qemu_check(&image, &[]);
+            assert_eq!(status, 0, "{what}\n{text}");
+            let report = our_check(&image).unwrap();
+            assert!(report.is_clean() && report.overlaps == 0, "{what}\n{}", lines(&report));
+            // Either destroys the other no more.
+            let after = std::fs::read(&image).unwrap();
+            assert_eq!(&after[79..80], [0], "{what}: the marks are gone");
+            let data =
+                || qemu_io(&image, &["read -P 6 1M 1M", "write -P 9 0 64k", "read -P 6 1M 1M"]);
+            let said = data();
+            assert!(!said.contains("failed"), "{what}: {said}");
+            assert_eq!(qemu_check(&image, &[]).0, 0, "{what} after a write");
+        }
+    }
+}
+
 /// A repair that is cut off at any of its writes is made good by another one, with the same result.
 #[test]
 fn a_repair_that_is_cut_off_is_made_good_by_the_next() {

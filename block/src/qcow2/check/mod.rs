@@ -119,6 +119,7 @@ fn inspect(image: &Image<'_>, report: &mut Report, progress: &Progress) -> Resul
         return Ok(());
     }
     let overlaps = compare::overlaps(&mut walk);
+    walk.report.shared = !overlaps.is_empty();
     let active: Vec<_> = std::mem::take(&mut walk.l2)
         .into_iter()
         .filter(|(_, uses)| uses.active > 0)

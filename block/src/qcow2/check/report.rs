@@ -88,6 +88,10 @@ pub struct Report {
     /// Those of the corruptions that are wrong COPIED flags.
     #[serde(skip)]
     pub(super) flag_errors: u64,
+    /// Whether something else refers to the header, the L1 table or the refcount table, whatever the
+    /// refcount says: correct counts alone do not help then.
+    #[serde(skip)]
+    pub(super) shared: bool,
 }
 
 impl Report {

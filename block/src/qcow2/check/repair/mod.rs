@@ -121,7 +121,8 @@ fn all(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progres
     if before.corruptions > 0 {
         mark(image)?;
     }
-    if before.check_errors > 0 || before.corruptions > before.count_errors + before.flag_errors {
+    let others = before.corruptions > before.count_errors + before.flag_errors;
+    if before.check_errors > 0 || before.shared || others {
         mend(image, done, progress)?;
         image.storage.flush()?;
     }
