@@ -54,7 +54,9 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
             source.size()
         )));
     }
-    let to = Target { node: &target, blank: !args.no_create && !is_device(&args.target) };
+    // A new qcow2 image is empty wherever it is.
+    let keeps = args.target_format == "raw" && is_device(&args.target);
+    let to = Target { node: &target, blank: !args.no_create && !keeps };
     watched(args.quiet, |progress| match args.compress {
         true => copy_compressed(&*source, &target, progress),
         false => copy(&*source, to, progress),
@@ -63,7 +65,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Making an image in a block device does not empty it.
+/// Making a raw image in a block device does not empty it.
 fn is_device(file: &Path) -> bool {
     std::fs::metadata(file).is_ok_and(|meta| meta.file_type().is_block_device())
 }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 mod bitmaps;
 mod copies;
+mod devices;
 
 const TARDIGRADE: &str = env!("CARGO_BIN_EXE_tardigrade");
 

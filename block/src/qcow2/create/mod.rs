@@ -8,8 +8,9 @@
 //! ```
 //!
 //! **Order of writes.** Everything but the header, flush, the header, flush: a file whose making was
-//! cut off is no image, rather than a damaged one.
+//! cut off is no image, rather than a damaged one. A block device cannot be emptied: see `device`.
 
+mod device;
 mod layout;
 mod options;
 
@@ -17,7 +18,7 @@ pub use options::{CreateOptions, Version};
 
 use crate::num::{to_u64, to_usize};
 use crate::preallocation::Preallocation;
-use crate::storage::Storage;
+use crate::storage::{FileStorage, Storage};
 use crate::{Error, Progress, Result, WriteBuf};
 
 use super::header::{Compression, extension, incompatible};
@@ -34,7 +35,7 @@ const HEADER_LENGTH: u32 = 112;
 const V2_HEADER_LENGTH: usize = 72;
 const DATA_FILE_EXTENSION: u32 = 0x4441_5441;
 
-/// Makes an image in `storage`, which must be empty; the guest's data is in `data_file` if the
+/// Makes an image in `storage`, which must be empty or a block device, whose contents are lost; the guest's data is in `data_file` if the
 /// options ask for one, which the image names by its storage's name.
 ///
 /// # Errors
@@ -49,7 +50,10 @@ pub fn create(
     let plan = options.check(data_file.is_some())?;
     let layout = Layout::new(&plan)?;
     let header = header(&plan, &layout, data_file.map(Storage::name))?;
-    if !storage.is_empty()? {
+    let device = is_device(storage);
+    if device {
+        device::begin(storage, &layout)?;
+    } else if !storage.is_empty()? {
         return Err(Error::Invalid(format!("'{}' is not empty", storage.name())));
     }
     let tables = layout.table_bytes();
@@ -59,6 +63,9 @@ pub fn create(
     write_l2(storage, &layout, data_file.is_some(), progress)?;
     match data_file {
         Some(data) => {
+            if is_device(data) && layout.l2_tables > 0 {
+                device::zero(data, 0, plan.size, progress)?;
+            }
             plan.preallocation.take(data, 0, plan.size, progress)?;
             if data.len()? > plan.size {
                 data.set_len(plan.size)?;
@@ -68,12 +75,20 @@ pub fn create(
         }
         None => {
             let data = layout.data_offset();
+            if device {
+                device::zero(storage, data, layout.end() - data, progress)?;
+            }
             plan.preallocation.take(storage, data, layout.end() - data, progress)?;
         }
     }
     storage.flush()?;
     storage.write_at(0, &[WriteBuf::new(&header)])?;
     storage.flush()
+}
+
+/// Whether what is there stays there until it is written over.
+fn is_device(storage: &dyn Storage) -> bool {
+    storage.file().is_some_and(FileStorage::is_device)
 }
 
 /// The refcount table, and blocks in which every cluster has one reference.
