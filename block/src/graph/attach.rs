@@ -176,6 +176,11 @@ impl Graph {
         if writable && node.read_only() {
             return Err(Error::Invalid("Cannot export read-only node as writable".to_owned()));
         }
+        if writable && node.refuses_writes() && !node.is_inactive() {
+            return Err(Error::Invalid(format!(
+                "Cannot export node '{name}' as writable: its image was found corrupt and takes no writes before it is repaired (tardigrade image check --repair all)"
+            )));
+        }
         Ok(())
     }
 }

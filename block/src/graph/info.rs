@@ -147,7 +147,7 @@ impl Node {
             node_name: self.name().to_owned(),
             drv: self.format().driver().to_owned(),
             file: self.filename(),
-            ro: self.read_only(),
+            ro: self.refuses_writes(),
             active: !self.is_inactive(),
             encrypted: false,
             detect_zeroes: flags.detect_zeroes.as_str().to_owned(),

@@ -98,7 +98,7 @@ impl Export {
         if let Some(text) = options.description.as_ref().filter(|text| text.len() > MAX_STRING) {
             return Err(Error::Invalid(format!("description '{}' too long", start_of(text))));
         }
-        if options.writable && link.node().read_only() {
+        if options.writable && link.node().refuses_writes() {
             return Err(Error::Invalid("Block node is read-only".to_owned()));
         }
         Ok(Self {

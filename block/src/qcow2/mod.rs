@@ -188,6 +188,11 @@ impl Qcow2 {
         self.meta().listener.set(Box::new(hook));
     }
 
+    /// Whether the image takes no writes: it was opened for reading, or was found damaged since.
+    pub fn refuses_writes(&self) -> bool {
+        self.meta().check_writable().is_err()
+    }
+
     /// Writes everything that is in memory, as closing would, and takes the dirty bit back: for
     /// another who is to read the image. It goes on working.
     ///
