@@ -16,6 +16,14 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// The image's backing file could not be opened.
+    #[error("Could not open backing file of '{overlay}': {source}")]
+    Backing {
+        /// The path of the image that names the backing file.
+        overlay: String,
+        /// Why; it names the backing file.
+        source: Box<Error>,
+    },
     /// Another process uses the image in a way that excludes ours.
     #[error(
         "Failed to get {}\"{lock}\" lock. Is another process using the image [{filename}]?",
@@ -101,6 +109,7 @@ impl Error {
                 io::ErrorKind::WriteZero => libc::ENOSPC,
                 _ => source.raw_os_error().unwrap_or(libc::EIO),
             },
+            Self::Backing { source, .. } => source.errno(),
             Self::Locked { .. } => libc::EBUSY,
             Self::ReadOnly(_) => libc::EPERM,
             Self::Invalid(_) | Self::OutOfRange { .. } => libc::EINVAL,

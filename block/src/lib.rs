@@ -13,6 +13,7 @@ pub mod graph;
 pub mod iobuf;
 pub mod jobs;
 mod lock;
+mod magic;
 pub mod nbd;
 pub mod node;
 mod num;
@@ -34,6 +35,7 @@ pub use error::{Error, Result};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo, User};
 pub use iobuf::{ReadBuf, WriteBuf};
+pub use magic::probe_format;
 pub use node::{
     Access, Change, ChangeKind, Entered, Interceptor, Link, Node, Occupied, Turn, WriteObserver,
 };

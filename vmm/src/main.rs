@@ -1,8 +1,10 @@
 //! The `tardigrade` binary.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use signal_hook::consts::SIGXFSZ;
 use tracing_subscriber::EnvFilter;
 use vmm::cli::{Cli, Subcommand};
 
@@ -18,6 +20,10 @@ fn main() -> ExitCode {
     let filter =
         EnvFilter::try_from_env("TARDIGRADE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A write past the limit of file sizes (ulimit -f) is to fail, not to end all disks with it.
+    if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
+        tracing::warn!("a write past the limit of file sizes ends the process: {error}");
+    }
     // A chain of backing files takes two descriptors an image. Without it, shorter ones work still.
     if let Err(error) = block::storage::raise_descriptor_limit() {
         tracing::warn!("the limit of open files stays as it is: {error}");

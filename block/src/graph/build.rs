@@ -10,7 +10,7 @@ use crate::node::{Details, Node};
 use crate::qcow2::{self, Probe, Qcow2};
 use crate::raw::Raw;
 use crate::storage::{Aio, FileOptions, FileStorage, Locking, Storage};
-use crate::{Error, ReadBuf, Result};
+use crate::{Error, Result};
 
 mod below;
 mod flags;
@@ -18,6 +18,7 @@ mod names;
 
 pub(super) use below::below;
 pub(crate) use flags::Flags;
+pub use names::backing_path;
 pub(crate) use names::name_for_overlay;
 pub(super) use names::{full_backing, full_data_file, full_name, name_over};
 use names::{is_overridden, shown_name, window_name};
@@ -189,12 +190,4 @@ pub(super) fn storage_of(node: &Arc<Node>) -> Result<Arc<dyn Storage>> {
             node.driver()
         ))),
     }
-}
-
-/// The format of a backing file whose overlay does not tell it, by its first bytes as QEMU does.
-pub(super) fn probe_format(path: &str) -> Result<&'static str> {
-    let options = FileOptions { read_only: true, ..FileOptions::default() };
-    let mut magic = [0; 4];
-    FileStorage::open_unlocked(path, options)?.read_at(0, &[ReadBuf::new(&mut magic)])?;
-    Ok(if &magic == b"QFI\xfb" { "qcow2" } else { "raw" })
 }

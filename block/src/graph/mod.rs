@@ -50,6 +50,7 @@ mod replace;
 pub mod text;
 
 pub use attach::{Attachment, User};
+pub use build::backing_path;
 pub(crate) use build::{Flags, name_for_overlay};
 pub use claim::Claim;
 pub use external::{ExternalSnapshot, Overlay};

@@ -249,7 +249,8 @@ impl<'a> Opener<'a> {
         let below = match (backing, full) {
             (Backing::None, _) | (Backing::FromImage, None) => None,
             (Backing::FromImage, Some(path)) => {
-                Some(self.open_backing_file(&name, &path, format.as_deref(), flags)?)
+                let below = self.open_backing_file(&name, &path, format.as_deref(), flags);
+                Some(below.map_err(|error| of_overlay(error, &file))?)
             }
             (Backing::Node(NodeRef::Name(name)), _) => {
                 Some(self.find(name).cloned().ok_or_else(|| not_found(name))?)
@@ -322,7 +323,7 @@ impl<'a> Opener<'a> {
         }
         let format = match format {
             Some(format) => format.to_owned(),
-            None => build::probe_format(path)?.to_owned(),
+            None => crate::probe_format(path)?.to_owned(),
         };
         let driver = match format.as_str() {
             "qcow2" => {
@@ -343,6 +344,16 @@ impl<'a> Opener<'a> {
         };
         // A base may be loaded many times over a chain; only a loop may meet a file twice.
         self.open(&NodeOptions::of_driver(driver), above.of_backing(), Some(overlay))
+    }
+}
+
+/// A file that nobody named to the user says whose backing file it is.
+fn of_overlay(error: Error, overlay: &Node) -> Error {
+    match error {
+        error @ (Error::Open { .. } | Error::NotSupported(_)) => {
+            Error::Backing { overlay: overlay.filename(), source: Box::new(error) }
+        }
+        other => other,
     }
 }
 

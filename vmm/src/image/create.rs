@@ -1,6 +1,6 @@
 //! `tardigrade image create`
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use block::qcow2::create::create;
 use block::storage::{FileStorage, Storage};
@@ -31,6 +31,10 @@ pub(super) fn run(args: &CreateArgs) -> Result<u8> {
     }
     if let Some(format) = &args.backing_format {
         given.backing_fmt = Some(format.clone());
+    }
+    if args.format == "raw" && (given.backing_file.is_some() || given.backing_fmt.is_some()) {
+        let what = if given.backing_file.is_some() { "file" } else { "format" };
+        return named(file, &format!("Backing {what} not supported for file format 'raw'"));
     }
     let size = match (&args.size, given.size) {
         (Some(_), Some(_)) => {
@@ -86,21 +90,14 @@ fn backing_size(args: &CreateArgs, file: &Path, given: &Given) -> Result<Option<
     if args.backing_unsafe {
         return Ok(None);
     }
-    let path = beside(file, backing);
+    let path = block::graph::backing_path(&file.display().to_string(), backing);
+    let path = path.or_else(|e| named(file, &format!("{e}\nCould not open backing image.")))?;
     // Whoever writes to it meanwhile does not change its size.
     let access = Access { force_share: true, ..Access::default() };
-    let opened = open(&path, given.backing_fmt.as_deref(), access);
+    let opened = open(Path::new(&path), given.backing_fmt.as_deref(), access);
     match opened {
         Ok((_graph, node)) => Ok(Some(node.size())),
         Err(e) => named(file, &format!("{e}\nCould not open backing image.")),
-    }
-}
-
-/// A file that an image names: relative to the image's directory.
-fn beside(image: &Path, name: &str) -> PathBuf {
-    match image.parent() {
-        Some(dir) if Path::new(name).is_relative() => dir.join(name),
-        _ => PathBuf::from(name),
     }
 }
 

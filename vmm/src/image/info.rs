@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::snapshots::table;
 use super::text::size;
-use super::{Access, Error, Result, of, open, say, say_json};
+use super::{Access, Error, Result, host_file, node_options, of, open, say, say_json};
 use crate::cli::image::{InfoArgs, Output};
 
 pub(super) fn run(args: &InfoArgs) -> Result<u8> {
@@ -18,7 +18,8 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     let mut seen = HashSet::new();
     let mut next = Some((args.file.clone(), args.format.clone()));
     while let Some((file, format)) = next.take() {
-        if let Ok(meta) = std::fs::metadata(&file)
+        let path = host_file(&file, &node_options(&file, format.as_deref())?);
+        if let Ok(meta) = std::fs::metadata(&path)
             && !seen.insert((meta.dev(), meta.ino()))
         {
             let file = file.display();
@@ -57,18 +58,23 @@ fn inspect(file: &Path, format: Option<&str>, force_share: bool) -> Result<Image
     let access = Access { force_share, alone: true, ..Access::default() };
     let (_user, node) = open(file, format, access)?;
     let info = node.info(true).map_err(of(file))?;
+    let options = node_options(file, format)?;
+    let host = host_file(file, &options);
+    // A part of a file has no other name than its options.
+    let whole = !options.contains_key("offset") && !options.contains_key("size");
+    let name = if whole { &host } else { file }.display().to_string();
     let mut json = serde_json::to_value(&info.image).map_err(|e| Error::Usage(e.to_string()))?;
     // The node was opened without its backing file, which QMP shows in the name.
-    json["filename"] = json!(file.display().to_string());
+    json["filename"] = json!(name);
     // Not what stat tells, which is nothing of a block device.
-    let length = File::open(file).and_then(|mut f| f.seek(SeekFrom::End(0)));
+    let length = File::open(&host).and_then(|mut f| f.seek(SeekFrom::End(0)));
     let length = length.map_err(Error::Output)?;
     json["children"] = json!([{
         "name": "file",
         "info": {
             "children": [],
             "virtual-size": length.next_multiple_of(512),
-            "filename": file.display().to_string(),
+            "filename": host.display().to_string(),
             "format": "file",
             "actual-size": json["actual-size"],
             "format-specific": {"type": "file", "data": {}},
@@ -114,7 +120,7 @@ fn human(image: &Image) -> String {
     let child = &json["children"][0]["info"];
     let length = number(&child["virtual-size"]);
     out.push("Child node '/file':".to_owned());
-    out.push(format!("    filename: {}", text("filename")));
+    out.push(format!("    filename: {}", child["filename"].as_str().unwrap_or_default()));
     out.push("    protocol type: file".to_owned());
     out.push(format!("    file length: {} ({length} bytes)", size(length)));
     out.push(format!("    disk size: {}", size(number(&child["actual-size"]))));

@@ -17,10 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use block::storage::{FileOptions, FileStorage, Locking, Storage};
-use block::{Attachment, Graph, Node, Perm, ReadBuf, User};
+use block::{Attachment, Graph, Node, Perm, User};
 use qmp::schema::CheckpointInfo;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use snapshot::Lineage;
 
 use crate::checkpoints::{self, Query};
@@ -90,9 +89,9 @@ fn of(file: &Path) -> impl FnOnce(block::Error) -> Error {
     let file = file.display().to_string();
     |source| match source {
         // These name the file themselves.
-        source @ (block::Error::Open { .. } | block::Error::Locked { .. }) => {
-            Error::Usage(source.to_string())
-        }
+        source @ (block::Error::Open { .. }
+        | block::Error::Backing { .. }
+        | block::Error::Locked { .. }) => Error::Usage(source.to_string()),
         source => Error::Image { file, source },
     }
 }
@@ -106,17 +105,40 @@ fn say_json(value: &Value) -> Result<()> {
 /// The format of an image: the one given, or what its first bytes tell.
 fn format_of(file: &Path, given: Option<&str>) -> Result<&'static str> {
     match given {
-        Some("qcow2") => return Ok("qcow2"),
-        Some("raw") => return Ok("raw"),
-        Some(other) => return Err(Error::Usage(format!("Unknown file format '{other}'"))),
-        None => {}
+        Some("qcow2") => Ok("qcow2"),
+        Some("raw") => Ok("raw"),
+        Some(other) => Err(Error::Usage(format!("Unknown file format '{other}'"))),
+        None => block::probe_format(file).map_err(|error| match error {
+            // These name the file themselves.
+            block::Error::NotSupported(text) => Error::Usage(text),
+            error => of(file)(error),
+        }),
     }
-    let options = FileOptions { read_only: true, locking: Locking::Off, ..FileOptions::default() };
-    let mut magic = [0; 4];
-    FileStorage::open(file, options)
-        .and_then(|storage| storage.read_at(0, &[ReadBuf::new(&mut magic)]))
-        .map_err(of(file))?;
-    Ok(if &magic == b"QFI\xfb" { "qcow2" } else { "raw" })
+}
+
+/// What opens an image: the options of its node, which are the name itself if that is `json:` and
+/// options, whatever `format` says, as in QEMU.
+fn node_options(file: &Path, format: Option<&str>) -> Result<Map<String, Value>> {
+    if let Some(text) = file.to_str().and_then(|name| name.strip_prefix("json:")) {
+        return block::graph::text::object(text, "driver").map_err(of(file));
+    }
+    let mut options = Map::new();
+    options.insert("driver".to_owned(), format_of(file, format)?.into());
+    let below = json!({"driver": "file", "filename": file.display().to_string()});
+    options.insert("file".to_owned(), below);
+    Ok(options)
+}
+
+/// The host file at the bottom of an image's node.
+fn host_file(file: &Path, options: &Map<String, Value>) -> PathBuf {
+    let mut at = options;
+    while let Some(below) = at.get("file").and_then(Value::as_object) {
+        at = below;
+    }
+    match at.get("filename").and_then(Value::as_str) {
+        Some(name) => PathBuf::from(name),
+        None => file.to_owned(),
+    }
 }
 
 /// How an image is opened.
@@ -187,19 +209,16 @@ fn open_in(
     format: Option<&str>,
     access: Access,
 ) -> Result<(Attachment, Arc<Node>)> {
-    let driver = format_of(file, format)?;
-    let mut options = json!({
-        "driver": driver,
-        "node-name": name,
-        "read-only": !access.writable,
-        "force-share": access.force_share,
-        "discard": "unmap",
-        "file": {"driver": "file", "filename": file.display().to_string()},
-    });
-    if access.alone && driver == "qcow2" {
-        options["backing"] = Value::Null;
+    let mut options = node_options(file, format)?;
+    let mut set = |name: &str, value: Value| options.insert(name.to_owned(), value);
+    set("node-name", name.into());
+    set("read-only", (!access.writable).into());
+    set("force-share", access.force_share.into());
+    set("discard", "unmap".into());
+    if access.alone && options.get("driver").and_then(Value::as_str) == Some("qcow2") {
+        options.insert("backing".to_owned(), Value::Null);
     }
-    let node = graph.add(&options).map_err(of(file))?;
+    let node = graph.add(&Value::Object(options)).map_err(of(file))?;
     let mut used = Perm::CONSISTENT_READ;
     used.set(Perm::WRITE | Perm::RESIZE, access.writable);
     let shared = if access.force_share {

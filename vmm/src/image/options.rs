@@ -118,6 +118,11 @@ impl Given {
                     ));
                 }
             },
+            "extent_size_hint" => {
+                return wrong(format!(
+                    "Option '{name}' is not supported: it is a hint to XFS, which allocates as it sees fit without it"
+                ));
+            }
             _ if name == "encryption" || name.starts_with("encrypt.") => {
                 return wrong(format!("Encryption ('{name}') of qcow2 images is not supported"));
             }

@@ -3,8 +3,13 @@
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-/// Bytes of a size with an optional suffix b, k, M, G, T, P, E and an optional fraction.
+/// Bytes of a size with an optional suffix b, k, M, G, T, P, E and an optional fraction; or in hex
+/// digits after 0x, which has neither.
 pub(crate) fn parse_size(text: &str) -> Option<u64> {
+    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        let digits = !hex.is_empty() && hex.chars().all(|c| c.is_ascii_hexdigit());
+        return u64::from_str_radix(hex, 16).ok().filter(|_| digits);
+    }
     let (number, shift) = match text.char_indices().next_back()? {
         (at, last) if last.is_ascii_alphabetic() => {
             let shift = match last.to_ascii_uppercase() {
@@ -100,10 +105,14 @@ mod tests {
             ("3b", 3),
             ("2T", 2 << 40),
             ("7E", 7 << 60),
+            ("0x100000", 1 << 20),
+            ("0x1e", 30),
         ] {
             assert_eq!(parse_size(text), Some(bytes), "{text}");
         }
-        for text in ["", "k", "1Z", "-5", "1.5", "16E", "1..5k", "x", "1 k"] {
+        for text in [
+            "0x", "0x10k", "0x+1", "0x1.8k", "", "k", "1Z", "-5", "1.5", "16E", "1..5k", "x", "1 k",
+        ] {
             assert_eq!(parse_size(text), None, "{text}");
         }
     }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 mod bitmaps;
 mod copies;
 mod devices;
+mod names;
 
 const TARDIGRADE: &str = env!("CARGO_BIN_EXE_tardigrade");
 
@@ -201,6 +202,10 @@ fn what_cannot_be_is_refused_and_leaves_no_file() {
             "Cluster size must be a power of two",
         ),
         (&["create", "-f", "qcow2", "-o", "encrypt.format=luks", "x", "1M"], "is not supported"),
+        (
+            &["create", "-f", "qcow2", "-o", "extent_size_hint=1M", "x", "1M"],
+            "Option 'extent_size_hint' is not supported",
+        ),
         (&["create", "-f", "qcow2", "x", "1Z"], "Invalid image size specified: '1Z'"),
     ] {
         let output = ours(dir, args);

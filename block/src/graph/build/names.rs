@@ -16,17 +16,22 @@ const DOTS: &str = "...";
 /// relative to the working directory, as in QEMU.
 pub(in crate::graph) fn full_data_file(probe: &Probe) -> Result<String> {
     match probe.data_file() {
-        Some(name) => resolve("", &name),
+        Some(name) => backing_path("", &name),
         None => Err(Error::Invalid("'data-file' is required for this image".to_owned())),
     }
 }
 
 /// The backing file's path that the image names: relative to the directory of the overlay.
 pub(in crate::graph) fn full_backing(probe: &Probe, file: &Arc<Node>) -> Result<Option<String>> {
-    probe.backing_file().map(|name| resolve(&file.filename(), name)).transpose()
+    probe.backing_file().map(|name| backing_path(&file.filename(), name)).transpose()
 }
 
-fn resolve(overlay: &str, backing: &str) -> Result<String> {
+/// Where the backing file is that the image at `overlay` names `backing`: a path relative to the
+/// overlay's directory unless it is absolute, or `json:` and a node's options as they are.
+///
+/// # Errors
+/// The name has a protocol that is not done here.
+pub fn backing_path(overlay: &str, backing: &str) -> Result<String> {
     // A node's options in the place of a name, which QEMU shows and writes where a name does not tell all.
     if backing.starts_with("json:") {
         return Ok(backing.to_owned());
@@ -92,7 +97,7 @@ pub(crate) fn name_for_overlay(node: &Node, path: &Path) -> String {
 /// The path that a name of a backing file means in the image of these details.
 pub(in crate::graph) fn full_name(details: &Details, name: &str) -> Result<String> {
     let file = details.file.as_ref().map(|file| file.filename()).unwrap_or_default();
-    resolve(&file, name)
+    backing_path(&file, name)
 }
 
 /// A node as the options that open it, for `json:` names.
