@@ -96,6 +96,11 @@ pub enum Error {
         /// The node's name.
         node: String,
     },
+    /// Images that change together have not all changed on disk.
+    #[error(
+        "Another disk was not durably taken back to its snapshot: after a crash this one might not fit it"
+    )]
+    Apart,
     /// The operation was cancelled through its [`crate::Progress`].
     #[error("Operation canceled")]
     Cancelled,
@@ -116,7 +121,7 @@ impl Error {
             Self::NotSupported(_) => libc::ENOTSUP,
             Self::NoSuchSnapshot { .. } => libc::ENOENT,
             Self::Cancelled => libc::ECANCELED,
-            Self::NotFormat { .. } | Self::Corrupt { .. } => libc::EIO,
+            Self::NotFormat { .. } | Self::Corrupt { .. } | Self::Apart => libc::EIO,
         }
     }
 }

@@ -29,6 +29,7 @@ pub mod status;
 pub mod storage;
 mod sync;
 pub mod throttle;
+mod together;
 
 pub use create_file::{FileCreateOptions, create_file, create_raw};
 pub use error::{Error, Result};
@@ -47,3 +48,4 @@ pub use snapshot::{
 };
 pub use status::StatusExtent;
 pub use throttle::Throttle;
+pub use together::Together;

@@ -4,9 +4,9 @@
 //! change on several images and have it on all of them or on none:
 //!
 //! ```text
-//!  begin ──(switch)──> prepare ──> publish ──> finish
-//!    │         │          │           │
-//!    └─────────┴──────────┴───────────┴──> rollback
+//!  begin ──(switch)──> prepare ──(show)──> publish ──> finish
+//!    │         │          │         │          │
+//!    └─────────┴──────────┴─────────┴──────────┴──> rollback
 //! ```
 //!
 //! `prepare` does everything that can fail and makes it durable: new tables, refcounts. `publish`
@@ -15,8 +15,10 @@
 //! the image as it was, with what was written to the disk meanwhile. Dropping a change without `finish` rolls it back. A crash at any point
 //! leaves the old or the new state, and at most leaked clusters.
 
+use std::sync::Arc;
+
 use crate::qcow2::Compression;
-use crate::{Error, ReadBuf, Result, StatusExtent, WriteBuf};
+use crate::{Error, ReadBuf, Result, StatusExtent, Together, WriteBuf};
 
 /// An internal snapshot, as the snapshot table tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +84,22 @@ pub struct NewSnapshot {
 pub trait SnapshotChange: Send {
     /// Does all that can fail and makes it durable. The image still shows the old state.
     fn prepare(&mut self) -> Result<()>;
+    /// Makes the change visible in memory, which takes no time that a guest would notice: for a guest that
+    /// stands still meanwhile. The disk follows with [`SnapshotChange::publish`], or with a flush
+    /// that comes before; after a crash until then the change was not made. No flush returns before all of
+    /// `together` have followed. A change that cannot be made visible alone does nothing.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn show(&mut self, together: &Arc<Together>) -> Result<()> {
+        together.settled();
+        Ok(())
+    }
     /// Makes the change visible and durable.
+    ///
+    /// # Errors
+    /// The change is to be rolled back. One that was shown, and that a guest has seen, stays: the next flush
+    /// tries again.
     fn publish(&mut self) -> Result<()>;
     /// Gives back what the change left without an owner. An error here leaks clusters only.
     fn finish(&mut self) -> Result<()>;

@@ -17,7 +17,7 @@ use crate::memory;
 use crate::nodes::{
     NodesError, check_capable, check_no_jobs, find_tag, kept_tag, quoted, vmstate_index,
 };
-use crate::order::{ChangeError, NodeChange, finish, prepare_all, publish_each};
+use crate::order::{ChangeError, NodeChange, prepare_all, publish_all, settle_all, show_all};
 pub use crate::revive::ReviveReport;
 use crate::revive::{Stored, revive, stored_parts};
 use crate::track::Base;
@@ -126,22 +126,35 @@ pub struct PreparedDisks<'a> {
 
 impl<'a> PreparedDisks<'a> {
     /// Takes every disk back, durably, or none. The disks are quiesced meanwhile.
-    pub fn revert(mut self) -> Result<RevertedDisks<'a>, LoadError> {
-        publish_each(&mut self.changes, None)
+    pub fn revert(mut self) -> Result<(), LoadError> {
+        publish_all(&mut self.changes, None)
+            .map_err(|source| LoadError::Revert { tag: self.tag.to_owned(), source })
+    }
+
+    /// Takes every disk back, or none, in memory: so quickly that a guest can stand still for it. The disks are
+    /// quiesced meanwhile.
+    pub fn show(mut self) -> Result<ShownDisks<'a>, LoadError> {
+        show_all(&mut self.changes)
             .map_err(|source| LoadError::Revert { tag: self.tag.to_owned(), source })?;
-        Ok(RevertedDisks(self))
+        Ok(ShownDisks(self))
     }
 }
 
-/// Disks that are those of the checkpoint. Dropping it takes them back to what they were before, so
-/// [`RevertedDisks::finish`].
-#[must_use = "the disks stay with `finish`"]
-pub struct RevertedDisks<'a>(PreparedDisks<'a>);
+/// Disks that are those of the checkpoint in memory. Dropping it takes them back to what they were before, so
+/// [`ShownDisks::settle`].
+#[must_use = "the disks stay with `settle`"]
+pub struct ShownDisks<'a>(PreparedDisks<'a>);
 
-impl RevertedDisks<'_> {
-    /// Gives back what the disks of before had; the guest may run.
-    pub fn finish(mut self) {
-        finish(&mut self.0.changes);
+impl ShownDisks<'_> {
+    /// Makes that durable, and gives back what the disks of before had. The guest may run meanwhile: no flush of
+    /// any of the disks returns before all are durably those of the checkpoint.
+    ///
+    /// # Errors
+    /// A disk, the first of which is told, is not durably that of the checkpoint. It will be with its next
+    /// flush that succeeds; those of the other disks fail until then.
+    pub fn settle(mut self) -> Result<(), LoadError> {
+        settle_all(&mut self.0.changes)
+            .map_err(|source| LoadError::Revert { tag: self.0.tag.to_owned(), source })
     }
 }
 
@@ -340,13 +353,12 @@ impl Checkpoint {
 
     /// Takes every disk back to the checkpoint, or none. The disks are quiesced meanwhile.
     pub fn revert_disks(&self) -> Result<(), LoadError> {
-        self.prepare_disks()?.revert()?.finish();
-        Ok(())
+        self.prepare_disks()?.revert()
     }
 
     /// Does all that can fail of taking the disks back, so that it is known before the guest is
-    /// touched, which may run. The disks stay as they are until [`PreparedDisks::revert`]; dropping it
-    /// undoes the preparation.
+    /// touched, which may run. The disks stay as they are until [`PreparedDisks::revert`] or
+    /// [`PreparedDisks::show`]; dropping it undoes the preparation.
     pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, LoadError> {
         let mut changes = Vec::with_capacity(self.nodes.len());
         let failed = |source| LoadError::Revert { tag: self.tag.clone(), source };

@@ -6,10 +6,13 @@
 //!          └── any failure ───────┴──> rollback .., n1, n0 (every node, also those not reached)
 //! ```
 //!
+//! Where a guest is waiting ([`show_all`], [`settle_all`]): `show n0, n1, ..` in memory, then `publish, finish` on
+//! all nodes at once, beside the guest.
+//!
 //! The caller puts the node that makes the change count last (the VM-state node at a save), so that
 //! a crash between two publishes never shows a checkpoint that lacks a disk.
 
-use block::{Progress, SnapshotChange};
+use block::{Progress, SnapshotChange, Together};
 
 /// A change on one node.
 pub struct NodeChange<'a> {
@@ -83,18 +86,46 @@ pub fn prepare_all(
     Ok(())
 }
 
-/// Publishes and finishes prepared changes, or undoes all of them.
-pub fn publish_all(
-    changes: &mut [NodeChange<'_>],
-    progress: Option<&Progress>,
-) -> Result<(), ChangeError> {
-    publish_each(changes, progress)?;
-    finish(changes);
+/// Makes prepared changes visible in memory, or undoes all of them. They are to be settled.
+pub fn show_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
+    let together = Together::new(changes.len());
+    for at in 0..changes.len() {
+        let result = changes[at].change.show(&together);
+        result.map_err(|error| undone(changes, at, Step::Publish, error))?;
+    }
     Ok(())
 }
 
-/// Publishes prepared changes, or undoes all of them. They are to be finished.
-pub fn publish_each(
+/// Makes shown changes durable, all nodes at once, and finishes them, on each node whatever happens on the others:
+/// a guest has seen them. Gives the first error; what it leaves undone the next flush of that node does.
+pub fn settle_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
+    let Some((last, others)) = changes.split_last_mut() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let others: Vec<_> =
+            others.iter_mut().map(|one| (one.node, scope.spawn(|| settle(one)))).collect();
+        let mut result = settle(last);
+        for (node, other) in others.into_iter().rev() {
+            let panicked = |_| Err(failed(node, block::Error::Invalid("a thread died".to_owned())));
+            result = other.join().unwrap_or_else(panicked).and(result);
+        }
+        result
+    })
+}
+
+fn settle(one: &mut NodeChange<'_>) -> Result<(), ChangeError> {
+    one.change.publish().map_err(|source| failed(one.node, source))?;
+    finish(std::slice::from_mut(one));
+    Ok(())
+}
+
+/// A change that stays, and is not durable.
+fn failed(node: &str, source: block::Error) -> ChangeError {
+    let (node, source) = (node.to_owned(), Box::new(source));
+    ChangeError { node, step: Step::Publish, source, not_undone: Vec::new() }
+}
+
+/// Publishes and finishes prepared changes, or undoes all of them.
+pub fn publish_all(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {
@@ -106,6 +137,7 @@ pub fn publish_each(
         let result = changes[at].change.publish();
         result.map_err(|error| undone(changes, at, Step::Publish, error))?;
     }
+    finish(changes);
     Ok(())
 }
 
@@ -142,7 +174,7 @@ pub fn rollback(changes: &mut [NodeChange<'_>]) -> Vec<(String, block::Error)> {
 }
 
 /// The change is visible on every node: what fails now leaks clusters and nothing else.
-pub(crate) fn finish(changes: &mut [NodeChange<'_>]) {
+fn finish(changes: &mut [NodeChange<'_>]) {
     for NodeChange { node, change } in changes {
         if let Err(error) = change.finish() {
             tracing::warn!(node, %error, "clusters are leaked; 'qemu-img check -r leaks' reclaims them");

@@ -12,11 +12,14 @@
 //! locked: [`Qcow2::meta`], which all who change something go through, waits for the thaw, while
 //! [`Qcow2::meta_to_look`] does not. Reads, and writes to clusters that are there, wait for no flush.
 //!
+//! Where memory shows a snapshot to which the header does not lead yet (`snapshot/revert.rs`), a flush returns when
+//! the headers of all images that went back together do ([`crate::Together`]).
+//!
 //! Free clusters must not be taken while their space is being given back: the same freeze keeps them.
 
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use crate::Result;
+use crate::{Result, Together};
 
 use super::Qcow2;
 use super::meta::{Meta, Sync, discard};
@@ -48,6 +51,35 @@ impl Drop for Frozen<'_> {
     }
 }
 
+/// An image's part in a change of several. Dropped, it does not keep the others any more.
+#[derive(Debug)]
+pub(super) struct Member {
+    together: Arc<Together>,
+    settled: bool,
+}
+
+impl Member {
+    pub(super) fn new(together: &Arc<Together>) -> Self {
+        Self { together: together.clone(), settled: false }
+    }
+
+    pub(super) fn together(&self) -> &Arc<Together> {
+        &self.together
+    }
+
+    fn settle(&mut self) {
+        if !std::mem::replace(&mut self.settled, true) {
+            self.together.settled();
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
 impl Qcow2 {
     /// The metadata, to change it or to look at what must not be halfway; waits for a flush.
     pub(super) fn meta(&self) -> MutexGuard<'_, Meta> {
@@ -68,8 +100,31 @@ impl Qcow2 {
         Frozen(self)
     }
 
-    /// Makes all durable that was completed before.
+    /// Makes all durable that was completed before, on the images that changed together too.
     pub(super) fn flush_disk(&self) -> Result<()> {
+        self.flush_alone()?;
+        let together = self.meta_to_look().member.as_ref().map(|member| member.together.clone());
+        let Some(together) = together else { return Ok(()) };
+        together.wait()?;
+        // Another change may have begun meanwhile.
+        self.meta().member.take_if(|member| Arc::ptr_eq(&member.together, &together));
+        Ok(())
+    }
+
+    /// As [`Qcow2::flush_disk`], for this image alone.
+    pub(super) fn flush_alone(&self) -> Result<()> {
+        self.flush_tables()?;
+        let mut meta = self.meta();
+        // Another may have been shown since.
+        if !meta.unsettled
+            && let Some(member) = &mut meta.member
+        {
+            member.settle();
+        }
+        Ok(())
+    }
+
+    fn flush_tables(&self) -> Result<()> {
         let meta = self.meta();
         if !meta.writable {
             return Ok(());

@@ -74,6 +74,8 @@ pub(super) struct Meta {
     pub(crate) flags_lag: bool,
     /// A change of the snapshots is under way.
     pub(crate) changing: bool,
+    /// The images of which none is durably flushed before all have what memory shows.
+    pub(crate) member: Option<super::flush::Member>,
     /// A snapshot being made has its point behind it.
     pub(crate) point: Option<super::snapshot::Point>,
     /// Ids of the snapshots whose VM state is open, once per opener.
@@ -138,6 +140,7 @@ impl Meta {
             unsettled: false,
             flags_lag: false,
             changing: false,
+            member: None,
             point: None,
             readers: Vec::new(),
             writable,

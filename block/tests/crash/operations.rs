@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use block::qcow2::Qcow2;
-use block::{Format, Preallocation, Progress, ReadBuf, Result, WriteBuf};
+use block::{Format, Preallocation, Progress, ReadBuf, Result, Together, WriteBuf};
 
 use crate::common::{self, id_of, land, new_snapshot};
 use crate::kinds::{Base, Kind};
@@ -150,6 +150,22 @@ fn revert(_: &Base, format: &Qcow2) -> Result<()> {
     land(&mut *format.revert_snapshot(&id_of(format, "old"))?)
 }
 
+/// The guest runs before it is seen and before it is durable.
+fn shown_revert(base: &Base, format: &Qcow2) -> Result<()> {
+    let size = cluster(base);
+    let mut change = format.revert_snapshot(&id_of(format, "old"))?;
+    change.prepare()?;
+    let written = format.write(size + 100, &[WriteBuf::new(&vec![0x15; 2 * size as usize])]);
+    let shown = written.and_then(|()| change.show(&Together::new(1)));
+    let made = shown
+        .and_then(|()| format.write(3 * size, &[WriteBuf::new(&vec![0x16; size as usize])]))
+        .and_then(|()| format.flush())
+        .and_then(|()| change.publish())
+        .and_then(|()| change.finish());
+    drop(change);
+    made
+}
+
 fn delete(_: &Base, format: &Qcow2) -> Result<()> {
     land(&mut *format.delete_snapshot(&id_of(format, "old"))?)
 }
@@ -192,6 +208,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
     Operation { name: "save under writes", run: save_under_writes, done: saved, writes: true },
     Operation { name: "inheriting save", run: save_inheriting, done: saved, writes: false },
     Operation { name: "revert", run: revert, done: NEVER, writes: true },
+    Operation { name: "shown revert", run: shown_revert, done: NEVER, writes: true },
     Operation {
         name: "delete",
         run: delete,

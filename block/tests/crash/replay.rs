@@ -152,7 +152,8 @@ fn try_points(wanted: u64, only_seed: Option<u64>, choice: Choice, figures: &Fig
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let kind = KINDS[(seed % KINDS.len() as u64) as usize];
+                    let nth = number("CRASH_KIND").unwrap_or(seed) % KINDS.len() as u64;
+                    let kind = KINDS[nth as usize];
                     let dir = tempfile::tempdir().unwrap();
                     let base = Base::create(dir.path(), kind);
                     replay(&base, dir.path(), seed, choice, figures);

@@ -28,6 +28,10 @@ pub(crate) enum What {
     Reverted {
         disk: Arc<Vec<u8>>,
     },
+    /// The disk is another one, which will be there or not.
+    Shown {
+        disk: Arc<Vec<u8>>,
+    },
     Resized {
         size: usize,
     },
@@ -109,6 +113,10 @@ impl Timeline {
                     } else if matches!(event.what, What::Reverted { .. }) {
                         worlds.push(world);
                     }
+                }
+                What::Shown { disk } => {
+                    let (base, size) = (disk.clone(), disk.len());
+                    worlds.push(World { base, size, pending: Vec::new() });
                 }
                 What::Resized { size } => {
                     let resized: Vec<_> = worlds.iter().map(|w| w.resized(*size)).collect();

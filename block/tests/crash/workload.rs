@@ -7,7 +7,7 @@ use block::bitmap::NewBitmap;
 use block::qcow2::check::{self, Repair};
 use block::queue::{OwnedBufs, Queue, Request};
 use block::{
-    NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, SnapshotCreate, WriteBuf,
+    NewSnapshot, Node, Preallocation, Progress, ReadBuf, Result, SnapshotCreate, Together, WriteBuf,
 };
 
 use crate::common::Random;
@@ -410,8 +410,21 @@ impl Work<'_> {
             return change.rollback().unwrap();
         }
         let old = Arc::new(self.disk.clone());
-        self.note(|| change.publish(), What::Reverted { disk: snap.disk.clone() }).unwrap();
-        self.disk.clone_from(&snap.disk);
+        if self.random.below(2) == 0 {
+            self.note(|| change.show(&Together::new(1)), What::Shown { disk: snap.disk.clone() })
+                .unwrap();
+            self.disk.clone_from(&snap.disk);
+            self.between(node);
+            if self.random.below(8) == 0 {
+                self.disk.clone_from(&old);
+                return self.note(|| change.rollback(), What::Reverted { disk: old }).unwrap();
+            }
+            let what = What::Flushed { disk: Arc::new(self.disk.clone()) };
+            self.note(|| change.publish(), what).unwrap();
+        } else {
+            self.note(|| change.publish(), What::Reverted { disk: snap.disk.clone() }).unwrap();
+            self.disk.clone_from(&snap.disk);
+        }
         self.between(node);
         if self.random.below(8) == 0 {
             self.disk.clone_from(&old);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use block::qcow2::{Probe, Qcow2};
 use block::storage::Storage;
 use block::storage::memory::{MemoryStorage, Op};
-use block::{Format, Result, WriteBuf};
+use block::{Format, Result, Together, WriteBuf};
 
 use crate::common::{
     self, Start as _, check, check_leaks_only, create, have_qemu_img, land, load, new_snapshot,
@@ -49,6 +49,18 @@ fn revert_old(format: &Qcow2) -> Result<()> {
     land(&mut *format.revert_snapshot("1")?)
 }
 
+/// With a guest that writes what is there already, before it and after it was shown.
+fn revert_shown(format: &Qcow2) -> Result<()> {
+    let mut change = format.revert_snapshot("1")?;
+    change.prepare()?;
+    format.write(0, &[WriteBuf::new(&[1; 5000])])?;
+    format.write(150_000, &[WriteBuf::new(&[2; 5000])])?;
+    change.show(&Together::new(1))?;
+    format.write(90_000, &[WriteBuf::new(&[1; 50_000])])?;
+    change.publish()?;
+    change.finish()
+}
+
 fn delete_old(format: &Qcow2) -> Result<()> {
     land(&mut *format.delete_snapshot("1")?)
 }
@@ -59,8 +71,13 @@ fn write_some(format: &Qcow2) -> Result<()> {
     format.flush()
 }
 
-const JOBS: [(&str, Job); 4] =
-    [("save", save_new), ("revert", revert_old), ("delete", delete_old), ("write", write_some)];
+const JOBS: [(&str, Job); 5] = [
+    ("save", save_new),
+    ("revert", revert_old),
+    ("shown revert", revert_shown),
+    ("delete", delete_old),
+    ("write", write_some),
+];
 
 /// One failing operation at each place: the job fails or works, and the image is sound either way.
 fn fail_everywhere(options: &str) {
@@ -172,7 +189,7 @@ fn power_failure_anywhere_keeps_the_old_snapshot() {
                 let format = open(&storage);
                 let now = common::read_all(&format);
                 let (old, new) = match name {
-                    "revert" => (true, now == before.1),
+                    "revert" | "shown revert" => (true, now == before.1),
                     "write" => (true, true),
                     "delete" => (format.snapshots().iter().any(|s| s.tag == "old"), false),
                     _ => (true, false),

@@ -41,5 +41,6 @@ mod snapshot_view;
 mod snapshots;
 mod space;
 mod switch;
+mod together;
 mod twin;
 mod vmstate;

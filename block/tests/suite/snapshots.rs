@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{Format, ReadBuf, SnapshotCreate, WriteBuf};
+use block::{Format, ReadBuf, SnapshotCreate, Together, WriteBuf};
 
 use crate::common::{
     self, Random, check, create, delete, have_qemu_img, id_of, land, load, new_snapshot, open,
@@ -203,7 +203,7 @@ fn rollback_at_every_step_leaves_the_image_as_it_was() {
     format.flush().unwrap();
     let len = std::fs::metadata(&image).unwrap().len();
     let listed = format.snapshots();
-    for steps in 0..3 {
+    for steps in 0..4 {
         for dropped in [false, true] {
             let mut create = format.create_snapshot(&new_snapshot("new")).unwrap();
             vmstate(&*create, 0, &vec![5; 3 << 20]);
@@ -230,7 +230,9 @@ fn take<C: block::SnapshotChange + ?Sized>(change: &mut C, steps: usize, dropped
     if steps > 0 {
         change.prepare().unwrap();
     }
-    if steps > 1 {
+    if steps > 2 {
+        change.show(&Together::new(1)).unwrap();
+    } else if steps > 1 {
         change.publish().unwrap();
     }
     if !dropped {

@@ -32,6 +32,11 @@ impl SnapshotChange for Fake {
     fn prepare(&mut self) -> block::Result<()> {
         self.step("prepare")
     }
+    fn show(&mut self, together: &Arc<Together>) -> block::Result<()> {
+        self.step("show")?;
+        together.settled();
+        Ok(())
+    }
     fn publish(&mut self) -> block::Result<()> {
         self.step("publish")
     }
@@ -45,6 +50,13 @@ impl SnapshotChange for Fake {
 
 /// Runs the order over nodes a, b, c with the given failing steps; returns the result and the log.
 fn run(fails: [&'static [&'static str]; 3]) -> (Result<(), ChangeError>, Vec<String>) {
+    run_as(|changes| all_or_none(changes, None), fails)
+}
+
+fn run_as(
+    order: impl Fn(&mut [NodeChange<'_>]) -> Result<(), ChangeError>,
+    fails: [&'static [&'static str]; 3],
+) -> (Result<(), ChangeError>, Vec<String>) {
     let log = Log::default();
     let mut changes: Vec<_> = ["a", "b", "c"]
         .into_iter()
@@ -54,9 +66,46 @@ fn run(fails: [&'static [&'static str]; 3]) -> (Result<(), ChangeError>, Vec<Str
             change: Box::new(Fake { name, fail, cancel_at: None, log: log.clone() }),
         })
         .collect();
-    let result = all_or_none(&mut changes, None);
+    let result = order(&mut changes);
     let log = log.lock().unwrap().clone();
     (result, log)
+}
+
+fn shown(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
+    prepare_all(changes, None)?;
+    show_all(changes)?;
+    settle_all(changes)
+}
+
+#[test]
+fn shown_changes_are_published_and_finished_on_each_node_whatever_fails_on_others() {
+    for at in 0..3 {
+        let mut fails: [&[&str]; 3] = [&[]; 3];
+        fails[at] = &["publish"];
+        let (result, mut log) = run_as(shown, fails);
+        let error = result.unwrap_err();
+        assert_eq!((error.node.as_str(), error.step), (["a", "b", "c"][at], Step::Publish));
+        assert_eq!(log[3..6], ["a show", "b show", "c show"]);
+        log.drain(..6);
+        for (n, node) in ["a", "b", "c"].into_iter().enumerate() {
+            let steps: Vec<_> = log.iter().filter(|l| l.starts_with(node)).collect();
+            assert_eq!(steps.len(), if n == at { 1 } else { 2 }, "{log:?}");
+        }
+        assert!(!log.iter().any(|l| l.ends_with("rollback")));
+    }
+    run_as(shown, [&[], &["finish"], &[]]).0.unwrap();
+}
+
+#[test]
+fn failed_show_on_each_node_rolls_all_back_and_publishes_none() {
+    for at in 0..3 {
+        let mut fails: [&[&str]; 3] = [&[]; 3];
+        fails[at] = &["show"];
+        let (result, log) = run_as(shown, fails);
+        assert_eq!(result.unwrap_err().node, ["a", "b", "c"][at]);
+        assert!(!log.iter().any(|l| l.ends_with("publish") || l.ends_with("finish")));
+        assert_eq!(log[log.len() - 3..], ROLLBACK);
+    }
 }
 
 const ROLLBACK: [&str; 3] = ["c rollback", "b rollback", "a rollback"];

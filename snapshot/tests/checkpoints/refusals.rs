@@ -153,7 +153,7 @@ fn a_disk_that_a_block_job_copies_does_not_go_back_under_it() {
     drop(job);
     let prepared = checkpoint.prepare_disks().unwrap();
     assert!(machine.nodes[1].occupy_alone("backup").is_err());
-    prepared.revert().unwrap().finish();
+    prepared.revert().unwrap();
     machine.nodes[1].check_no_job().unwrap();
 }
 

@@ -41,6 +41,8 @@ use super::meta::{Meta, check_l1, read_l1};
 enum Stage {
     Begun,
     Prepared,
+    /// Visible in memory.
+    Shown,
     Published,
     Ended,
 }

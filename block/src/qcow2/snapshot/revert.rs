@@ -2,6 +2,8 @@
 //!
 //! prepare: a reference is taken to everything below the snapshot's disk, its L1 table is copied to
 //!          fresh clusters; all durable.
+//! show:    size and L1 table are switched in memory; every sync from then on writes the header first. Until one
+//!          has, a crash shows the old disk as the disk has it.
 //! publish: one header write switches size, L1 offset and L1 size.
 //! finish:  references of the old disk's tree are given back.
 //!
@@ -10,14 +12,17 @@
 //!
 //! The VM state of the snapshot stays the snapshot's: the active table maps the disk only.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::Result;
+use crate::num::be_bytes;
 use crate::qcow2::Qcow2;
+use crate::qcow2::flush::Member;
 use crate::qcow2::header::field;
 use crate::qcow2::layout::Run;
 use crate::qcow2::meta::Meta;
 use crate::snapshot::SnapshotChange;
+use crate::{Result, Together, WriteBuf};
 
 use super::table::Entry;
 use super::{Stage, begin_change, find, load_l1, tree, write_l1};
@@ -50,6 +55,12 @@ pub(in crate::qcow2) fn write_disk_place(
     meta.write_field(field::SIZE, &fields)
 }
 
+/// Writes all of an L1 table to its place, durably: the disk may not have what was changed in memory.
+fn write_table(meta: &Meta, active: &Active) -> Result<()> {
+    meta.storage.write_at(active.offset, &[WriteBuf::new(&be_bytes(&active.l1))])?;
+    meta.storage.flush()
+}
+
 /// See the module.
 pub(in crate::qcow2) struct Revert<'a> {
     image: &'a Qcow2,
@@ -60,6 +71,8 @@ pub(in crate::qcow2) struct Revert<'a> {
     taken: bool,
     run: Option<Run>,
     old: Option<(Active, Run)>,
+    /// The old disk was left in memory: its L1 table on disk may be behind.
+    shown: bool,
     stage: Stage,
 }
 
@@ -85,6 +98,7 @@ impl<'a> Revert<'a> {
                 taken: false,
                 run: None,
                 old: None,
+                shown: false,
                 stage: Stage::Begun,
             }),
             Err(e) => {
@@ -109,6 +123,15 @@ impl<'a> Revert<'a> {
         meta.replace_l1(to.l1.clone(), to.offset, size);
         meta.header.size = to.disk_size;
         self.image.size.store(to.disk_size, Ordering::Release);
+    }
+
+    /// What the active disk becomes.
+    fn target(&self, meta: &Meta) -> Active {
+        Active {
+            l1: self.l1.clone(),
+            offset: self.run.map_or(0, |run| meta.geometry().offset_of(run.first).0),
+            disk_size: self.entry.info.disk_size,
+        }
     }
 
     /// Frees what `prepare` took.
@@ -140,18 +163,51 @@ impl SnapshotChange for Revert<'_> {
         Ok(())
     }
 
+    fn show(&mut self, together: &Arc<Together>) -> Result<()> {
+        self.stage.expect(Stage::Prepared)?;
+        let _held = self.image.in_flight.exclusive(0..u64::MAX);
+        let mut meta = self.image.meta();
+        meta.check_writable()?;
+        if meta.is_switching() {
+            // Other tables are about to be in force.
+            meta.sync()?;
+        }
+        let old = (Active::of(&meta), meta.l1_run());
+        let new = self.target(&meta);
+        self.put(&mut meta, &new);
+        // The new table has been durable since `prepare`, and all that it leads to, so the header may lead to it
+        // at any time. What left the old tables in memory is given back after a sync, hence after the header.
+        meta.unsettled = true;
+        meta.member = Some(Member::new(together));
+        self.image.bitmaps_after_revert(new.disk_size);
+        self.old = Some(old);
+        self.shown = true;
+        self.stage = Stage::Shown;
+        Ok(())
+    }
+
     fn publish(&mut self) -> Result<()> {
+        if self.stage == Stage::Shown {
+            // Nobody goes back from what a guest has seen. What the old disk had is leaked after an error.
+            self.stage = Stage::Ended;
+            if let Err(error) = self.image.flush_alone() {
+                let mut meta = self.image.meta();
+                meta.changing = false;
+                if let Some(member) = &meta.member {
+                    member.together().failed();
+                }
+                return Err(error);
+            }
+            self.stage = Stage::Published;
+            return Ok(());
+        }
         self.stage.expect(Stage::Prepared)?;
         let _held = self.image.in_flight.exclusive(0..u64::MAX);
         let mut meta = self.image.meta();
         // The old disk must be whole on disk: its tables in memory are about to be left.
         meta.sync()?;
         let old = (Active::of(&meta), meta.l1_run());
-        let new = Active {
-            l1: self.l1.clone(),
-            offset: self.run.map_or(0, |run| meta.geometry().offset_of(run.first).0),
-            disk_size: self.entry.info.disk_size,
-        };
+        let new = self.target(&meta);
         if let Err(e) = self.switch(&mut meta, &new) {
             // The header may have either; settle it. If that fails too, keep all clusters.
             if let Err(again) = self.switch(&mut meta, &old.0) {
@@ -198,6 +254,12 @@ impl SnapshotChange for Revert<'_> {
             // Writes since `publish` went to the new tree: that is what must be given back.
             meta.sync()?;
             l1.clone_from(&meta.l1);
+            if self.shown {
+                // What the disk has of it can lead to clusters that were given back. If this fails, the image
+                // stays at the snapshot.
+                write_table(&meta, &old)?;
+                meta.member = None;
+            }
             let back = self.switch(&mut meta, &old);
             if back.is_err() {
                 // The next sync writes the header; until then the disk may have either.

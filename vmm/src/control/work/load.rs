@@ -33,7 +33,7 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let (presence, orders) = (&context.presence, &context.orders);
     let ram = Ram { memory: &context.memory, fresh: false, presence, orders };
     let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
-    let disks = disks.revert()?;
+    let disks = disks.show()?;
     let (base, rewinder) = (revival.base(), Rewinder::new(&revival.checkpoint));
     let lineage = revival.lineage();
     let rewind = Rewind::new(target.clone(), base, revival.state.clone(), rewinder);
@@ -41,10 +41,17 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let restored = context.ask(|reply| WorkMessage::Restore { loaded, reply });
     if restored.is_ok() {
         context.lineage.set(lineage);
+        // The machine is whole, whatever becomes of the rest.
+        context.memory_lost.store(false, Ordering::Release);
         context.send(WorkMessage::Run);
     }
-    disks.finish();
-    restored
+    let settled = disks.settle().map_err(|error| {
+        WorkError::Failed(format!(
+            "The machine is that of '{}', but a host crash could take a disk back: {error}",
+            target.tag
+        ))
+    });
+    restored.and(settled)
 }
 
 /// What lets RAM be read lazily; none if that is not wanted or not allowed.

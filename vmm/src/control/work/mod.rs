@@ -20,7 +20,7 @@
 //!   (load) Restore ──────────────────> puts vCPU and device state in place
 //!     <───────────────────────────────
 //!   (load) Run ──────────────────────> lets the guest run
-//!   gives back what is of no use any more
+//!   makes the disks durable, gives back
 //!   Done ────────────────────────────> lets the guest run on, concludes the job
 //! ```
 //!
