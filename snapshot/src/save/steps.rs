@@ -25,6 +25,7 @@ use crate::format::ram::RamLayout;
 use crate::format::section::Section;
 use crate::nodes::{NodesError, kept_tag};
 use crate::order::{ChangeError, NodeChange, all_or_none};
+use crate::revive::stored_parts;
 use crate::rewind::Rewinder;
 use crate::track::{Base, PageSet};
 use crate::{GuestMemory, memory};
@@ -319,13 +320,25 @@ fn inherit(
     if !there {
         return false;
     }
-    match begun.change.inherit_vmstate(&base.snapshot.id) {
+    // Looked at before anything depends on it: what is shared with a damaged one is lost with it.
+    let whole = check_base(&**format, setup, base);
+    match whole.and_then(|()| begun.change.inherit_vmstate(&base.snapshot.id)) {
         Ok(_) => true,
         Err(error) => {
-            tracing::info!(%error, "checkpoint '{}' cannot be built upon", base.snapshot.tag);
+            let tag = &base.snapshot.tag;
+            tracing::warn!(%error, "checkpoint '{tag}' cannot be built upon: all of RAM is saved");
             false
         }
     }
+}
+
+/// Walks the mapping of all RAM in a base, which reads its tables.
+fn check_base(format: &dyn Format, setup: &SaveSetup<'_>, base: &Base) -> block::Result<()> {
+    let start = crate::format::ram::StateOffset(base.ram_offset);
+    let layout = RamLayout::new(start, memory::ranges(setup.ram))
+        .map_err(|error| block::Error::Invalid(error.to_string()))?;
+    let vmstate = format.open_vmstate(&base.snapshot.id)?;
+    stored_parts(&*vmstate, &layout).map(drop)
 }
 
 /// Has VM state compressed where it is to be.

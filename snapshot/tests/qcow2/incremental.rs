@@ -208,6 +208,46 @@ fn a_second_checkpoint_writes_only_what_changed_and_zeroes_give_space_back() {
     assert!(stored(&after) + 6 * MIB < stored(&before), "{} {}", stored(&before), stored(&after));
 }
 
+/// Breaks the last entry of the last L2 table of the snapshot `id`, which maps RAM.
+fn damage_table(path: &std::path::Path, id: &str) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let be64 = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    // The only snapshot: place and entries of its L1 table, and the length of its id.
+    let entry = be64(64);
+    let (l1, second) = (be64(entry), be64(entry + 8));
+    assert_eq!(second & 0xffff, id.len() as u64);
+    let tables = (second >> 32).checked_sub(1).unwrap();
+    let last = (0..=tables).rev().map(|n| be64(l1 + n * 8)).find(|table| *table != 0).unwrap();
+    let table = last & 0x00ff_ffff_ffff_fe00;
+    let at = (0..8192).rev().map(|n| table + n * 8).find(|at| be64(*at) != 0).unwrap();
+    // Not the start of a cluster.
+    file.write_all_at(&(be64(at) | 0x200).to_be_bytes(), at).unwrap();
+}
+
+#[test]
+fn a_base_with_a_damaged_table_is_not_built_upon_and_the_next_checkpoint_is_whole() {
+    let mut chain = Chain::new("cluster_size=64k");
+    scribble(&chain.memory, 3);
+    chain.save("a", false);
+    chain.run();
+    chain.images.close();
+    damage_table(&chain.images.paths[0], "1");
+    chain.images.open();
+    let report = chain.save("b", true);
+    assert!(!report.incremental);
+    // The damaged one fails alone.
+    assert!(Checkpoint::open(&chain.images.nodes, "d0", "b").is_ok());
+    chain.load(1);
+    chain.run();
+    assert!(chain.save("c", true).incremental);
+    chain.load(2);
+}
+
 #[test]
 fn a_base_that_was_deleted_or_is_elsewhere_is_not_built_upon() {
     let mut chain = Chain::new("cluster_size=64k");
