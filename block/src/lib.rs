@@ -38,7 +38,8 @@ pub use graph::{Attachment, Graph, NodeInfo, User};
 pub use iobuf::{ReadBuf, WriteBuf};
 pub use magic::probe_format;
 pub use node::{
-    Access, Change, ChangeKind, Entered, Interceptor, Link, Node, Occupied, Turn, WriteObserver,
+    Access, Change, ChangeKind, Entered, Interceptor, Link, Node, Occupied, Saving, Turn,
+    WriteObserver,
 };
 pub use perm::{Perm, Permissions};
 pub use preallocation::Preallocation;

@@ -181,7 +181,7 @@ fn append(node: &str, overlay: &str) -> [Step; 2] {
     ]
 }
 
-fn unlink(made: Option<PathBuf>) {
+pub(super) fn unlink(made: Option<PathBuf>) {
     if let Some(path) = made
         && let Err(error) = std::fs::remove_file(&path)
     {
@@ -190,7 +190,7 @@ fn unlink(made: Option<PathBuf>) {
 }
 
 /// The path of a name, which may have the protocol `file:`.
-fn check_path(filename: &str) -> Result<&Path> {
+pub(super) fn check_path(filename: &str) -> Result<&Path> {
     let before_slash = filename.split('/').next().unwrap_or_default();
     match before_slash.split_once(':') {
         Some(("file", _)) => Ok(Path::new(&filename["file:".len()..])),
@@ -259,10 +259,19 @@ impl Graph {
         let flags = old.details().flags;
         let mut options = NodeOptions::parse(&options, Source::Json)?;
         options.unmap = flags.unmap;
+        self.open_implicit(&options, flags)
+    }
+
+    /// Opens a node that nobody uses yet, and that goes with its last user; gives its name.
+    pub(super) fn open_implicit(
+        &self,
+        options: &NodeOptions,
+        flags: build::Flags,
+    ) -> Result<String> {
         let mut state = self.state();
         let opener =
             Opener::new(&state.nodes, state.edges.clone(), state.next, state.damage.clone())?;
-        match opener.open_implicit(&options, flags) {
+        match opener.open_implicit(options, flags) {
             Ok(opened) => {
                 state.add_nodes(opened.made);
                 state.edges = opened.edges;

@@ -12,7 +12,13 @@ struct List {
     jobs: Vec<(u64, &'static str)>,
     /// Whether the one in the list lets no other come.
     alone: bool,
+    /// How many snapshots are being made together with the machine's state.
+    saves: usize,
 }
+
+/// QMP's type of the job that a snapshot must not come in the middle of: it would lose what it reads from
+/// the images that the job takes away.
+const STREAM: &str = "stream";
 
 /// The jobs of a node.
 #[derive(Debug, Default)]
@@ -38,7 +44,32 @@ impl Drop for Occupied {
     }
 }
 
+/// A snapshot of a node that is being made; over when dropped.
+pub struct Saving(Arc<Node>);
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        self.0.jobs.list().saves -= 1;
+    }
+}
+
 impl Node {
+    /// Notes that a snapshot is being made, from before it is begun to after it counts. Jobs that copy
+    /// the node may go on.
+    ///
+    /// # Errors
+    /// A job takes away what is below the node; with QEMU's text.
+    pub fn begin_save(self: &Arc<Self>) -> Result<Saving> {
+        let mut list = self.jobs.list();
+        match list.jobs.iter().find(|(_, job)| *job == STREAM) {
+            Some((_, job)) => Err(self.busy(job)),
+            None => {
+                list.saves += 1;
+                Ok(Saving(Arc::clone(self)))
+            }
+        }
+    }
+
     /// Refuses a node that any job works on, also one that only copies it: for what replaces all of
     /// its contents at once.
     ///
@@ -59,6 +90,7 @@ impl Node {
         let mut list = self.jobs.list();
         match list.jobs.first() {
             Some((_, other)) if list.alone => Err(self.busy(other)),
+            _ if job == STREAM && list.saves > 0 => Err(self.busy("snapshot-save")),
             _ => Ok(list.add(self, job)),
         }
     }
@@ -117,5 +149,22 @@ mod tests {
         assert_eq!(refused(node.occupy_alone("snapshot-load")), format!("{text}snapshot-load"));
         drop(load);
         drop(node.occupy("backup").unwrap());
+    }
+
+    #[test]
+    fn a_stream_and_a_save_keep_each_other_off_and_nothing_else() {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 512]));
+        let node = Arc::new(Node::new("n", Arc::new(Raw::open(storage, false).unwrap())));
+        let text = "Node 'n' is busy: block device is in use by block job: ";
+        let backup = node.occupy("backup").unwrap();
+        let saves = [node.begin_save().unwrap(), node.begin_save().unwrap()];
+        let refused = node.occupy("stream").err().unwrap().to_string();
+        assert_eq!(refused, format!("{text}snapshot-save"));
+        drop(saves);
+        let stream = node.occupy("stream").unwrap();
+        assert_eq!(node.begin_save().err().unwrap().to_string(), format!("{text}stream"));
+        drop((stream, backup));
+        drop(node.begin_save().unwrap());
+        node.check_no_job().unwrap();
     }
 }

@@ -24,7 +24,7 @@ use gate::Gate;
 pub(crate) use gate::{Closed, Holding};
 use intercept::Interception;
 pub use intercept::{Change, ChangeKind, Interceptor, Turn};
-pub use jobs::Occupied;
+pub use jobs::{Occupied, Saving};
 pub use link::{Entered, Link};
 
 /// An image with a name: QEMU's block node. Devices, checkpoints and exports all go through it.

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::graph::NewImageMode;
 use super::macros::{enums, objects};
 use super::types::{JobStatus, JobType};
 use super::{BlockdevRef, Branch, Qapi, Type, UnionInfo};
@@ -237,6 +238,78 @@ objects! {
         "filter-node-name" filter_node_name: Option<String>,
         /// The node to copy to.
         "target" target: String,
+    }
+
+    /// Arguments of `drive-backup`.
+    DriveBackupArguments {
+        /// The job to create.
+        "job-id" job_id: Option<String>,
+        /// The node to copy.
+        "device" device: String,
+        /// What is copied.
+        "sync" sync: MirrorSyncMode,
+        /// Bytes a second at most; 0 is no limit.
+        "speed" speed: Option<i64>,
+        /// The dirty bitmap that tells what is copied.
+        "bitmap" bitmap: Option<String>,
+        /// What becomes of the bitmap.
+        "bitmap-mode" bitmap_mode: Option<BitmapSyncMode>,
+        /// Whether the target compresses.
+        "compress" compress: Option<bool>,
+        /// What happens when the source cannot be read; `report` by default.
+        "on-source-error" on_source_error: Option<BlockdevOnError>,
+        /// What happens when the target cannot be written; `report` by default.
+        "on-target-error" on_target_error: Option<BlockdevOnError>,
+        /// Whether it finalizes by itself; it does by default.
+        "auto-finalize" auto_finalize: Option<bool>,
+        /// Whether it disappears by itself; it does by default.
+        "auto-dismiss" auto_dismiss: Option<bool>,
+        /// Name of the filter that copies before writes.
+        "filter-node-name" filter_node_name: Option<String>,
+        /// The file to copy to.
+        "target" target: String,
+        /// Its format; by default that of the node, or of the file that is there.
+        "format" format: Option<String>,
+        /// Whether the file is created, as by default, or there already.
+        "mode" mode: Option<NewImageMode>,
+    }
+
+    /// Arguments of `drive-mirror`.
+    DriveMirrorArguments {
+        /// The job to create.
+        "job-id" job_id: Option<String>,
+        /// The node to copy.
+        "device" device: String,
+        /// The file to copy to.
+        "target" target: String,
+        /// Its format; by default that of the node, or of the file that is there.
+        "format" format: Option<String>,
+        /// The name of the target's node; one is made up without it.
+        "node-name" node_name: Option<String>,
+        /// The node that the target takes the place of; `device` by default.
+        "replaces" replaces: Option<String>,
+        /// What is copied.
+        "sync" sync: MirrorSyncMode,
+        /// Whether the file is created, as by default, or there already.
+        "mode" mode: Option<NewImageMode>,
+        /// Bytes a second at most; 0 is no limit.
+        "speed" speed: Option<i64>,
+        /// Bytes that one bit of the dirty bitmap stands for.
+        "granularity" granularity: Option<i64>,
+        /// Bytes that may be in flight.
+        "buf-size" buf_size: Option<i64>,
+        /// What happens when the source cannot be read; `report` by default.
+        "on-source-error" on_source_error: Option<BlockdevOnError>,
+        /// What happens when the target cannot be written; `report` by default.
+        "on-target-error" on_target_error: Option<BlockdevOnError>,
+        /// Whether zeroes take no space in the target; they do not by default.
+        "unmap" unmap: Option<bool>,
+        /// When it copies what is written; `background` by default.
+        "copy-mode" copy_mode: Option<MirrorCopyMode>,
+        /// Whether it finalizes by itself; it does by default.
+        "auto-finalize" auto_finalize: Option<bool>,
+        /// Whether it disappears by itself; it does by default.
+        "auto-dismiss" auto_dismiss: Option<bool>,
     }
 
     /// Arguments of `blockdev-mirror`.

@@ -154,6 +154,10 @@ command_enum! {
     BlockdevCreate(CreateArguments) = "blockdev-create" -> ();
     /// Starts a job that copies a disk as it is now.
     BlockdevBackup(BackupArguments) = "blockdev-backup" -> ();
+    /// Starts a job that copies a node, as it is now, to a file: the older form of `blockdev-backup`.
+    DriveBackup(DriveBackupArguments) = "drive-backup" -> ();
+    /// Starts a job that keeps a file the same as a node: the older form of `blockdev-mirror`.
+    DriveMirror(DriveMirrorArguments) = "drive-mirror" -> ();
     /// Starts a job that makes a node the same as another, and keeps it so.
     BlockdevMirror(MirrorArguments) = "blockdev-mirror" -> ();
     /// Starts a job that copies what an image has into those below it.

@@ -1,7 +1,7 @@
 //! Transactions and internal snapshots.
 
 use super::arguments::{BitmapAddArguments, BitmapArguments, BitmapMergeArguments};
-use super::block_jobs::BackupArguments;
+use super::block_jobs::{BackupArguments, DriveBackupArguments};
 use super::checkpoints::CheckpointLabel;
 use super::graph::{BlockdevSnapshot, BlockdevSnapshotSync};
 use super::macros::{enums, objects};
@@ -113,6 +113,8 @@ actions! {
     BitmapMerge(BitmapMergeArguments) = "block-dirty-bitmap-merge",
     /// As the command.
     Backup(BackupArguments) = "blockdev-backup",
+    /// As the command.
+    DriveBackup(DriveBackupArguments) = "drive-backup",
     /// As the command.
     Snapshot(BlockdevSnapshot) = "blockdev-snapshot",
     /// As the command.

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use block::qcow2::Compression;
-use block::{Format, NewSnapshot, Node, Progress, SnapshotCreate, WriteBuf};
+use block::{Format, NewSnapshot, Node, Progress, Saving, SnapshotCreate, WriteBuf};
 
 use super::aside::Aside;
 use super::writer::RamWriter;
@@ -97,6 +97,8 @@ pub struct Save<'a> {
     creates: Vec<Begun<'a>>,
     writer: RamWriter<'a>,
     incremental: bool,
+    /// Nobody takes away what is below the disks.
+    _saving: Vec<Saving>,
 }
 
 /// A snapshot begun on one node.
@@ -115,6 +117,8 @@ impl<'a> Save<'a> {
     /// Checks, and begins a snapshot on each image.
     pub fn begin(images: &'a SaveImages<'a>, setup: SaveSetup<'a>) -> Result<Self, SaveError> {
         preflight_save(setup.nodes, setup.vmstate, &setup.stamp.tag)?;
+        let saving = setup.nodes.iter().map(Node::begin_save).collect::<Result<_, _>>();
+        let saving = saving.map_err(|error| NodesError::Busy(error.to_string()))?;
         let least = RamLayout::start_after(setup.state_bytes)
             .ok_or_else(|| state_error("it is too large"))?;
         let mut creates = begin_all(images, setup.stamp)?;
@@ -131,7 +135,9 @@ impl<'a> Save<'a> {
                 RamWriter::new(slices, layout, cluster, inherited, setup.absent)
             });
         match writer {
-            Ok(writer) => Ok(Self { setup, images, creates, writer, incremental: inherited }),
+            Ok(writer) => {
+                Ok(Self { setup, images, creates, writer, incremental: inherited, _saving: saving })
+            }
             Err(source) => Err(write_failed(setup.vmstate, source, creates)),
         }
     }

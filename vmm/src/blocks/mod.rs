@@ -69,6 +69,8 @@ pub fn is_block_command(command: &Command) -> bool {
             | Command::BlockdevCreate(_)
             | Command::BlockdevBackup(_)
             | Command::BlockdevMirror(_)
+            | Command::DriveBackup(_)
+            | Command::DriveMirror(_)
             | Command::BlockCommit(_)
             | Command::BlockStream(_)
             | Command::Transaction(_)
@@ -186,6 +188,8 @@ impl Blocks {
             Command::QueryCheckpoints(arguments) => self.checkpoints(&arguments),
             Command::BlockdevBackup(arguments) => self.backup(&arguments).and_then(|()| done()),
             Command::BlockdevMirror(arguments) => self.mirror(arguments).and_then(|()| done()),
+            Command::DriveBackup(arguments) => self.drive_backup(&arguments).and_then(|()| done()),
+            Command::DriveMirror(arguments) => self.drive_mirror(arguments).and_then(|()| done()),
             Command::BlockCommit(arguments) => self.commit(arguments).and_then(|()| done()),
             Command::BlockStream(arguments) => self.stream(arguments).and_then(|()| done()),
             Command::Transaction(arguments) => self.transaction(&arguments),

@@ -270,9 +270,18 @@ impl Controller {
                     self.emit(&Event::MigrationPass { pass: i64::try_from(pass).unwrap_or(0) });
                 }
             }
-            Step::Final => self.with_last(|last| last.is_final = true),
             Step::DisksAreGone => self.with_last(|last| last.disks_are_gone = true),
         }
+    }
+
+    /// The other end is about to have all of it: it cannot be cancelled any more.
+    pub(super) fn migration_leaves(&mut self) -> Outcome {
+        let cancelling = |last: &Last| last.status == MigrationStatus::Cancelling;
+        if self.ending || self.migration.last.as_ref().is_some_and(cancelling) {
+            return Err(WorkError::Cancelled);
+        }
+        self.with_last(|last| last.is_final = true);
+        Ok(())
     }
 
     /// The guest stands still for the last of it.
@@ -338,10 +347,14 @@ impl Controller {
     }
 
     fn received(&mut self, status: MigrationStatus, text: Option<String>) {
+        if self.ending {
+            // What does not come any more is no failure.
+            return self.with_last(|last| last.total = Some(last.began.elapsed()));
+        }
         if let Some(text) = text {
             let exits = self.migration.awaits.as_ref().is_some_and(|awaits| awaits.exit_on_error);
             self.migration_ended(status, Some(format!("load of migration failed: {text}")));
-            if exits && !self.ending {
+            if exits {
                 self.failure = Some(Error::Incoming(text));
                 self.ending = true;
             }
@@ -355,7 +368,7 @@ impl Controller {
                 Some(state @ (RunState::PreLaunch | RunState::IoError)) => state,
                 _ => RunState::Paused,
             };
-            if told == Some(RunState::Running) && start && !self.ending {
+            if told == Some(RunState::Running) && start {
                 // The state tells of a failure.
                 let _ = self.resume_guest();
             }

@@ -375,6 +375,9 @@ impl Controller {
                 self.machine.forget_missing();
                 let _ = reply.send(Ok(()));
             }
+            WorkMessage::Final { reply } => {
+                let _ = reply.send(self.migration_leaves());
+            }
             WorkMessage::Arrived { arrived, reply } => {
                 let _ = reply.send(self.arrived(&arrived));
             }

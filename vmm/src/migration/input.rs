@@ -110,6 +110,13 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(UnixListener::from(socket))
 }
 
+/// Whether there is anything to read. One who only wanted to know whether somebody listens has gone again.
+fn says_something(stream: &UnixStream) -> bool {
+    let mut byte = [0; 1];
+    let peeked = rustix::net::recv(stream, &mut byte, rustix::net::RecvFlags::PEEK);
+    peeked.is_ok_and(|(count, _)| count > 0)
+}
+
 impl Input {
     /// Waits until somebody is there.
     ///
@@ -124,7 +131,10 @@ impl Input {
                 match waiting.listener.accept() {
                     Ok((stream, _)) => {
                         stream.set_nonblocking(true)?;
-                        break Kind::Socket(stream);
+                        stopper.wait(stream.as_fd(), PollFlags::IN)?;
+                        if says_something(&stream) {
+                            break Kind::Socket(stream);
+                        }
                     }
                     Err(error) if is_transient(&error) => {}
                     Err(error) => return Err(error),

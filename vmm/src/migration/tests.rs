@@ -82,7 +82,7 @@ fn a_command_that_does_nothing_is_ended_with_what_it_started() {
     let mut out = output(&shell(&command), &stopper);
     thread::scope(|scope| {
         let writer = scope.spawn(|| out.write_all(&vec![7; LONG]).unwrap_err());
-        while std::fs::read_to_string(&pids).is_ok_and(|text| text.ends_with('\n')).eq(&false) {
+        while !std::fs::read_to_string(&pids).is_ok_and(|text| text.ends_with('\n')) {
             thread::yield_now();
         }
         stopper.stop();

@@ -63,6 +63,11 @@ impl Blocks {
 
     /// blockdev-mirror.
     pub(in crate::blocks) fn mirror(&self, arguments: MirrorArguments) -> Result<(), Error> {
+        self.mirror_with(arguments, true)
+    }
+
+    /// A mirror; with `unmap` zeroes take no space in the target.
+    pub(super) fn mirror_with(&self, arguments: MirrorArguments, unmap: bool) -> Result<(), Error> {
         let job = JobOptions {
             id: arguments.job_id,
             speed: arguments.speed,
@@ -87,6 +92,7 @@ impl Blocks {
             buf_size: number("buf-size", arguments.buf_size, "a non-negative value")?.unwrap_or(0),
             on_source_error: on_error(arguments.on_source_error),
             on_target_error: on_error(arguments.on_target_error),
+            unmap,
             ..MirrorOptions::new(&arguments.device, &arguments.target, sync(arguments.sync))
         };
         let operation = Mirror::new(&self.graph, options).map_err(failed)?;

@@ -1,6 +1,7 @@
 //! Jobs: the list of all of them, and block operations that run as jobs.
 
 mod commands;
+mod drive;
 mod list;
 mod make;
 mod operation;

@@ -13,7 +13,7 @@ use qmp::jobs::GroupId;
 use qmp::schema::{ActionCompletionMode, TransactionAction, TransactionArguments};
 use qmp::transaction::{self, Action};
 
-use self::backup::Backup;
+use self::backup::{Backup, DriveBackup};
 use self::bitmaps::{BitmapAction, Change};
 use self::external::{External, Which};
 use self::snapshots::InternalSnapshot;
@@ -85,6 +85,9 @@ impl Blocks {
             A::Backup(arguments) => {
                 return Box::new(Backup::new(self, arguments, resources.group));
             }
+            A::DriveBackup(arguments) => {
+                return Box::new(DriveBackup::new(self, arguments, resources.group));
+            }
             A::Snapshot(arguments) => {
                 return Box::new(External::new(self, Which::Node(arguments)));
             }
@@ -115,7 +118,9 @@ pub fn check_mode(arguments: &TransactionArguments) -> Result<(), qmp::Error> {
     if !is_grouped(arguments) {
         return Ok(());
     }
-    let other = |action: &&TransactionAction| !matches!(action, TransactionAction::Backup(_));
+    let other = |action: &&TransactionAction| {
+        !matches!(action, TransactionAction::Backup(_) | TransactionAction::DriveBackup(_))
+    };
     match arguments.actions.iter().find(other) {
         Some(action) => Err(text(format!(
             "Action '{}' does not support transaction property completion-mode = grouped",

@@ -86,8 +86,6 @@ pub enum Step {
     Status(MigrationStatus),
     /// What was written was asked for.
     Pass(u64),
-    /// It cannot be cancelled any more: the other end may have all of it.
-    Final,
     /// The disks are another process's, and cannot be had back.
     DisksAreGone,
 }
@@ -110,8 +108,15 @@ fn send_all(output: &mut Output, shared: &Shared, context: &WorkContext) -> Outc
     };
     let writer = StreamWriter::begin(output, &context.config, about, &context.memory)?;
     let bucket = Bucket::default();
-    let mut sending =
-        Sending { writer, shared, context, bucket, began: Instant::now(), first: true };
+    let mut sending = Sending {
+        writer,
+        shared,
+        context,
+        bucket,
+        began: Instant::now(),
+        first: true,
+        is_left: false,
+    };
     sending.run(logged)
 }
 
@@ -123,6 +128,8 @@ struct Sending<'a> {
     began: Instant,
     /// No page was sent yet.
     first: bool,
+    /// The other end may have all of it, and go on.
+    is_left: bool,
 }
 
 impl Sending<'_> {
@@ -151,7 +158,10 @@ impl Sending<'_> {
         self.context.graph.inactivate()?;
         self.end().map_err(|error| {
             let error = explain(self.writer.out(), self.context, error);
-            if let Err(reason) = self.context.graph.activate() {
+            if self.is_left && self.context.progress.is_cancelled() {
+                // The process ends, and the target has its disks, or will.
+                self.tell(Step::DisksAreGone);
+            } else if let Err(reason) = self.context.graph.activate() {
                 error!("the disks cannot be taken back: {reason}");
                 self.tell(Step::DisksAreGone);
             }
@@ -162,7 +172,9 @@ impl Sending<'_> {
     /// What was given up is the target's once it has all of this.
     fn end(&mut self) -> Outcome {
         if self.writer.out().is_final() {
-            self.tell(Step::Final);
+            // From here on nobody can cancel it.
+            self.context.ask(|reply| WorkMessage::Final { reply })?;
+            self.is_left = true;
         }
         self.writer.done()?;
         self.note(0);
@@ -204,7 +216,7 @@ impl Sending<'_> {
     /// Sends what pages hold; with `limited` no faster than allowed.
     fn send(&mut self, pages: &PageSet, limited: bool) -> Outcome {
         let mut left = pages.bytes();
-        let Self { writer, shared, context, bucket, began, first } = self;
+        let Self { writer, shared, context, bucket, began, first, .. } = self;
         let mut before = writer.sent().bytes;
         writer.pages(&context.memory, pages, *first, |count, sent| {
             left = left.saturating_sub(count * snapshot::PAGE_SIZE);

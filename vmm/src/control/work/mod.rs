@@ -214,6 +214,11 @@ pub enum WorkMessage {
         /// Told when it is done.
         reply: Sender<Result<(), WorkError>>,
     },
+    /// The other end of a migration is about to have all of it.
+    Final {
+        /// Told whether it may: not where it was cancelled.
+        reply: Sender<Result<(), WorkError>>,
+    },
     /// The machine that came is to go on here.
     Arrived {
         /// It.
