@@ -18,11 +18,16 @@
 //! Free clusters must not be taken while their space is being given back: the same freeze keeps them.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::{Result, Together};
 
 use super::Qcow2;
 use super::meta::{Meta, Sync, discard};
+
+/// Flushes ahead of those that requests wait for, and how long one may take for no other to be needed.
+const MOST_AHEAD: usize = 5;
+const SHORT: Duration = Duration::from_millis(20);
 
 /// Frozen tables, which this alone may change: thawed when it is dropped, also after a panic. Nothing
 /// here may be called with the lock held, nor [`Qcow2::meta`] by who has this.
@@ -143,6 +148,24 @@ impl Qcow2 {
         // What the guest discarded since the last flush may be much.
         if more {
             self.punch_all();
+        }
+        Ok(())
+    }
+
+    /// Makes most durable without keeping requests waiting, which the flushes of a sync do. A flush makes
+    /// durable what others wrote meanwhile, too: each here leaves the next less to do, until little is left.
+    pub(super) fn flush_ahead(&self) -> Result<()> {
+        for _ in 0..MOST_AHEAD {
+            self.meta().write_ahead()?;
+            let begun = Instant::now();
+            if self.geometry.external {
+                self.data.flush()?;
+            }
+            self.storage.flush()?;
+            // Whoever took a cluster meanwhile has changed a count.
+            if begun.elapsed() < SHORT || !self.meta().refcounts.has_dirty_blocks() {
+                break;
+            }
         }
         Ok(())
     }

@@ -10,8 +10,6 @@
 //!
 //! The VM state hangs on the snapshot's own L1 table only; the active one never sees it.
 
-use std::time::{Duration, Instant};
-
 use crate::num::to_u64;
 use crate::qcow2::Qcow2;
 use crate::qcow2::flush::Frozen;
@@ -24,10 +22,6 @@ use crate::{Error, Result, WriteBuf};
 use super::area::Area;
 use super::table::{Entry, TableSwitch};
 use super::{Point, Stage, begin_change, point, tree, write_l1};
-
-/// Flushes ahead of those that requests wait for, and how long one may take for no other to be needed.
-const MOST_AHEAD: usize = 5;
-const SHORT: Duration = Duration::from_millis(20);
 
 /// See the module.
 pub(in crate::qcow2) struct Create<'a> {
@@ -108,24 +102,6 @@ impl<'a> Create<'a> {
     }
 }
 
-/// Makes most durable without keeping requests waiting, which the flushes of the sync do. A flush makes
-/// durable what others wrote meanwhile, too: each here leaves the next less to do, until little is left.
-fn flush_ahead(image: &Qcow2) -> Result<()> {
-    for _ in 0..MOST_AHEAD {
-        image.meta().write_ahead()?;
-        let begun = Instant::now();
-        if image.geometry.external {
-            image.data.flush()?;
-        }
-        image.storage.flush()?;
-        // Whoever took a cluster meanwhile has changed a count.
-        if begun.elapsed() < SHORT || !image.meta().refcounts.has_dirty_blocks() {
-            break;
-        }
-    }
-    Ok(())
-}
-
 /// At most `most` bytes of a text, not splitting a character.
 fn cut(text: &str, most: usize) -> &str {
     let mut end = text.len().min(most);
@@ -193,7 +169,7 @@ impl SnapshotChange for Create<'_> {
             self.switch()?;
         }
         point::take_all(image)?;
-        flush_ahead(image)?;
+        image.flush_ahead()?;
         let mut meta = image.meta();
         meta.check_writable()?;
         let vm = self.area.take(&mut meta, self.vm_state_size)?;

@@ -56,6 +56,14 @@ fn check_unread(meta: &Meta, entry: &Entry) -> Result<()> {
 impl SnapshotChange for Delete<'_> {
     fn prepare(&mut self) -> Result<()> {
         self.stage.expect(Stage::Begun)?;
+        let dirty = {
+            let meta = self.image.meta();
+            meta.check_writable()?;
+            meta.is_dirty()
+        };
+        if dirty {
+            self.image.flush_ahead()?;
+        }
         let mut meta = self.image.meta();
         meta.check_writable()?;
         let mut rest = meta.snapshots.clone();
