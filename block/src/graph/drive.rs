@@ -90,7 +90,7 @@ impl Graph {
         }
         let format = match target.format {
             Some(format) => format.to_owned(),
-            None if target.existing => build::probe_format(target.filename)?.to_owned(),
+            None if target.existing => crate::probe_format(path)?.to_owned(),
             None => source.driver().to_owned(),
         };
         let fresh = !path.exists();
