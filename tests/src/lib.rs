@@ -29,6 +29,7 @@ pub mod counter;
 pub mod daemon;
 pub mod disk;
 pub mod events;
+pub mod full;
 pub mod pattern;
 pub mod process;
 pub mod pty;

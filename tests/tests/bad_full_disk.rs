@@ -1,66 +1,15 @@
 //! A host that is out of space, and a process that is killed, in the middle of a save.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tardigrade_tests::counter::{self, Running, snapshot};
 use tardigrade_tests::disk::Disk;
+use tardigrade_tests::full::Small;
 use tardigrade_tests::{pattern, require};
-
-/// A small file system of its own; unmounted when dropped.
-struct Small(PathBuf);
-
-impl Small {
-    /// None where this user may not mount.
-    fn mount(at: PathBuf, bytes: u64) -> Option<Self> {
-        fs::create_dir(&at).unwrap();
-        let size = format!("size={bytes}");
-        let output = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
-            .arg(&at)
-            .output()
-            .unwrap();
-        if output.status.success() {
-            return Some(Self(at));
-        }
-        eprintln!("SKIPPED: cannot mount a tmpfs: {}", String::from_utf8_lossy(&output.stderr));
-        None
-    }
-
-    fn free(&self) -> u64 {
-        let path = std::ffi::CString::new(self.0.to_str().unwrap()).unwrap();
-        // SAFETY: all zeroes is a value of this plain struct.
-        let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the path ends with NUL, and both live during the call.
-        assert_eq!(unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) }, 0);
-        stat.f_bavail * stat.f_frsize
-    }
-
-    /// Takes all space but `bytes`.
-    fn leave(&self, bytes: u64) {
-        self.give_back();
-        let take = self.free() - bytes;
-        fs::write(
-            self.0.join("ballast"),
-            pattern::bytes(1, 0, usize::try_from(take).unwrap() / 8 * 8),
-        )
-        .unwrap();
-    }
-
-    fn give_back(&self) {
-        let _ = fs::remove_file(self.0.join("ballast"));
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
 
 #[test]
 fn a_save_without_space_fails_gives_all_back_and_works_once_there_is_space() {
@@ -70,8 +19,8 @@ fn a_save_without_space_fails_gives_all_back_and_works_once_there_is_space() {
     let dir = tempfile::tempdir().unwrap();
     let Some(small) = Small::mount(dir.path().join("small"), 32 << 20) else { return };
     let disks = [
-        Disk::qcow2(small.0.join("disk0.qcow2"), "64M"),
-        Disk::qcow2(small.0.join("disk1.qcow2"), "64M"),
+        Disk::qcow2(small.path().join("disk0.qcow2"), "64M"),
+        Disk::qcow2(small.path().join("disk1.qcow2"), "64M"),
     ];
     let spec = counter::spec(dir.path(), 8 << 20).disk(&disks[0]).disk(&disks[1]);
     let mut vm = Running::start(&spec);

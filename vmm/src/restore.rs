@@ -11,6 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use block::graph::text;
+use devices::virtio::block::{ErrorPolicy, UnknownOnError};
 use serde_json::{Value, json};
 use snapshot::config::{Bus, CheckpointConfig, DeviceConfig, DiskConfig};
 use snapshot::tree::read_config;
@@ -201,12 +202,26 @@ fn device_spec(device: &DeviceConfig) -> Result<DeviceSpec, Error> {
             serial: disk.serial.clone(),
             queues: device.queues,
             share_rw: disk.share_rw,
+            on_error: error_policy(disk)?,
         },
         ("virtio-rng", None) => DeviceKind::Rng,
         _ => return Err(Error::Unknown(format!("device {device}"))),
     };
     let id = (!device.id.is_empty()).then(|| device.id.clone());
     Ok(DeviceSpec { id, kind })
+}
+
+/// What is done about errors of a recorded disk.
+fn error_policy(disk: &DiskConfig) -> Result<ErrorPolicy, Error> {
+    let usual = ErrorPolicy::default();
+    let parse = |text: &str, usual| match text {
+        "" => Ok(usual),
+        text => text.parse().map_err(|error: UnknownOnError| Error::Unknown(error.to_string())),
+    };
+    Ok(ErrorPolicy {
+        read: parse(&disk.rerror, usual.read)?,
+        write: parse(&disk.werror, usual.write)?,
+    })
 }
 
 /// Where the files of a checkpoint's disks are.

@@ -378,7 +378,13 @@ fn guest_signals(mailbox: &Mailbox) -> GuestSignals {
         });
         line
     };
-    GuestSignals { reset: line(|| Message::GuestReset), power_off: line(|| Message::GuestPowerOff) }
+    let to_main = mailbox.clone();
+    GuestSignals {
+        reset: line(|| Message::GuestReset),
+        power_off: line(|| Message::GuestPowerOff),
+        // Not of the guest: whoever else takes its place, the event is true.
+        disk: Arc::new(move |slot, failure| to_main.send(Message::Disk { slot, failure })),
+    }
 }
 
 fn vcpu_events(mailbox: &Mailbox) -> EventSink {

@@ -171,6 +171,7 @@ impl VirtioCore {
         if !ready {
             queue.next_avail = 0;
             queue.next_used = 0;
+            queue.held.clear();
         }
         if running && let Err(error) = self.worker.stop_queue(index) {
             self.give_up(&error);
@@ -273,11 +274,17 @@ impl VirtioCore {
         Ok(())
     }
 
+    /// As [`Self::resume`], of a device that the machine did not pause: what is held is served again.
+    pub(super) fn retry(&mut self) -> Result<()> {
+        if self.paused { self.resume() } else { self.worker.resume() }
+    }
+
     fn take_positions(&mut self, positions: &Positions) {
         for (queue, position) in self.queues.iter_mut().zip(positions) {
-            if let Some((next_avail, next_used)) = *position {
-                queue.next_avail = next_avail;
-                queue.next_used = next_used;
+            if let Some(position) = position {
+                queue.next_avail = position.next_avail;
+                queue.next_used = position.next_used;
+                queue.held.clone_from(&position.held);
             }
         }
     }

@@ -87,8 +87,17 @@ pub enum Served {
 pub struct Ended {
     /// Which.
     pub token: Token,
-    /// Bytes that were written into the chain's writable part.
-    pub len: u32,
+    /// How.
+    pub end: End,
+}
+
+/// How a request that was served later has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It is done; so many bytes were written into the chain's writable part.
+    Done(u32),
+    /// It is to be served again, from its chain, when the machine is resumed.
+    Held,
 }
 
 /// What serves a device's requests.
@@ -112,6 +121,9 @@ pub trait QueueHandler: Send {
     /// Starts what was taken, and gives the requests that have ended since the last call. With `all`
     /// it waits until none is left.
     fn ended(&mut self, _all: bool, _mem: &GuestMemory, _out: &mut Vec<Ended>) {}
+
+    /// The machine goes on: what is held is served again next.
+    fn resumed(&mut self) {}
 
     /// Makes everything that was served durable. Comes when nothing is left to be served.
     fn flush(&mut self) -> ::block::Result<()>;

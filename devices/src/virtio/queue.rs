@@ -22,12 +22,24 @@ pub(super) enum QueueError {
     Alignment(virtio_queue::Error),
     #[error("{ring} of {len} bytes at {addr:#x} is not in guest memory")]
     Address { ring: &'static str, addr: u64, len: u32 },
+    #[error("{0} requests wait to be served again, which is more than it has descriptors")]
+    Held(usize),
 }
 
 /// A queue whose rings are in guest memory and aligned.
 pub(super) struct RunningQueue {
     ring: Queue,
     rules: ChainRules,
+    /// First descriptors of requests that are to be served again.
+    held: Vec<u16>,
+}
+
+/// Where a queue is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Position {
+    pub(super) next_avail: u16,
+    pub(super) next_used: u16,
+    pub(super) held: Vec<u16>,
 }
 
 impl RunningQueue {
@@ -42,6 +54,9 @@ impl RunningQueue {
         let mut ring = Queue::new(state.max_size).map_err(|_| bad_size())?;
         ring.try_set_size(size).map_err(|_| bad_size())?;
         check_rings(state, size, mem)?;
+        if state.held.len() > usize::from(size) {
+            return Err(QueueError::Held(state.held.len()));
+        }
         ring.try_set_desc_table_address(GuestAddress(state.desc_table))
             .map_err(QueueError::Alignment)?;
         ring.try_set_avail_ring_address(GuestAddress(state.avail_ring))
@@ -58,12 +73,38 @@ impl RunningQueue {
             max_len: state.max_size,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
         };
-        Ok(Self { ring, rules })
+        Ok(Self { ring, rules, held: state.held.clone() })
     }
 
-    /// Available and used positions: (next_avail, next_used).
-    pub(super) fn positions(&self) -> (u16, u16) {
-        (self.ring.next_avail(), self.ring.next_used())
+    /// Where it is.
+    pub(super) fn position(&self) -> Position {
+        let (next_avail, next_used) = (self.ring.next_avail(), self.ring.next_used());
+        Position { next_avail, next_used, held: self.held.clone() }
+    }
+
+    /// Keeps a request to be served again.
+    pub(super) fn hold(&mut self, head: u16) {
+        self.held.push(head);
+    }
+
+    /// Whether requests are to be served again.
+    pub(super) fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Takes the requests that are to be served again, oldest first.
+    pub(super) fn take_held(&mut self) -> Vec<u16> {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Reads the chain of a request that was taken before.
+    pub(super) fn reload(
+        &self,
+        mem: &GuestMemory,
+        head: u16,
+        chain: &mut Chain,
+    ) -> Result<(), Malformed> {
+        chain.load(mem, &self.rules, head)
     }
 
     /// Takes the next request, reads its chain into `chain` and returns its head.

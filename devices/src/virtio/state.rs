@@ -24,11 +24,15 @@ pub struct QueueState {
     pub next_avail: u16,
     /// Used index of the next request to give back.
     pub next_used: u16,
+    /// First descriptors of requests that were taken and are not given back: they failed on the
+    /// host, and are served again. Since version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<u16>,
 }
 
 impl QueueState {
     /// Version of the struct.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 
     /// A queue after device reset.
     pub(crate) fn after_reset(max_size: u16) -> Self {
@@ -57,7 +61,7 @@ pub struct VirtioState {
 
 impl VirtioState {
     /// Version of the struct.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 }
 
 /// What only one type of device has.

@@ -8,7 +8,10 @@
 //! A running thread waits in epoll for its queues' eventfds and the control eventfd; a parked one
 //! waits on the control channel alone. Between any two requests it looks whether a command waits.
 //! A command that takes queues away or parks the thread waits until every request that was taken
-//! has ended and is back in its ring: afterwards no ring and no guest memory is touched.
+//! has ended and is back in its ring, or is held: afterwards no ring and no guest memory is touched.
+//!
+//! A request that the handler holds waits for the next Resume; until then the thread takes no others.
+//! Whoever made the handler sees to it that the machine stops, so that there is one.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -22,17 +25,17 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, Malformed};
 use super::error::{Error, Result};
-use super::queue::RunningQueue;
+use super::queue::{Position, RunningQueue};
 use super::signals::Signals;
-use super::{Ended, QueueHandler, Served, Token, VirtioDevice};
+use super::{End, Ended, QueueHandler, Served, Token, VirtioDevice};
 use crate::GuestMemory;
 use crate::interrupt::signal;
 
 /// Requests served from one queue before the others get their turn.
 const BATCH: usize = 64;
 
-/// Positions of the queues that run: (next_avail, next_used) by index.
-pub(super) type Positions = Vec<Option<(u16, u16)>>;
+/// Where the queues that run are, by index.
+pub(super) type Positions = Vec<Option<Position>>;
 
 /// Queues by index; None is a queue the driver does not use.
 pub(super) type RunningQueues = Vec<Option<RunningQueue>>;
@@ -131,7 +134,7 @@ impl Worker {
         }
     }
 
-    /// Lets a parked thread run, looking at every queue once. Does not wait.
+    /// Lets a parked thread run, looking at every queue once, after what is held. Does not wait.
     pub(super) fn resume(&self) -> Result<()> {
         self.send(Command::Resume)
     }
@@ -295,6 +298,8 @@ impl Thread {
             }
             Command::Resume => {
                 self.parked = false;
+                self.handler.resumed();
+                self.serve_held();
                 self.look_at_all();
                 return Next::GoOn;
             }
@@ -307,6 +312,8 @@ impl Thread {
                 if let Some(queue) = self.queues.get_mut(index) {
                     *queue = None;
                 }
+                // The others may have waited for what it held.
+                self.look_at_all();
                 Reply::Done
             }
             Command::Pause => {
@@ -333,12 +340,12 @@ impl Thread {
     }
 
     fn positions(&self) -> Positions {
-        self.queues.iter().map(|q| q.as_ref().map(RunningQueue::positions)).collect()
+        self.queues.iter().map(|q| q.as_ref().map(RunningQueue::position)).collect()
     }
 
     /// Waits for a kick or a command, unless a queue has more to do.
     fn wait(&mut self) -> io::Result<()> {
-        let timeout = if self.pending.contains(&true) { 0 } else { -1 };
+        let timeout = if self.pending.contains(&true) && !self.holds() { 0 } else { -1 };
         let mut events = [EpollEvent::default(); 16];
         let count = match self.epoll.wait(timeout, &mut events) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
@@ -362,9 +369,15 @@ impl Thread {
         Ok(())
     }
 
+    /// Whether requests wait for a Resume, and so all others do. Thus there are never more of them than
+    /// were under way when the first one failed.
+    fn holds(&self) -> bool {
+        self.queues.iter().flatten().any(RunningQueue::holds)
+    }
+
     fn serve_pending(&mut self) {
         for index in 0..self.pending.len() {
-            if self.command_waits() {
+            if self.command_waits() || self.holds() {
                 return;
             }
             let Some(pending) = self.pending.get_mut(index) else {
@@ -379,17 +392,46 @@ impl Thread {
                         *pending = more;
                     }
                 }
-                Err(error) => {
-                    tracing::warn!(
-                        device = self.device,
-                        queue = index,
-                        %error,
-                        "driver broke a rule, device needs reset"
-                    );
-                    self.break_down();
+                Err(error) => self.broke_a_rule(index, &error),
+            }
+        }
+    }
+
+    fn broke_a_rule(&mut self, queue: usize, error: &Malformed) {
+        tracing::warn!(
+            device = self.device,
+            queue,
+            %error,
+            "driver broke a rule, device needs reset"
+        );
+        self.break_down();
+    }
+
+    /// Serves what is held, from its chains in guest memory: they are the guest's, and may be others now.
+    fn serve_held(&mut self) {
+        for index in 0..self.queues.len() {
+            let Some(Some(queue)) = self.queues.get_mut(index) else { continue };
+            for head in queue.take_held() {
+                if self.broken {
+                    return;
+                }
+                if let Err(error) = self.serve_again(index, head) {
+                    self.broke_a_rule(index, &error);
                 }
             }
         }
+    }
+
+    fn serve_again(&mut self, index: usize, head: u16) -> std::result::Result<(), Malformed> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(()) };
+        queue.reload(&self.mem, head, &mut self.chain)?;
+        let token = Token { queue: index, head };
+        if let Served::Done(len) = self.handler.serve(token, &self.mem, &mut self.chain)?
+            && queue.give_back(&self.mem, head, len)?
+        {
+            self.signals.request_done();
+        }
+        Ok(())
     }
 
     /// Serves a batch; true if there may be more.
@@ -421,22 +463,21 @@ impl Thread {
         let mut ended = std::mem::take(&mut self.ended);
         self.handler.ended(all, &self.mem, &mut ended);
         let mut wanted = false;
-        for Ended { token: Token { queue, head }, len } in ended.drain(..) {
+        for Ended { token: Token { queue, head }, end } in ended.drain(..) {
             // A driver that broke a rule gets nothing back before it resets.
             let (Some(Some(ring)), false) = (self.queues.get_mut(queue), self.broken) else {
                 continue;
             };
+            let len = match end {
+                End::Done(len) => len,
+                End::Held => {
+                    ring.hold(head);
+                    continue;
+                }
+            };
             match ring.give_back(&self.mem, head, len) {
                 Ok(interrupt) => wanted |= interrupt,
-                Err(error) => {
-                    tracing::warn!(
-                        device = self.device,
-                        queue,
-                        %error,
-                        "driver broke a rule, device needs reset"
-                    );
-                    self.break_down();
-                }
+                Err(error) => self.broke_a_rule(queue, &error),
             }
         }
         if wanted {

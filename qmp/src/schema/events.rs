@@ -48,9 +48,10 @@ event_enum! {
         "id" id: String,
     } = "BLOCK_EXPORT_DELETED";
 
-    /// A read or write failed. Here: of RAM that a lazy load has still to read.
+    /// A request of a disk failed on the host, or one for RAM that a lazy load has still to read. At
+    /// most one a second is told of each device: the first at once, of those after it the last.
     BlockIoError {
-        /// The device that uses the node, empty if none.
+        /// The device that uses the node, empty if it was for RAM.
         "qom-path" qom_path: String,
         /// The backend; empty for nodes from `--blockdev` and `blockdev-add`.
         "device" device: String,
@@ -60,7 +61,7 @@ event_enum! {
         "operation" operation: IoOperationType,
         /// What is done about it.
         "action" action: BlockErrorAction,
-        /// Whether there was no space.
+        /// Whether there was no space; left out where no error stops the machine.
         "nospace" nospace: Option<bool>,
         /// The error.
         "reason" reason: String,

@@ -9,6 +9,7 @@
 //! read from, and loses its connection once too many events wait for it; the others do not notice.
 
 mod connection;
+mod limit;
 mod outbox;
 mod output;
 mod place;

@@ -7,9 +7,9 @@ use serde::Serialize;
 use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::MonitorId;
 use super::socket::Listener;
 use super::stream::Stream;
+use super::{MonitorId, limit};
 use crate::schema::Event;
 use crate::{Error, wire};
 
@@ -26,7 +26,12 @@ pub(super) enum Output {
         oob: bool,
     },
     /// To every negotiated client.
-    Event(Vec<u8>),
+    Event {
+        /// The event.
+        message: Vec<u8>,
+        /// What it is limited by: see [`super::limit`].
+        limit: Option<String>,
+    },
     /// Serve this socket too, and the client that is already there.
     Listen(Listener, Option<Stream>),
     /// Serve this client.
@@ -96,7 +101,8 @@ impl Events {
 
     /// Tells that `event` happened now.
     pub fn emit(&self, event: &Event) {
-        self.outbox.send(Output::Event(wire::event(event)));
+        let output = Output::Event { message: wire::event(event), limit: limit::key(event) };
+        self.outbox.send(output);
     }
 }
 

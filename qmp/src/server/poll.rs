@@ -10,6 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{Connection, Machine};
+use super::limit::Limiter;
 use super::outbox::{Outbox, Output, Outputs};
 use super::session::Session;
 use super::socket::Listener;
@@ -37,6 +38,7 @@ pub(super) struct Poll {
     next_client: u64,
     accepting: bool,
     accept_again: Option<Instant>,
+    limiter: Limiter,
     /// When shutting down: the latest end.
     closing: Option<Instant>,
 }
@@ -63,6 +65,7 @@ impl Poll {
             next_client: FIRST_CLIENT,
             accepting: true,
             accept_again: None,
+            limiter: Limiter::default(),
             closing: None,
         })
     }
@@ -86,6 +89,7 @@ impl Poll {
                 }
             }
             self.accept_again_if_due();
+            self.tell_if_due();
         }
         for connection in std::mem::take(&mut self.clients).into_values() {
             connection.close();
@@ -100,7 +104,8 @@ impl Poll {
 
     /// Milliseconds until something has to be done without being told; -1 for never.
     fn timeout(&self) -> i32 {
-        let Some(due) = self.closing.or(self.accept_again) else { return -1 };
+        let soonest = || self.accept_again.into_iter().chain(self.limiter.next()).min();
+        let Some(due) = self.closing.or_else(soonest) else { return -1 };
         let left = due.saturating_duration_since(Instant::now());
         // Rounded up, or the last millisecond would be spent spinning.
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX).saturating_add(1)
@@ -116,13 +121,32 @@ impl Poll {
                     }
                     self.serve(monitor.0, false);
                 }
-                Output::Event(message) => self.tell(&message.into()),
+                Output::Event { message, limit } => self.happened(message.into(), limit),
                 Output::Listen(listener, first) => self.listen(listener, first),
                 Output::Serve(stream) => self.add_client(stream),
                 Output::Shutdown => self.shut_down(),
             }
         }
         self.serve_all();
+    }
+
+    /// An event is told, now or later.
+    fn happened(&mut self, message: Arc<[u8]>, limit: Option<String>) {
+        let now = match limit {
+            Some(key) if self.closing.is_none() => self.limiter.pass(key, message, Instant::now()),
+            _ => Some(message),
+        };
+        if let Some(message) = now {
+            self.tell(&message);
+        }
+    }
+
+    fn tell_if_due(&mut self) {
+        let due = self.limiter.due(Instant::now());
+        if !due.is_empty() {
+            due.iter().for_each(|message| self.tell(message));
+            self.serve_all();
+        }
     }
 
     /// Queues an event for every negotiated client. They are served when all outputs were taken.
@@ -154,6 +178,9 @@ impl Poll {
     }
 
     fn shut_down(&mut self) {
+        for message in self.limiter.rest() {
+            self.tell(&message);
+        }
         self.closing.get_or_insert(Instant::now() + self.options.linger);
         self.listeners.clear();
     }

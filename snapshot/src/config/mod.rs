@@ -108,6 +108,12 @@ pub struct DiskConfig {
     /// Whether others may write to it meanwhile. Since version 2.
     #[serde(default)]
     pub share_rw: bool,
+    /// What is done about reads that fail on the host; empty for what is usual. Since version 2.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rerror: String,
+    /// About all other requests.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub werror: String,
 }
 
 /// A node that a checkpoint is stored on.

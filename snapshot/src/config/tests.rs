@@ -15,6 +15,8 @@ fn disk(node: &str) -> DiskConfig {
         format: "qcow2".to_owned(),
         filename: "root.qcow2".to_owned(),
         share_rw: false,
+        rerror: String::new(),
+        werror: String::new(),
     }
 }
 

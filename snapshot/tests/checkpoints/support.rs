@@ -109,6 +109,8 @@ fn config(ram: &GuestMemory, names: &[&str]) -> MachineConfig {
             format: "fake".to_owned(),
             filename: String::new(),
             share_rw: false,
+            rerror: String::new(),
+            werror: String::new(),
         }),
     };
     MachineConfig {

@@ -153,6 +153,13 @@ impl Monitor {
         }
     }
 
+    /// Makes sure that the next answer is of the next call: `word` is at `address`, and in no answer that may
+    /// still come, of a call whose caller is gone.
+    pub fn give_up_answers(&mut self, address: u64, word: u64) {
+        self.start(Routine::Peek64, &[address]);
+        while self.answer() != Ok(word) {}
+    }
+
     /// Waits for the letter that the guest says when it starts.
     pub fn wait_started(&mut self) {
         assert_eq!(self.byte(), b'S');

@@ -2,7 +2,7 @@
 //! test wants it. The addresses here are those of the device in slot 0.
 
 use super::layout::SCRATCH;
-use super::monitor::Monitor;
+use super::monitor::{Monitor, Routine};
 
 /// First register of slot 0, and bytes from a slot to the next (`docs/boot.md`).
 const DEVICE: u64 = 0xd000_0000;
@@ -10,8 +10,13 @@ const SLOT: u64 = 0x1000;
 /// Bytes from the structures of a slot to those of the next.
 const STRUCTURES: u64 = 0x1_0000;
 
+/// Where QEMU's microvm has its 24 slots, and how far apart; devices go into the last ones first.
+const QEMU_DEVICE: u64 = 0xfeb0_0000;
+const QEMU_SLOT: u64 = 0x200;
+
 /// Registers (virtio 1.2, table 4.1).
 const MAGIC: u64 = 0;
+const DEVICE_TYPE: u64 = 8;
 const DEVICE_FEATURES: u64 = 0x10;
 const DEVICE_FEATURES_SELECT: u64 = 0x14;
 const DRIVER_FEATURES: u64 = 0x20;
@@ -24,6 +29,8 @@ const STATUS: u64 = 0x70;
 const QUEUE_DESCRIPTORS: u64 = 0x80;
 const QUEUE_AVAILABLE: u64 = 0x90;
 const QUEUE_USED: u64 = 0xa0;
+
+const MAGIC_VALUE: u32 = 0x7472_6976;
 
 /// Status bits (virtio 1.2, section 2.1).
 const ACKNOWLEDGE: u32 = 1;
@@ -85,6 +92,16 @@ pub struct Driver<'a> {
     shift: u64,
 }
 
+/// The first register of the first disk, of our machine or of QEMU's.
+pub fn find(monitor: &mut Monitor) -> u64 {
+    let theirs = (0..24).rev().map(|slot| QEMU_DEVICE + slot * QEMU_SLOT);
+    let mut places = std::iter::once(DEVICE).chain(theirs);
+    let found = places.find(|place| {
+        monitor.peek32(place + MAGIC) == MAGIC_VALUE && monitor.peek32(place + DEVICE_TYPE) == 2
+    });
+    found.expect("there is no disk")
+}
+
 impl<'a> Driver<'a> {
     /// Resets the device in slot 0 and sets up its first queue. Of the features only
     /// VIRTIO_F_VERSION_1 and VIRTIO_RING_F_INDIRECT_DESC are taken.
@@ -99,8 +116,23 @@ impl<'a> Driver<'a> {
 
     fn start_with(monitor: &'a mut Monitor, slot: u64, features: u32) -> Self {
         let (device, shift) = (DEVICE + slot * SLOT, slot * STRUCTURES);
-        let mut driver = Self { monitor, available: 0, device, shift };
-        assert_eq!(driver.register(MAGIC), 0x7472_6976, "there is no virtio device");
+        Self { monitor, available: 0, device, shift }.set_up(features)
+    }
+
+    /// The same as [`Self::start`] for the device that [`find`] has found.
+    pub fn start_found(monitor: &'a mut Monitor, device: u64) -> Self {
+        Self { monitor, available: 0, device, shift: 0 }.set_up(INDIRECT_DESC)
+    }
+
+    /// A driver that was started before, with so many requests made so far.
+    pub fn resume(monitor: &'a mut Monitor, available: u16) -> Self {
+        Self { monitor, available, device: DEVICE, shift: 0 }
+    }
+
+    fn set_up(self, features: u32) -> Self {
+        let mut driver = self;
+        let shift = driver.shift;
+        assert_eq!(driver.register(MAGIC), MAGIC_VALUE, "there is no virtio device");
         driver.set(STATUS, 0);
         assert_eq!(driver.register(STATUS), 0);
         for rings in [AVAILABLE, USED] {
@@ -180,17 +212,25 @@ impl<'a> Driver<'a> {
 
     /// Makes the chain that begins with descriptor `head` available.
     pub fn submit(&mut self, head: u16) {
+        self.offer(head);
+        self.set(QUEUE_NOTIFY, 0);
+    }
+
+    fn offer(&mut self, head: u16) {
         let slot = self.shift + AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
         self.monitor.write(slot, &head.to_le_bytes());
-        let next = self.available.wrapping_add(1);
-        self.set_available_index(next);
+        self.claim(self.available.wrapping_add(1));
     }
 
     /// Claims that all entries below `index` are available, and notifies the device.
     pub fn set_available_index(&mut self, index: u16) {
+        self.claim(index);
+        self.set(QUEUE_NOTIFY, 0);
+    }
+
+    fn claim(&mut self, index: u16) {
         self.available = index;
         self.monitor.write(self.shift + AVAILABLE + 2, &index.to_le_bytes());
-        self.set(QUEUE_NOTIFY, 0);
     }
 
     /// Transfers the sector between [`DATA`] and the disk; gives the request's status byte.
@@ -200,6 +240,17 @@ impl<'a> Driver<'a> {
 
     /// The same with memory anywhere, `length` bytes.
     pub fn transfer_at(&mut self, kind: u32, sector: u64, address: u64, length: u32) -> u8 {
+        self.begin(kind, sector, address, length);
+        self.end()
+    }
+
+    /// Starts a transfer between [`DATA`] and the disk. It may stop the guest: what comes next is
+    /// [`Self::end`].
+    pub fn begin_transfer(&mut self, kind: u32, sector: u64) {
+        self.begin(kind, sector, DATA, 512);
+    }
+
+    fn begin(&mut self, kind: u32, sector: u64, address: u64, length: u32) {
         let mut header = kind.to_le_bytes().to_vec();
         header.extend([0; 4]);
         header.extend(sector.to_le_bytes());
@@ -211,8 +262,20 @@ impl<'a> Driver<'a> {
             Descriptor { address, length, flags: NEXT | to_memory, next: 2 },
             Descriptor { address: REQUEST_STATUS, length: 1, flags: WRITE, next: 0 },
         ]);
-        let wanted = self.available.wrapping_add(1);
-        self.submit(0);
+        self.offer(0);
+        // The guest may stand still before it has answered.
+        self.monitor.start(Routine::Poke32, &[self.device + QUEUE_NOTIFY, 0]);
+    }
+
+    /// Waits for the end of the transfer that was begun; gives the request's status byte.
+    pub fn end(&mut self) -> u8 {
+        self.monitor.answer().unwrap();
+        self.done()
+    }
+
+    /// The same for a guest that has answered, or whose answer was given up.
+    pub fn done(&mut self) -> u8 {
+        let wanted = self.available;
         let index = |word: u64| word >> 16 & 0xffff;
         self.monitor.wait_word(USED, |word| index(word) == u64::from(wanted));
         self.monitor.bytes(REQUEST_STATUS, 1)[0]

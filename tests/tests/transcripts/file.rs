@@ -24,6 +24,9 @@ pub(crate) struct Transcript {
     /// More arguments of ours alone.
     #[serde(default)]
     pub(crate) our_args: Vec<String>,
+    /// Both run a guest whose disk the steps use: see [`Step::guest`].
+    #[serde(default)]
+    pub(crate) guest: bool,
     /// The steps begin with the greeting, and `qmp_capabilities` is sent by them.
     #[serde(default)]
     pub(crate) greeting: bool,
@@ -54,6 +57,8 @@ pub(crate) struct Step {
     pub(crate) raw: Option<String>,
     /// Bytes that are sent as they are.
     pub(crate) hex: Option<String>,
+    /// What the guest does with its disk.
+    pub(crate) guest: Option<Access>,
     /// How many answers that gives; 1 if not said.
     pub(crate) answers: Option<usize>,
     /// A program and its arguments, run in `$DIR`: exit status and output are compared.
@@ -76,6 +81,18 @@ pub(crate) struct Step {
     pub(crate) differs: Option<Differs>,
 }
 
+/// What the guest does with a sector.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(crate) enum Access {
+    /// Begins to read it.
+    Read(u64),
+    /// Begins to write it.
+    Write(u64),
+    /// Waits for the end of what was begun; the status byte that it gives is compared.
+    End,
+}
+
 /// A difference.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -90,6 +107,9 @@ impl Transcript {
     pub(crate) fn check(&self) -> Result<(), String> {
         if self.about.is_empty() || self.play.is_empty() {
             return Err("a transcript says what it is about, and plays something".to_owned());
+        }
+        if self.play.iter().any(|step| step.guest.is_some()) && !self.guest {
+            return Err("a step is of a guest that is not there".to_owned());
         }
         if self.ignore.iter().any(|ignored| ignored.why.is_empty()) {
             return Err("what is ignored has a reason".to_owned());
@@ -111,8 +131,11 @@ impl Step {
         let sent = [self.send.is_some(), self.raw.is_some(), self.hex.is_some()];
         let kinds = sent.iter().filter(|&&is| is).count();
         let kinds = kinds + usize::from(self.run.is_some()) + usize::from(self.end);
+        let kinds = kinds + usize::from(self.guest.is_some());
         if kinds > 1 || (kinds == 0 && self.until.is_none()) {
-            return Err("it is one of send, raw, hex, run, end, or at least until".to_owned());
+            return Err(
+                "it is one of send, raw, hex, guest, run, end, or at least until".to_owned()
+            );
         }
         if self.differs.as_ref().is_some_and(|differs| differs.why.is_empty()) {
             return Err("a difference has a reason".to_owned());
@@ -159,6 +182,9 @@ impl Step {
     pub(crate) fn text(&self) -> String {
         if self.end {
             return "(the end)".to_owned();
+        }
+        if let Some(access) = &self.guest {
+            return format!("(the guest: {access:?})");
         }
         if let Some(run) = &self.run {
             return run.join(" ");

@@ -7,7 +7,10 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::file::{Step, Transcript, matches};
+use tardigrade_tests::baremetal::Monitor;
+use tardigrade_tests::baremetal::virtio::{self, Driver};
+
+use crate::file::{Access, Step, Transcript, matches};
 use crate::programs::{Running, Side, patience};
 
 /// What came back in each step: messages, in order.
@@ -52,12 +55,14 @@ struct Player<'a> {
     stream: BufReader<UnixStream>,
     dir: &'a Path,
     greeted: bool,
+    driver: Option<Driver<'static>>,
 }
 
 impl<'a> Player<'a> {
     fn new(program: Running, stream: UnixStream, dir: &'a Path) -> Self {
         stream.set_read_timeout(Some(patience())).unwrap();
-        Self { program, stream: BufReader::new(stream), dir, greeted: false }
+        let stream = BufReader::new(stream);
+        Self { program, stream, dir, greeted: false, driver: None }
     }
 
     fn negotiate(&mut self) -> Result<(), String> {
@@ -113,6 +118,12 @@ impl<'a> Player<'a> {
         if let Some(run) = &step.run {
             return self.run(run);
         }
+        if let Some(access) = step.guest {
+            let ended = self.access(access);
+            if step.until.is_none() {
+                return Ok(ended);
+            }
+        }
         if let Some(bytes) = step.bytes() {
             self.send(&bytes)?;
         }
@@ -143,6 +154,22 @@ impl<'a> Player<'a> {
         }
         came.retain(|message| !ignored(message));
         Ok(came)
+    }
+
+    /// What the guest does; its status byte where it ends.
+    fn access(&mut self, access: Access) -> Vec<Value> {
+        let driver = self.driver.get_or_insert_with(|| {
+            // It lives as long as the test.
+            let monitor = Box::leak(Box::new(Monitor::connect(&self.dir.join("serial"))));
+            let disk = virtio::find(monitor);
+            Driver::start_at(monitor, disk)
+        });
+        match access {
+            Access::Read(sector) => driver.begin_transfer(0, sector),
+            Access::Write(sector) => driver.begin_transfer(1, sector),
+            Access::End => return vec![json!({ "status": driver.end() })],
+        }
+        Vec::new()
     }
 
     fn run(&self, words: &[String]) -> Result<Vec<Value>, String> {

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use tardigrade_tests::baremetal::image;
 use tardigrade_tests::counter;
 use tardigrade_tests::process::{Awaited, Watch, wait_for_end};
 use tardigrade_tests::vm::binary;
@@ -54,7 +55,7 @@ impl Program {
         }
     }
 
-    fn qemu(self, socket: &Path) -> Command {
+    fn qemu(self, dir: &Path, socket: &Path, guest: bool) -> Command {
         let mut command = Command::new(self.pair().qemu);
         let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
         command.args(["--chardev", &chardev]);
@@ -68,22 +69,36 @@ impl Program {
         if !matches!(self, Self::StorageDaemon) {
             command.args(["-nodefaults", "-display", "none", "-no-user-config"]);
         }
+        if guest {
+            command.args(["-global", "virtio-mmio.force-legacy=false"]);
+            command.args(["-kernel", &kernel(dir, true), "-serial", &serial(dir)]);
+        }
         command
     }
 
-    fn ours(self, dir: &Path, socket: &Path) -> Command {
+    fn ours(self, dir: &Path, socket: &Path, guest: bool) -> Command {
         let mut command = Command::new(binary());
         command.args(["--qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         match self {
             Self::StorageDaemon | Self::None => command.args(["--machine", "none"]),
             Self::Microvm => {
-                let kernel = dir.join("counter.elf");
-                std::fs::write(&kernel, counter::kernel(0)).unwrap();
-                command.args(["-m", "64M", "--serial", "null"]).arg("--kernel").arg(kernel)
+                let serial = if guest { serial(dir) } else { "null".to_owned() };
+                command.args(["-m", "64M", "--serial", &serial, "--kernel", &kernel(dir, guest)])
             }
         };
         command
     }
+}
+
+/// Writes the kernel that waits, or the one that does what it is told over the serial port.
+fn kernel(dir: &Path, guest: bool) -> String {
+    let path = dir.join("guest.elf");
+    std::fs::write(&path, if guest { image::elf() } else { counter::kernel(0) }).unwrap();
+    path.display().to_string()
+}
+
+fn serial(dir: &Path) -> String {
+    format!("unix:{},server=on,wait=off", dir.join("serial").display())
 }
 
 /// A running program; killed when dropped.
@@ -101,8 +116,12 @@ impl Running {
     ) -> Result<(Self, UnixStream), String> {
         let socket = dir.join("qmp.sock");
         let (mut command, more) = match side {
-            Side::Ours => (transcript.program.ours(dir, &socket), &transcript.our_args),
-            Side::Qemu => (transcript.program.qemu(&socket), &transcript.qemu_args),
+            Side::Ours => {
+                (transcript.program.ours(dir, &socket, transcript.guest), &transcript.our_args)
+            }
+            Side::Qemu => {
+                (transcript.program.qemu(dir, &socket, transcript.guest), &transcript.qemu_args)
+            }
         };
         let own = |arg: &String| arg.replace("$DIR", dir.to_str().unwrap());
         command.args(transcript.args.iter().map(own)).args(more.iter().map(own));

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use block::graph::text;
+use devices::virtio::block::{ErrorPolicy, OnError};
 use qmp::server::Place;
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -279,7 +280,20 @@ fn block_device(options: &mut Map<String, Value>) -> Result<DeviceKind, String> 
         Some("on" | "true") => true,
         Some(_) => return Err("share-rw is on or off".to_owned()),
     };
-    Ok(DeviceKind::Block { drive, serial, queues, share_rw })
+    let auto = ErrorPolicy::default();
+    let on_error = ErrorPolicy {
+        read: on_error(options, "rerror", auto.read)?,
+        write: on_error(options, "werror", auto.write)?,
+    };
+    Ok(DeviceKind::Block { drive, serial, queues, share_rw, on_error })
+}
+
+/// `rerror` or `werror`.
+fn on_error(options: &mut Map<String, Value>, key: &str, auto: OnError) -> Result<OnError, String> {
+    match take(options, key).as_deref() {
+        None | Some("auto") => Ok(auto),
+        Some(text) => text.parse().map_err(|error| format!("{key} {error}")),
+    }
 }
 
 /// Takes an option out; numbers may come from JSON as numbers.
@@ -410,11 +424,28 @@ mod tests {
     #[test]
     fn a_device_names_what_it_does_not_know() {
         let spec = device("virtio-blk-device,drive=d,serial=s,num-queues=2,id=x").unwrap();
-        let kind =
-            DeviceKind::Block { drive: "d".into(), serial: "s".into(), queues: 2, share_rw: false };
+        let kind = DeviceKind::Block {
+            drive: "d".into(),
+            serial: "s".into(),
+            queues: 2,
+            share_rw: false,
+            on_error: ErrorPolicy::default(),
+        };
         assert_eq!(spec, DeviceSpec { id: Some("x".into()), kind });
         let json = device(r#"{"driver":"virtio-blk-device","drive":"d","num-queues":3}"#).unwrap();
         assert!(matches!(json.kind, DeviceKind::Block { queues: 3, .. }));
+        let policy = |text: &str| match device(text).unwrap().kind {
+            DeviceKind::Block { on_error, .. } => on_error,
+            DeviceKind::Rng => panic!("{text}"),
+        };
+        let stop = ErrorPolicy { read: OnError::Ignore, write: OnError::Stop };
+        assert_eq!(policy("virtio-blk-device,drive=d,rerror=ignore,werror=stop"), stop);
+        assert_eq!(
+            policy("virtio-blk-device,drive=d,rerror=auto,werror=auto"),
+            ErrorPolicy::default()
+        );
+        let error = device("virtio-blk-device,drive=d,werror=x").unwrap_err().to_string();
+        assert!(error.contains("werror 'x' is not report"), "{error}");
         let error = device("virtio-blk-device,drive=d,foo=1").unwrap_err().to_string();
         assert!(error.contains("'foo' is not an option of virtio-blk-device"), "{error}");
         assert!(device("virtio-net-device").unwrap_err().to_string().contains("virtio-net-device"));

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Controller;
+use super::disk_errors::io_status;
 use crate::machine::devices::VirtioSlot;
 
 impl Controller {
@@ -23,13 +24,16 @@ fn block_device(slot: &VirtioSlot) -> Result<Value, qmp::Error> {
         }
         None => Value::Null,
     };
-    Ok(json!({
+    let mut device = json!({
         "device": "",
         "qdev": slot.path,
         "type": "unknown",
         "removable": false,
         "locked": false,
-        "io-status": "ok",
         "inserted": inserted,
-    }))
+    });
+    if let Some(status) = slot.errors.as_deref().and_then(io_status) {
+        device["io-status"] = json!(status);
+    }
+    Ok(device)
 }

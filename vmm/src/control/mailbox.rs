@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use devices::virtio::block::Failure;
 use snapshot::Notice;
 
 use super::work::WorkMessage;
@@ -25,6 +26,13 @@ pub enum Message {
     GuestReset,
     /// The guest powered off.
     GuestPowerOff,
+    /// A disk's request failed on the host.
+    Disk {
+        /// The disk's slot.
+        slot: usize,
+        /// What failed, and what is done about it.
+        failure: Failure,
+    },
     /// Of the RAM that is missing after a lazy load.
     Missing {
         /// Which load: [`crate::machine::missing::Missing::id`].

@@ -9,6 +9,7 @@ mod block_info;
 mod block_stats;
 mod commands;
 pub mod daemon;
+mod disk_errors;
 pub mod mailbox;
 pub mod migration;
 pub(crate) mod monitor;
@@ -212,6 +213,7 @@ impl Controller {
     fn handle(&mut self, message: Message) {
         match message {
             Message::Work(message) => self.work_message(message),
+            Message::Disk { slot, failure } => self.disk_failed(slot, &failure),
             Message::Missing { id, notice } => self.missing_notice(id, notice),
             Message::GuestPowerOff => self.shutdown(true, ShutdownCause::GuestShutdown),
             Message::GuestReset | Message::Vcpu(VcpuEvent::TripleFault) => self.guest_reset(),

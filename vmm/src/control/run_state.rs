@@ -12,8 +12,8 @@
 //!                                                   restore-vm, until a load or a reset
 //! ```
 //!
-//! A guest that needs RAM which a lazy load cannot read goes from running to io-error; `cont` tries
-//! again. A live save lets the guest go on before its job is done.
+//! A request that fails on the host stops the guest in io-error where the user wants that, and a
+//! guest that needs RAM which a lazy load cannot read goes there, too; `cont` tries again. A live save lets the guest go on before its job is done.
 //!
 //! While a job holds the guest, `stop`, `cont` and `system_reset` are remembered and take effect
 //! when the job lets go. A vCPU that cannot go on leads to internal-error.
@@ -46,6 +46,16 @@ pub(super) struct Hold {
     pub(super) reset: Option<ShutdownCause>,
     /// Since when it stands still, if it was saved while it ran.
     saved: Option<Instant>,
+}
+
+impl Hold {
+    /// The guest is not to run on: a disk's request waits.
+    pub(super) fn fail(&mut self) {
+        self.resume = false;
+        if self.before == RunState::Running {
+            self.before = RunState::IoError;
+        }
+    }
 }
 
 impl Controller {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Attachment, Graph, Link, Node, User};
 use devices::legacy::{I8042, Serial};
-use devices::virtio::block::{IoCounters, OptionsError};
+use devices::virtio::block::{Failure, IoCounters, IoErrors, OptionsError};
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
 use devices::{EventFdLine, GuestMemory, InterruptLine, Presence};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -56,6 +56,8 @@ pub struct GuestSignals {
     pub reset: Arc<dyn InterruptLine>,
     /// The power-off register.
     pub power_off: Arc<dyn InterruptLine>,
+    /// Requests that fail on the host, with the slot of their disk.
+    pub disk: Arc<dyn Fn(usize, Failure) + Send + Sync>,
 }
 
 /// A virtio device in its place.
@@ -70,8 +72,12 @@ pub struct VirtioSlot {
     pub path: String,
     /// Keeps the node from being used by anyone else.
     disk: Option<Attachment>,
+    /// Its place in QEMU's tree of objects.
+    pub qom_path: String,
     /// What its requests come to, where it is a disk.
     pub counters: Option<Arc<IoCounters>>,
+    /// What failed on the host, where it is a disk.
+    pub errors: Option<Arc<IoErrors>>,
     transport: Arc<Mutex<MmioTransport>>,
 }
 
@@ -134,7 +140,7 @@ impl DeviceSet {
         let presence = Presence::default();
         let mut set = Self { serial, i8042, virtio: Vec::new(), events, wants_input, presence };
         for spec in &spec.devices {
-            set.attach_virtio(spec, vm, memory, bus, graph)?;
+            set.attach_virtio(spec, vm, memory, bus, graph, &signals.disk)?;
         }
         Ok(set)
     }
@@ -146,6 +152,7 @@ impl DeviceSet {
         memory: &GuestMemory,
         bus: &mut Bus,
         graph: &Graph,
+        failures: &Arc<dyn Fn(usize, Failure) + Send + Sync>,
     ) -> Result<(), Error> {
         let index = self.virtio.len();
         let (address, irq) = (slot_address(index), slot_irq(index));
@@ -158,7 +165,16 @@ impl DeviceSet {
             DeviceKind::Rng => None,
         };
         let link = disk.as_ref().map(Attachment::link);
-        let (device, counters) = make_device(&spec.kind, &name, link, &self.presence)?;
+        let failures = Arc::clone(failures);
+        let errors = match &spec.kind {
+            DeviceKind::Block { on_error, .. } => {
+                let sink = Box::new(move |failure| failures(index, failure));
+                Some(Arc::new(IoErrors::new(*on_error, sink)))
+            }
+            DeviceKind::Rng => None,
+        };
+        let parts = (link, errors.as_ref());
+        let (device, counters) = make_device(&spec.kind, &name, parts, &self.presence)?;
         let line = irq_line(vm, &name, irq)?;
         let transport = MmioTransport::new(device, memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
@@ -168,8 +184,22 @@ impl DeviceSet {
         let transport = Arc::new(Mutex::new(transport));
         let port = Arc::new(Mutex::new(VirtioPort(Arc::clone(&transport))));
         bus.insert(Space::Mmio, address, layout::MMIO_DEVICE_SIZE, port)?;
+        let qom_path = match &spec.id {
+            Some(id) => format!("/machine/peripheral/{id}"),
+            None => path.clone(),
+        };
         let spec = spec.clone();
-        self.virtio.push(VirtioSlot { spec, address, irq, path, disk, counters, transport });
+        self.virtio.push(VirtioSlot {
+            spec,
+            address,
+            irq,
+            path,
+            qom_path,
+            disk,
+            counters,
+            errors,
+            transport,
+        });
         Ok(())
     }
 
@@ -232,7 +262,18 @@ impl DeviceSet {
         if let Some(events) = &self.events {
             events.resume()?;
         }
+        self.begin_round();
         self.each(|transport| transport.resume())
+    }
+
+    /// Lets requests that failed be done again, of devices that were not paused.
+    pub fn retry(&self) -> Result<(), Error> {
+        self.begin_round();
+        self.each(|transport| transport.retry())
+    }
+
+    fn begin_round(&self) {
+        self.virtio.iter().filter_map(|slot| slot.errors.as_ref()).for_each(|e| e.begin_round());
     }
 
     /// The state of the paused devices.
@@ -330,15 +371,17 @@ type Made = (Box<dyn VirtioDevice>, Option<Arc<IoCounters>>);
 fn make_device(
     kind: &DeviceKind,
     name: &str,
-    link: Option<&Link>,
+    disk: (Option<&Link>, Option<&Arc<IoErrors>>),
     presence: &Presence,
 ) -> Result<Made, OptionsError> {
-    match (kind, link) {
-        (DeviceKind::Block { serial, queues, .. }, Some(link)) => {
+    match (kind, disk) {
+        (DeviceKind::Block { serial, queues, .. }, (Some(link), Some(errors))) => {
             let options = BlockOptions { serial: serial.clone(), num_queues: *queues };
-            let device = BlockDevice::new(link.clone(), options)?;
+            let device = BlockDevice::new(link.clone(), options)?
+                .with_presence(presence.clone())
+                .with_errors(Arc::clone(errors));
             let counters = Arc::clone(device.counters());
-            Ok((Box::new(device.with_presence(presence.clone())), Some(counters)))
+            Ok((Box::new(device), Some(counters)))
         }
         _ => Ok((Box::new(RngDevice::new(name)), None)),
     }

@@ -182,6 +182,7 @@ impl Machine {
             if let Some(missing) = &self.missing {
                 missing.ram.retry();
             }
+            self.devices.retry()?;
         } else {
             self.devices.resume()?;
         }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ::devices::virtio::block::{ErrorPolicy, OnError};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use snapshot::config::{Bus, CpuFacts, CpuidLeaf, DeviceConfig, DiskConfig, MachineConfig};
 
@@ -66,6 +67,11 @@ fn describe_virtio(slot: &VirtioSlot) -> DeviceConfig {
         DeviceKind::Block { queues, .. } => ("virtio-blk", *queues),
         DeviceKind::Rng => ("virtio-rng", 1),
     };
+    let usual = ErrorPolicy::default();
+    let policy = match &slot.spec.kind {
+        DeviceKind::Block { on_error, .. } => *on_error,
+        DeviceKind::Rng => usual,
+    };
     DeviceConfig {
         kind: kind.to_owned(),
         id: slot.spec.id.clone().unwrap_or_default(),
@@ -81,8 +87,15 @@ fn describe_virtio(slot: &VirtioSlot) -> DeviceConfig {
             format: node.driver().to_owned(),
             filename: node.filename().to_owned(),
             share_rw: matches!(&slot.spec.kind, DeviceKind::Block { share_rw: true, .. }),
+            rerror: unusual(policy.read, usual.read),
+            werror: unusual(policy.write, usual.write),
         }),
     }
+}
+
+/// What is done about errors, where it is not what is done without a word.
+fn unusual(policy: OnError, usual: OnError) -> String {
+    if policy == usual { String::new() } else { policy.to_string() }
 }
 
 /// What leaf 0 and 1 say of the CPU, and every leaf, as the first vCPU is told.

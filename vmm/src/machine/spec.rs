@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use devices::virtio::block::ErrorPolicy;
 use uuid::Uuid;
 
 /// A machine as the command line asks for it.
@@ -53,6 +54,8 @@ pub enum DeviceKind {
         queues: u16,
         /// Whether others may write to the disk meanwhile.
         share_rw: bool,
+        /// What is done about requests that fail on the host.
+        on_error: ErrorPolicy,
     },
     /// `virtio-rng-device`
     Rng,

@@ -62,7 +62,7 @@ impl MachineState {
         sections.push(Section::encode(SERIAL, 0, SerialState::VERSION, &devices.serial)?);
         sections.push(Section::encode(I8042, 0, I8042State::VERSION, &devices.i8042)?);
         for (slot, device) in (0..).zip(&devices.virtio) {
-            sections.push(Section::encode(VIRTIO, slot, MmioState::VERSION, device)?);
+            sections.push(Section::encode(VIRTIO, slot, device.version(), device)?);
         }
         if let Some(events) = &devices.events {
             sections.push(Section::encode(EVENTS, 0, EventState::VERSION, events)?);

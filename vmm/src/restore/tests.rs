@@ -11,6 +11,8 @@ fn disk(node: &str, filename: &Path, read_only: bool) -> DiskConfig {
         format: "qcow2".to_owned(),
         filename: filename.display().to_string(),
         share_rw: false,
+        rerror: String::new(),
+        werror: String::new(),
     }
 }
 

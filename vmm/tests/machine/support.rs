@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use block::Graph;
 use devices::InterruptLine;
+use devices::virtio::block::ErrorPolicy;
 use tardigrade_tests::baremetal::{Monitor, image};
 use tardigrade_tests::disk::Disk;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
@@ -49,6 +50,7 @@ pub(crate) fn start(ram: u64, vcpus: u8) -> Running {
         serial: String::new(),
         queues: 1,
         share_rw: false,
+        on_error: ErrorPolicy::default(),
     };
     let spec = MachineSpec {
         name: None,
@@ -69,7 +71,11 @@ pub(crate) fn start(ram: u64, vcpus: u8) -> Running {
     let guest = Monitor::connect(&socket);
     let (console, _) = listener.accept().unwrap();
     let input = console.try_clone().unwrap();
-    let signals = GuestSignals { reset: Arc::new(Nobody), power_off: Arc::new(Nobody) };
+    let signals = GuestSignals {
+        reset: Arc::new(Nobody),
+        power_off: Arc::new(Nobody),
+        disk: Arc::new(|slot, failure| panic!("disk {slot}: {failure:?}")),
+    };
     let events: vmm::vcpu::EventSink = Arc::new(|event| panic!("{event:?}"));
     let mut machine =
         Machine::new(spec.clone(), &graph, Box::new(console), signals, &events).unwrap();

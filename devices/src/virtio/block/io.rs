@@ -13,10 +13,11 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 use super::SERIAL_SIZE;
 use super::config::MAX_RANGES;
 use super::counters::{IoCounters, IoEnd, IoKind};
+use super::errors::{ErrorAction, IoErrors};
 use super::pending::{Account, Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
 use crate::virtio::chain::{Chain, Malformed, SegmentList};
-use crate::virtio::{Ended, QueueHandler, Served, Token};
+use crate::virtio::{End, Ended, QueueHandler, Served, Token};
 use crate::{GuestMemory, Presence};
 
 /// Data of one request at most, in bytes: bounds how long a request, and so a pause, can take.
@@ -32,6 +33,7 @@ pub(super) struct BlockHandler {
     memory: Option<Arc<GuestMemory>>,
     presence: Presence,
     counters: Arc<IoCounters>,
+    errors: Arc<IoErrors>,
     /// In sectors.
     capacity: u64,
     serial: [u8; SERIAL_SIZE],
@@ -46,6 +48,7 @@ impl BlockHandler {
         serial: &str,
         presence: Presence,
         counters: Arc<IoCounters>,
+        errors: Arc<IoErrors>,
     ) -> ::block::Result<Self> {
         let mut padded = [0; SERIAL_SIZE];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
@@ -59,6 +62,7 @@ impl BlockHandler {
             memory: None,
             presence,
             counters,
+            errors,
             capacity,
             serial: padded,
             write_through: true,
@@ -253,6 +257,10 @@ impl QueueHandler for BlockHandler {
         self.completions = completions;
     }
 
+    fn resumed(&mut self) {
+        self.errors.follow();
+    }
+
     fn flush(&mut self) -> ::block::Result<()> {
         if self.link.node().read_only() {
             return Ok(());
@@ -298,10 +306,24 @@ impl BlockHandler {
         else {
             return false;
         };
-        let outcome = result.map_err(|error| {
+        let mut outcome = Ok(());
+        let mut held = false;
+        if let Err(error) = result {
             tracing::error!(node = self.link.node().name(), %error, "a request of the guest failed");
-            Failure::IoError
-        });
+            let read = pending.account.is_some_and(|account| account.kind == IoKind::Read);
+            match self.errors.failed(!read, &error) {
+                ErrorAction::Report => outcome = Err(Failure::IoError),
+                ErrorAction::Ignore => {}
+                ErrorAction::Stop => held = true,
+            }
+        }
+        if held {
+            let token = pending.token;
+            pending.leave(mem);
+            out.push(Ended { token, end: End::Held });
+            self.requests.remove(usize::try_from(id).unwrap_or(usize::MAX));
+            return false;
+        }
         if outcome.is_ok()
             && let Some(op) = pending.todo.pop_front()
         {
@@ -315,7 +337,7 @@ impl BlockHandler {
         let token = pending.token;
         // The status byte was in memory when the chain was read, and memory does not go away.
         let len = pending.answer(mem, outcome).unwrap_or(0);
-        out.push(Ended { token, len });
+        out.push(Ended { token, end: End::Done(len) });
         self.requests.remove(usize::try_from(id).unwrap_or(usize::MAX));
         false
     }

@@ -2,6 +2,7 @@
 
 mod config;
 mod counters;
+mod errors;
 mod io;
 mod pending;
 pub mod request;
@@ -11,6 +12,9 @@ mod tests;
 
 pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
 pub use counters::{IoCounters, IoKind, IoSums};
+pub use errors::{
+    ErrorAction, ErrorPolicy, Failure, FailureSink, IoErrors, IoStatus, OnError, UnknownOnError,
+};
 pub use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
 
@@ -70,6 +74,7 @@ pub struct BlockDevice {
     config: Vec<u8>,
     presence: Presence,
     counters: Arc<IoCounters>,
+    errors: Arc<IoErrors>,
 }
 
 impl BlockDevice {
@@ -97,7 +102,21 @@ impl BlockDevice {
             read_only,
             presence: Presence::default(),
             counters: Arc::default(),
+            // Of no use to anyone who could stop the machine: all errors are the guest's.
+            errors: Arc::new(IoErrors::new(
+                ErrorPolicy { read: OnError::Report, write: OnError::Report },
+                Box::new(|_| {}),
+            )),
         })
+    }
+
+    /// What is done about requests that fail on the host; without it they are reported to the guest.
+    /// A failure whose action is [`ErrorAction::Stop`] must have the machine paused and resumed
+    /// sometime.
+    #[must_use]
+    pub fn with_errors(mut self, errors: Arc<IoErrors>) -> Self {
+        self.errors = errors;
+        self
     }
 
     /// What requests come to.
@@ -157,8 +176,10 @@ impl VirtioDevice for BlockDevice {
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
         let (link, presence) = (self.link.clone(), self.presence.clone());
         let counters = Arc::clone(&self.counters);
+        let errors = Arc::clone(&self.errors);
         let serial = &self.options.serial;
-        Ok(Box::new(io::BlockHandler::new(link, self.capacity, serial, presence, counters)?))
+        let capacity = self.capacity;
+        Ok(Box::new(io::BlockHandler::new(link, capacity, serial, presence, counters, errors)?))
     }
 
     fn state(&self) -> DeviceState {

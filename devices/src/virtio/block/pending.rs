@@ -58,6 +58,11 @@ impl Pending {
         self.filled = segments.to_vec();
     }
 
+    /// It does not end now: the host may have filled some of it all the same.
+    pub(super) fn leave(&self, mem: &GuestMemory) {
+        mark_filled(mem, &self.filled);
+    }
+
     /// Writes the status byte; gives the bytes that were written. Those before it count only where
     /// they surely are.
     pub(super) fn answer(&self, mem: &GuestMemory, outcome: Outcome) -> Result<u32, Malformed> {

@@ -110,6 +110,11 @@ impl MmioTransport {
         self.core.resume()
     }
 
+    /// Has requests that failed on the host done again, paused or not.
+    pub fn retry(&mut self) -> Result<()> {
+        self.core.retry()
+    }
+
     /// What to save; only of a paused device.
     pub fn state(&self) -> Result<MmioState> {
         Ok(MmioState {

@@ -19,5 +19,12 @@ pub struct MmioState {
 
 impl MmioState {
     /// Version of the struct and of all it holds.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
+
+    /// The version that it is stored with: 2 only where a reader of version 1 would lose something,
+    /// which are requests that are held.
+    pub fn version(&self) -> u32 {
+        let holds = self.virtio.queues.iter().any(|queue| !queue.held.is_empty());
+        if holds { 2 } else { 1 }
+    }
 }

@@ -1,3 +1,5 @@
+mod errors;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
