@@ -11,7 +11,7 @@ use super::image;
 use super::layout::{COUNTERS, MAILBOX_SIZE, MAILBOXES};
 
 /// How long the guest may take to answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The guest's routines, in the order of its table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,8 +110,12 @@ pub struct Monitor {
 impl Monitor {
     /// Connects to the serial socket.
     pub fn connect(socket: &Path) -> Self {
+        Self::new(UnixStream::connect(socket).unwrap())
+    }
+
+    /// Over a connection to the serial socket.
+    pub fn new(stream: UnixStream) -> Self {
         assert_eq!(image::routines(), Routine::DiskLoad as u64 + 1, "the tables differ");
-        let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream }
     }

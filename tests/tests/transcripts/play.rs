@@ -7,7 +7,6 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use tardigrade_tests::baremetal::Monitor;
 use tardigrade_tests::baremetal::virtio::{self, Driver};
 
 use crate::file::{Access, Step, Transcript, matches};
@@ -159,10 +158,11 @@ impl<'a> Player<'a> {
     /// What the guest does; its status byte where it ends.
     fn access(&mut self, access: Access) -> Vec<Value> {
         let driver = self.driver.get_or_insert_with(|| {
+            let guest = self.program.guest.take().expect("the transcript has a guest");
             // It lives as long as the test.
-            let monitor = Box::leak(Box::new(Monitor::connect(&self.dir.join("serial"))));
+            let monitor = Box::leak(Box::new(guest));
             let disk = virtio::find(monitor);
-            Driver::start_at(monitor, disk)
+            Driver::start_found(monitor, disk)
         });
         match access {
             Access::Read(sector) => driver.begin_transfer(0, sector),

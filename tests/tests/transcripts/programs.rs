@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
-use tardigrade_tests::baremetal::image;
+use tardigrade_tests::baremetal::{Monitor, image};
 use tardigrade_tests::counter;
 use tardigrade_tests::process::{Awaited, Watch, wait_for_end};
 use tardigrade_tests::vm::binary;
@@ -63,7 +63,9 @@ impl Program {
             Self::StorageDaemon => command.args(["--monitor", "chardev=qmp"]),
             Self::None => command.args(["-mon", "chardev=qmp,mode=control", "-M", "none"]),
             Self::Microvm => command
-                .args(["-mon", "chardev=qmp,mode=control", "-M", "microvm", "-accel", "kvm"])
+                // Without ACPI it has another firmware, which enters a kernel at once.
+                .args(["-M", if guest { "microvm,acpi=off" } else { "microvm" }])
+                .args(["-mon", "chardev=qmp,mode=control", "-accel", "kvm"])
                 .args(["-cpu", "qemu64", "-m", "64M"]),
         };
         if !matches!(self, Self::StorageDaemon) {
@@ -98,13 +100,15 @@ fn kernel(dir: &Path, guest: bool) -> String {
 }
 
 fn serial(dir: &Path) -> String {
-    format!("unix:{},server=on,wait=off", dir.join("serial").display())
+    format!("unix:{},server=on,wait=on", dir.join("serial").display())
 }
 
 /// A running program; killed when dropped.
 pub(crate) struct Running {
     child: Child,
     dir: PathBuf,
+    /// The guest, where there is one that can be talked to.
+    pub(crate) guest: Option<Monitor>,
 }
 
 impl Running {
@@ -129,24 +133,33 @@ impl Running {
         command.stderr(File::create(dir.join("stderr")).unwrap());
         let mut watch = Watch::new(dir);
         let child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
-        let running = Self { child, dir: dir.to_owned() };
-        if watch.wait(&socket, &running.child, patience()) != Awaited::File {
-            return Err(format!("{side:?} does not start: {}", running.stderr()));
+        let mut running = Self { child, dir: dir.to_owned(), guest: None };
+        if transcript.guest {
+            // It waits for us: what is said to a guest that is not there yet may be lost.
+            let stream = running.connect(&mut watch, &dir.join("serial"))?;
+            let guest = running.guest.insert(Monitor::new(stream));
+            guest.wait_started();
+        }
+        let stream = running.connect(&mut watch, &socket)?;
+        Ok((running, stream))
+    }
+
+    fn connect(&self, watch: &mut Watch, socket: &Path) -> Result<UnixStream, String> {
+        if watch.wait(socket, &self.child, patience()) != Awaited::File {
+            return Err(format!("it does not start: {}", self.stderr()));
         }
         // The file is there a moment before the program listens.
         let deadline = Instant::now() + patience();
         loop {
-            match UnixStream::connect(&socket) {
-                Ok(stream) => return Ok((running, stream)),
+            match UnixStream::connect(socket) {
+                Ok(stream) => return Ok(stream),
                 Err(error)
                     if error.kind() == ErrorKind::ConnectionRefused
                         && Instant::now() < deadline =>
                 {
                     std::thread::yield_now();
                 }
-                Err(error) => {
-                    return Err(format!("{side:?}: connect: {error}: {}", running.stderr()));
-                }
+                Err(error) => return Err(format!("connect: {error}: {}", self.stderr())),
             }
         }
     }
