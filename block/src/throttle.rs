@@ -6,6 +6,10 @@
 //!
 //! Nothing here looks at a clock: times come from the caller and count from any fixed moment.
 
+mod group;
+
+pub use group::{Clock, ThrottleGroup, monotonic};
+
 use std::time::Duration;
 
 use crate::{Error, Result};

@@ -279,6 +279,11 @@ impl VirtioCore {
         if self.paused { self.resume() } else { self.worker.resume() }
     }
 
+    /// What the device waits for may have changed.
+    pub(super) fn look(&self) -> Result<()> {
+        self.worker.look()
+    }
+
     fn take_positions(&mut self, positions: &Positions) {
         for (queue, position) in self.queues.iter_mut().zip(positions) {
             if let Some(position) = position {

@@ -24,6 +24,7 @@ pub use rng::RngDevice;
 pub use state::{DeviceState, QueueState, VirtioState};
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use crate::GuestMemory;
 
@@ -121,6 +122,18 @@ pub trait QueueHandler: Send {
     /// Starts what was taken, and gives the requests that have ended since the last call. With `all`
     /// it waits until none is left.
     fn ended(&mut self, _all: bool, _mem: &GuestMemory, _out: &mut Vec<Ended>) {}
+
+    /// Whether so many requests wait that it takes no more for now. [`QueueHandler::ended`] may change
+    /// that.
+    fn is_full(&self) -> bool {
+        false
+    }
+
+    /// How long until [`QueueHandler::ended`] has something to do, whatever [`QueueHandler::event`] says;
+    /// `None` for never.
+    fn wait(&self) -> Option<Duration> {
+        None
+    }
 
     /// The machine goes on: what is held is served again next.
     fn resumed(&mut self) {}

@@ -46,6 +46,7 @@ enum Command {
     StopQueue(usize),
     Pause,
     Resume,
+    Look,
     Stop,
 }
 
@@ -137,6 +138,11 @@ impl Worker {
     /// Lets a parked thread run, looking at every queue once, after what is held. Does not wait.
     pub(super) fn resume(&self) -> Result<()> {
         self.send(Command::Resume)
+    }
+
+    /// Has the thread look at everything, as what it waits for may have changed. Does not wait.
+    pub(super) fn look(&self) -> Result<()> {
+        self.send(Command::Look)
     }
 
     /// Flushes the device and ends the thread. A second call does nothing.
@@ -287,6 +293,10 @@ impl Thread {
     }
 
     fn carry_out(&mut self, command: Command) -> Next {
+        if matches!(command, Command::Look) {
+            // It goes through all of its loop next; a parked thread does when it is resumed.
+            return Next::GoOn;
+        }
         self.give_back_ended(true);
         let reply = match command {
             Command::Activate { queues, features } => {
@@ -320,6 +330,7 @@ impl Thread {
                 self.parked = true;
                 Reply::Parked(self.positions())
             }
+            Command::Look => return Next::GoOn,
             Command::Stop => {
                 let flushed = self.handler.flush();
                 self.answer(Reply::Stopped(flushed));
@@ -343,9 +354,19 @@ impl Thread {
         self.queues.iter().map(|q| q.as_ref().map(RunningQueue::position)).collect()
     }
 
+    /// Milliseconds to wait at most; -1 for no end.
+    fn timeout(&self) -> i32 {
+        if self.pending.contains(&true) && !self.holds() && !self.handler.is_full() {
+            return 0;
+        }
+        let Some(wait) = self.handler.wait() else { return -1 };
+        // Rounded up, or the last millisecond would be spent spinning.
+        i32::try_from(wait.as_millis()).unwrap_or(i32::MAX).saturating_add(1)
+    }
+
     /// Waits for a kick or a command, unless a queue has more to do.
     fn wait(&mut self) -> io::Result<()> {
-        let timeout = if self.pending.contains(&true) && !self.holds() { 0 } else { -1 };
+        let timeout = self.timeout();
         let mut events = [EpollEvent::default(); 16];
         let count = match self.epoll.wait(timeout, &mut events) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
@@ -377,7 +398,7 @@ impl Thread {
 
     fn serve_pending(&mut self) {
         for index in 0..self.pending.len() {
-            if self.command_waits() || self.holds() {
+            if self.command_waits() || self.holds() || self.handler.is_full() {
                 return;
             }
             let Some(pending) = self.pending.get_mut(index) else {
@@ -442,7 +463,7 @@ impl Thread {
         queue.disable_notifications(&self.mem)?;
         for _ in 0..BATCH {
             // As command_waits, which would borrow all of self.
-            if self.waiting.load(Ordering::Acquire) > 0 {
+            if self.waiting.load(Ordering::Acquire) > 0 || self.handler.is_full() {
                 return Ok(true);
             }
             let Some(head) = queue.pop(&self.mem, &mut self.chain)? else {

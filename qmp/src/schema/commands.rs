@@ -10,6 +10,7 @@ use super::graph::*;
 use super::macros::command_enum;
 use super::migration::*;
 use super::monitor::*;
+use super::throttle::*;
 use super::transaction::*;
 use super::types::*;
 
@@ -57,6 +58,8 @@ command_enum! {
     BlockdevReopen(BlockdevReopenArguments) = "blockdev-reopen" -> ();
     /// Gives a disk another size.
     BlockResize(BlockResizeArguments) = "block_resize" -> ();
+    /// Limits the I/O of a disk, or of a group of disks together.
+    BlockSetIoThrottle(IoThrottleArguments) = "block_set_io_throttle" -> ();
     /// Puts an overlay that is open on top of a node in use: a snapshot of it.
     BlockdevSnapshot(BlockdevSnapshot) = "blockdev-snapshot" -> ();
     /// Creates or opens an overlay and puts it on top of a node in use: a snapshot of it.

@@ -19,6 +19,7 @@ mod macros;
 mod migration;
 mod monitor;
 mod reference;
+mod throttle;
 mod transaction;
 mod types;
 
@@ -41,6 +42,7 @@ pub use introspect::introspect;
 pub use migration::*;
 pub use monitor::*;
 pub use reference::reference;
+pub use throttle::*;
 pub use transaction::*;
 pub use types::*;
 

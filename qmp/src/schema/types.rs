@@ -448,6 +448,34 @@ objects! {
         "iops_rd" iops_rd: i64,
         /// Limit of writes per second.
         "iops_wr" iops_wr: i64,
+        /// Limit of bytes a second in a burst; left out if there are none.
+        "bps_max" bps_max: Option<i64>,
+        /// Limit of bytes read a second in a burst; left out if there are none.
+        "bps_rd_max" bps_rd_max: Option<i64>,
+        /// Limit of bytes written a second in a burst; left out if there are none.
+        "bps_wr_max" bps_wr_max: Option<i64>,
+        /// Limit of requests a second in a burst; left out if there are none.
+        "iops_max" iops_max: Option<i64>,
+        /// Limit of reads a second in a burst; left out if there are none.
+        "iops_rd_max" iops_rd_max: Option<i64>,
+        /// Limit of writes a second in a burst; left out if there are none.
+        "iops_wr_max" iops_wr_max: Option<i64>,
+        /// Seconds that one may last.
+        "bps_max_length" bps_max_length: Option<i64>,
+        /// Seconds that one may last.
+        "bps_rd_max_length" bps_rd_max_length: Option<i64>,
+        /// Seconds that one may last.
+        "bps_wr_max_length" bps_wr_max_length: Option<i64>,
+        /// Seconds that one may last.
+        "iops_max_length" iops_max_length: Option<i64>,
+        /// Seconds that one may last.
+        "iops_rd_max_length" iops_rd_max_length: Option<i64>,
+        /// Seconds that one may last.
+        "iops_wr_max_length" iops_wr_max_length: Option<i64>,
+        /// Bytes for which a larger request counts as several.
+        "iops_size" iops_size: Option<i64>,
+        /// The group of disks that share the limits.
+        "group" group: Option<String>,
         /// The image.
         "image" image: ImageInfo,
         /// The use of the cache.

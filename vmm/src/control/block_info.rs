@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::Controller;
 use super::disk_errors::io_status;
+use super::{Controller, throttle};
 use crate::machine::devices::VirtioSlot;
 
 impl Controller {
@@ -17,13 +17,16 @@ impl Controller {
 /// One entry of query-block. The backend of a node from `--blockdev` has no name, as in QEMU.
 fn block_device(slot: &VirtioSlot) -> Result<Value, qmp::Error> {
     let text = |error: String| qmp::Error::generic(error);
-    let inserted = match slot.disk() {
+    let mut inserted = match slot.disk() {
         Some((node, _)) => {
             let info = node.info(false).map_err(|error| text(error.to_string()))?;
             serde_json::to_value(info).map_err(|error| text(error.to_string()))?
         }
         None => Value::Null,
     };
+    if let Some(throttle) = &slot.throttle {
+        throttle::show(throttle, &mut inserted);
+    }
     let mut device = json!({
         "device": "",
         "qdev": slot.path,

@@ -64,6 +64,9 @@ impl Controller {
             Command::QueryCpusFast => value(&self.cpus()),
             Command::QueryBlock => self.block_devices(),
             Command::QueryBlockStats(arguments) => value(&self.block_stats(&arguments)?),
+            Command::BlockSetIoThrottle(arguments) => {
+                self.set_io_throttle(&arguments).and_then(|()| done())
+            }
             Command::Stop => {
                 self.stop();
                 done()

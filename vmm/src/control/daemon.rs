@@ -30,6 +30,7 @@ pub const WITHOUT: &[&str] = &[
     "system_reset",
     "system_powerdown",
     "query-target",
+    "block_set_io_throttle",
     "human-monitor-command",
     "x-query-load",
     "x-query-checkpoint-stats",

@@ -17,6 +17,7 @@ mod pauses;
 mod rewind;
 mod run_state;
 mod snapshot_jobs;
+mod throttle;
 pub mod work;
 
 use std::os::fd::{AsRawFd, RawFd};

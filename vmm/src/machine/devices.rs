@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Attachment, Graph, Link, Node, User};
 use devices::legacy::{I8042, Serial};
-use devices::virtio::block::{Failure, IoCounters, IoErrors, OptionsError};
+use devices::virtio::block::{Failure, IoCounters, IoErrors, IoThrottle, OptionsError};
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
 use devices::{EventFdLine, GuestMemory, InterruptLine, Presence};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -78,6 +78,8 @@ pub struct VirtioSlot {
     pub counters: Option<Arc<IoCounters>>,
     /// What failed on the host, where it is a disk.
     pub errors: Option<Arc<IoErrors>>,
+    /// Its limits, where it is a disk.
+    pub throttle: Option<Arc<IoThrottle>>,
     transport: Arc<Mutex<MmioTransport>>,
 }
 
@@ -88,6 +90,11 @@ impl VirtioSlot {
             (DeviceKind::Block { serial, .. }, Some(disk)) => Some((disk.node(), serial)),
             _ => None,
         }
+    }
+
+    /// Has the device look again whether it may go on.
+    pub fn look(&self) -> Result<(), Error> {
+        Ok(self.lock().look()?)
     }
 
     fn lock(&self) -> MutexGuard<'_, MmioTransport> {
@@ -174,7 +181,8 @@ impl DeviceSet {
             DeviceKind::Rng => None,
         };
         let parts = (link, errors.as_ref());
-        let (device, counters) = make_device(&spec.kind, &name, parts, &self.presence)?;
+        let (device, seen) = make_device(&spec.kind, &name, parts, &self.presence)?;
+        let (counters, throttle) = seen.unzip();
         let line = irq_line(vm, &name, irq)?;
         let transport = MmioTransport::new(device, memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
@@ -198,6 +206,7 @@ impl DeviceSet {
             disk,
             counters,
             errors,
+            throttle,
             transport,
         });
         Ok(())
@@ -365,8 +374,8 @@ fn attach_node(
         .map_err(|source| Error::Drive { drive: drive.to_owned(), source })
 }
 
-/// A device, and its counters if it is a disk.
-type Made = (Box<dyn VirtioDevice>, Option<Arc<IoCounters>>);
+/// A device, and its counters and limits if it is a disk.
+type Made = (Box<dyn VirtioDevice>, Option<(Arc<IoCounters>, Arc<IoThrottle>)>);
 
 fn make_device(
     kind: &DeviceKind,
@@ -380,8 +389,8 @@ fn make_device(
             let device = BlockDevice::new(link.clone(), options)?
                 .with_presence(presence.clone())
                 .with_errors(Arc::clone(errors));
-            let counters = Arc::clone(device.counters());
-            Ok((Box::new(device), Some(counters)))
+            let seen = (Arc::clone(device.counters()), Arc::clone(device.throttle()));
+            Ok((Box::new(device), Some(seen)))
         }
         _ => Ok((Box::new(RngDevice::new(name)), None)),
     }

@@ -3,7 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::block::queue::{Completion, Op, OwnedBufs, Queue};
 use slab::Slab;
@@ -16,12 +16,29 @@ use super::counters::{IoCounters, IoEnd, IoKind};
 use super::errors::{ErrorAction, IoErrors};
 use super::pending::{Account, Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
+use super::throttled::{IoThrottle, Throttled};
 use crate::virtio::chain::{Chain, Malformed, SegmentList};
 use crate::virtio::{End, Ended, QueueHandler, Served, Token};
 use crate::{GuestMemory, Presence};
 
 /// Data of one request at most, in bytes: bounds how long a request, and so a pause, can take.
 pub const MAX_REQUEST_BYTES: u64 = 256 << 20;
+
+/// What the machine sees of a disk's work, too.
+pub(super) struct Shared {
+    pub(super) counters: Arc<IoCounters>,
+    pub(super) errors: Arc<IoErrors>,
+    pub(super) throttle: Arc<IoThrottle>,
+}
+
+/// What a disk is.
+pub(super) struct Disk<'a> {
+    /// In sectors.
+    pub(super) capacity: u64,
+    pub(super) serial: &'a str,
+    /// Requests of all its queues, of a driver that keeps to the rules.
+    pub(super) most: usize,
+}
 
 pub(super) struct BlockHandler {
     link: ::block::Link,
@@ -34,6 +51,10 @@ pub(super) struct BlockHandler {
     presence: Presence,
     counters: Arc<IoCounters>,
     errors: Arc<IoErrors>,
+    /// Requests that may not begin yet.
+    throttled: Throttled<::block::queue::Request>,
+    /// See [`Disk::most`].
+    most: usize,
     /// In sectors.
     capacity: u64,
     serial: [u8; SERIAL_SIZE],
@@ -44,14 +65,12 @@ pub(super) struct BlockHandler {
 impl BlockHandler {
     pub(super) fn new(
         link: ::block::Link,
-        capacity: u64,
-        serial: &str,
+        disk: Disk<'_>,
         presence: Presence,
-        counters: Arc<IoCounters>,
-        errors: Arc<IoErrors>,
+        shared: Shared,
     ) -> ::block::Result<Self> {
         let mut padded = [0; SERIAL_SIZE];
-        for (to, from) in padded.iter_mut().zip(serial.bytes()) {
+        for (to, from) in padded.iter_mut().zip(disk.serial.bytes()) {
             *to = from;
         }
         Ok(Self {
@@ -61,9 +80,11 @@ impl BlockHandler {
             completions: Vec::new(),
             memory: None,
             presence,
-            counters,
-            errors,
-            capacity,
+            counters: shared.counters,
+            errors: shared.errors,
+            throttled: Throttled::new(shared.throttle),
+            most: disk.most,
+            capacity: disk.capacity,
             serial: padded,
             write_through: true,
         })
@@ -219,7 +240,7 @@ impl QueueHandler for BlockHandler {
                 pending.todo = ops.into();
                 if let Some(op) = pending.todo.pop_front() {
                     let id = self.requests.insert(pending) as u64;
-                    self.queue.submit(::block::queue::Request { id, op, bufs });
+                    self.begin(::block::queue::Request { id, op, bufs }, request.operation, bytes);
                     return Ok(Served::Later);
                 }
                 self.count(&pending, IoEnd::Done);
@@ -239,6 +260,8 @@ impl QueueHandler for BlockHandler {
     fn ended(&mut self, all: bool, mem: &GuestMemory, out: &mut Vec<Ended>) {
         let mut completions = std::mem::take(&mut self.completions);
         loop {
+            let ready = if all { self.throttled.all() } else { self.throttled.ready() };
+            ready.into_iter().for_each(|request| self.queue.submit(request));
             if all {
                 self.queue.wait();
             } else {
@@ -257,6 +280,14 @@ impl QueueHandler for BlockHandler {
         self.completions = completions;
     }
 
+    fn is_full(&self) -> bool {
+        self.throttled.len() >= self.most
+    }
+
+    fn wait(&self) -> Option<Duration> {
+        self.throttled.wait()
+    }
+
     fn resumed(&mut self) {
         self.errors.follow();
     }
@@ -270,6 +301,20 @@ impl QueueHandler for BlockHandler {
 }
 
 impl BlockHandler {
+    /// Begins a request, now or when the disk's limits let it.
+    fn begin(&mut self, request: ::block::queue::Request, operation: Operation, bytes: u64) {
+        let now = match operation {
+            Operation::Read(_) => self.throttled.admit(request, false, bytes),
+            Operation::Write(_) | Operation::WriteZeroes => {
+                self.throttled.admit(request, true, bytes)
+            }
+            _ => Some(request),
+        };
+        if let Some(request) = now {
+            self.queue.submit(request);
+        }
+    }
+
     /// The bytes that a request is about; notes how far it writes.
     fn bytes_of(&self, ops: &[Op], read: u64, given: u64) -> u64 {
         let mut bytes = 0;

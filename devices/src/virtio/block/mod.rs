@@ -9,6 +9,7 @@ pub mod request;
 mod state;
 #[cfg(test)]
 mod tests;
+mod throttled;
 
 pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
 pub use counters::{IoCounters, IoKind, IoSums};
@@ -17,6 +18,7 @@ pub use errors::{
 };
 pub use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
+pub use throttled::IoThrottle;
 
 use std::sync::Arc;
 
@@ -75,6 +77,7 @@ pub struct BlockDevice {
     presence: Presence,
     counters: Arc<IoCounters>,
     errors: Arc<IoErrors>,
+    throttle: Arc<IoThrottle>,
 }
 
 impl BlockDevice {
@@ -102,6 +105,7 @@ impl BlockDevice {
             read_only,
             presence: Presence::default(),
             counters: Arc::default(),
+            throttle: Arc::default(),
             // Of no use to anyone who could stop the machine: all errors are the guest's.
             errors: Arc::new(IoErrors::new(
                 ErrorPolicy { read: OnError::Report, write: OnError::Report },
@@ -122,6 +126,11 @@ impl BlockDevice {
     /// What requests come to.
     pub fn counters(&self) -> &Arc<IoCounters> {
         &self.counters
+    }
+
+    /// Its limits.
+    pub fn throttle(&self) -> &Arc<IoThrottle> {
+        &self.throttle
     }
 
     /// Guest memory may have pages that come when they are touched.
@@ -174,12 +183,15 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
+        let shared = io::Shared {
+            counters: Arc::clone(&self.counters),
+            errors: Arc::clone(&self.errors),
+            throttle: Arc::clone(&self.throttle),
+        };
+        let most = usize::from(QUEUE_SIZE) * usize::from(self.options.num_queues);
+        let disk = io::Disk { capacity: self.capacity, serial: &self.options.serial, most };
         let (link, presence) = (self.link.clone(), self.presence.clone());
-        let counters = Arc::clone(&self.counters);
-        let errors = Arc::clone(&self.errors);
-        let serial = &self.options.serial;
-        let capacity = self.capacity;
-        Ok(Box::new(io::BlockHandler::new(link, capacity, serial, presence, counters, errors)?))
+        Ok(Box::new(io::BlockHandler::new(link, disk, presence, shared)?))
     }
 
     fn state(&self) -> DeviceState {

@@ -115,6 +115,11 @@ impl MmioTransport {
         self.core.retry()
     }
 
+    /// Has the device look again whether it may go on, as its limits were changed.
+    pub fn look(&self) -> Result<()> {
+        self.core.look()
+    }
+
     /// What to save; only of a paused device.
     pub fn state(&self) -> Result<MmioState> {
         Ok(MmioState {

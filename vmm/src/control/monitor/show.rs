@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::super::Controller;
+use super::super::{Controller, throttle};
 
 impl Controller {
     /// The machine's disks; with `-n` the nodes; with a name that one, by the name of its node or
@@ -77,6 +77,9 @@ fn block(node: &Value, device: Option<&Value>) -> String {
     if let Some(backing) = node["backing_file"].as_str() {
         let depth = node["backing_file_depth"].as_i64().unwrap_or(0);
         row("Backing file", format!("{backing} (chain depth: {depth})"));
+    }
+    if let Some(limits) = throttle::row(node) {
+        row("I/O throttling", limits);
     }
     if node["detect_zeroes"].as_str().is_some_and(|mode| mode != "off") {
         row("Detect zeroes", text(&node["detect_zeroes"]));

@@ -1,4 +1,5 @@
 mod errors;
+mod throttle;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
