@@ -101,6 +101,12 @@ command_enum! {
     SystemPowerdown = "system_powerdown" -> ();
     /// The architecture of the guest.
     QueryTarget = "query-target" -> TargetInfo;
+    /// The kinds of machines.
+    QueryMachines = "query-machines" -> Vec<MachineInfo>;
+    /// The kinds of CPUs.
+    QueryCpuDefinitions = "query-cpu-definitions" -> Vec<CpuDefinitionInfo>;
+    /// The threads for I/O that have names: there are none.
+    QueryIoThreads = "query-iothreads" -> Vec<IOThreadInfo>;
     /// Runs a line of the monitor for people, and returns its output; errors are told there, too.
     /// docs/monitor.md lists the lines.
     HumanMonitorCommand(HumanMonitorArguments) = "human-monitor-command" -> String;

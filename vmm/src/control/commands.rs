@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use block::qcow2::Compression;
 use qmp::schema::{
-    CheckpointLabel, Command, CpuInfoFast, CpuInstanceProperties, GuidInfo, KvmInfo, LoadInfo,
-    LoadMode, NameInfo, ShutdownCause, SnapshotCompression, SnapshotSaveMode, StatusInfo,
-    SysEmuTarget, TargetInfo, TransactionAction, TransactionArguments, UuidInfo,
+    CheckpointLabel, Command, CpuDefinitionInfo, CpuInfoFast, CpuInstanceProperties, GuidInfo,
+    IOThreadInfo, KvmInfo, LoadInfo, LoadMode, MachineInfo, NameInfo, ShutdownCause,
+    SnapshotCompression, SnapshotSaveMode, StatusInfo, SysEmuTarget, TargetInfo, TransactionAction,
+    TransactionArguments, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -17,6 +18,10 @@ use super::{Controller, RunState};
 use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::transaction::check_mode;
 use crate::blocks::{Answer, is_block_command};
+use crate::cli::values::{MACHINE_TYPE, MAX_VCPUS};
+
+/// QEMU's name of the only kind of CPU.
+const CPU_TYPE: &str = "host-x86_64-cpu";
 
 impl Controller {
     /// Runs a command and answers it. Events that it causes go out before the answer.
@@ -75,6 +80,10 @@ impl Controller {
             Command::SystemReset => self.system_reset().and_then(|()| done()),
             Command::SystemPowerdown => self.system_powerdown().and_then(|()| done()),
             Command::QueryTarget => value(&TargetInfo { arch: SysEmuTarget::X86_64 }),
+            Command::QueryMachines => value(&machines()),
+            Command::QueryCpuDefinitions => value(&cpu_definitions()),
+            // Devices have threads, but none that was asked for by name.
+            Command::QueryIoThreads => value(&Vec::<IOThreadInfo>::new()),
             Command::Quit => {
                 self.shutdown(false, ShutdownCause::HostQmpQuit);
                 done()
@@ -173,6 +182,33 @@ impl Controller {
             })
             .collect()
     }
+}
+
+/// query-machines
+fn machines() -> Vec<MachineInfo> {
+    let kind = |name: &str, cpus: u8, cpu: Option<&str>| MachineInfo {
+        name: name.to_owned(),
+        is_default: cpu.is_some().then_some(true),
+        cpu_max: i64::from(cpus),
+        hotpluggable_cpus: false,
+        numa_mem_supported: false,
+        deprecated: false,
+        default_cpu_type: cpu.map(str::to_owned),
+        acpi: cpu.is_some(),
+    };
+    vec![kind(MACHINE_TYPE, MAX_VCPUS, Some(CPU_TYPE)), kind("none", 1, None)]
+}
+
+/// query-cpu-definitions: there is the host's.
+fn cpu_definitions() -> Vec<CpuDefinitionInfo> {
+    vec![CpuDefinitionInfo {
+        name: "host".to_owned(),
+        migration_safe: Some(false),
+        is_static: false,
+        unavailable_features: Some(Vec::new()),
+        typename: CPU_TYPE.to_owned(),
+        deprecated: false,
+    }]
 }
 
 /// Whether the command is a transaction with the machine's state in it.

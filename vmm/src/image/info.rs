@@ -86,6 +86,21 @@ fn inspect(file: &Path, format: Option<&str>, force_share: bool) -> Result<Image
 
 fn human(image: &Image) -> String {
     let json = &image.json;
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let mut out = lines(json, &image.snapshots);
+    let child = &json["children"][0]["info"];
+    let length = number(&child["virtual-size"]);
+    out.push("Child node '/file':".to_owned());
+    out.push(format!("    filename: {}", child["filename"].as_str().unwrap_or_default()));
+    out.push("    protocol type: file".to_owned());
+    out.push(format!("    file length: {} ({length} bytes)", size(length)));
+    out.push(format!("    disk size: {}", size(number(&child["actual-size"]))));
+    out.push(String::new());
+    out.join("\n")
+}
+
+/// QAPI's `BlockNodeInfo` for people, and the table of its snapshots.
+pub(crate) fn lines(json: &Value, snapshots: &str) -> Vec<String> {
     let text = |name: &str| json[name].as_str().unwrap_or_default();
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     let mut out = Vec::new();
@@ -108,8 +123,8 @@ fn human(image: &Image) -> String {
     if let Some(format) = json["backing-filename-format"].as_str() {
         out.push(format!("backing file format: {format}"));
     }
-    if !image.snapshots.is_empty() {
-        out.push(image.snapshots.trim_end().to_owned());
+    if !snapshots.is_empty() {
+        out.push(snapshots.trim_end().to_owned());
     }
     if let Some(data) = json["format-specific"]["data"].as_object().filter(|d| !d.is_empty()) {
         out.push("Format specific information:".to_owned());
@@ -117,15 +132,7 @@ fn human(image: &Image) -> String {
             print_value(&mut out, 4, &name.replace('-', " "), &data[&name]);
         }
     }
-    let child = &json["children"][0]["info"];
-    let length = number(&child["virtual-size"]);
-    out.push("Child node '/file':".to_owned());
-    out.push(format!("    filename: {}", child["filename"].as_str().unwrap_or_default()));
-    out.push("    protocol type: file".to_owned());
-    out.push(format!("    file length: {} ({length} bytes)", size(length)));
-    out.push(format!("    disk size: {}", size(number(&child["actual-size"]))));
-    out.push(String::new());
-    out.join("\n")
+    out
 }
 
 /// The members of the format's information in the order of QAPI's type; others after them.

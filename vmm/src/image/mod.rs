@@ -5,10 +5,10 @@ mod bitmap;
 mod check;
 mod convert;
 mod create;
-mod info;
+pub(crate) mod info;
 mod options;
 mod resize;
-mod snapshots;
+pub(crate) mod snapshots;
 pub(crate) mod text;
 mod watch;
 

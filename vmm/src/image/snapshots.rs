@@ -82,7 +82,7 @@ pub(super) fn id_of(format: &dyn Format, name: &str, file: &Path) -> block::Resu
 }
 
 /// The list as qemu-img prints it; nothing without snapshots. Dates are UTC.
-pub(super) fn table(snapshots: &[SnapshotInfo]) -> String {
+pub(crate) fn table(snapshots: &[SnapshotInfo]) -> String {
     if snapshots.is_empty() {
         return String::new();
     }

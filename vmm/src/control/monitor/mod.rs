@@ -7,9 +7,12 @@ mod show;
 mod snapshots;
 mod words;
 
-use qmp::schema::{HumanMonitorArguments, RunState, ShutdownCause};
+use qmp::schema::{Command, HumanMonitorArguments, IoThrottleArguments, RunState, ShutdownCause};
+
+use serde_json::json;
 
 use super::Controller;
+use crate::machine::devices::VirtioSlot;
 use crate::version;
 use words::Line;
 
@@ -25,6 +28,7 @@ const fn spec(names: &'static str, least: usize, most: usize) -> Spec {
 }
 
 const COMMANDS: &[Spec] = &[
+    spec("block_set_io_throttle", 0, 7),
     spec("cont|c", 0, 0),
     spec("delvm", 1, 1),
     spec("loadvm", 1, 1),
@@ -36,7 +40,7 @@ const COMMANDS: &[Spec] = &[
 ];
 
 const INFO: &[Spec] = &[
-    spec("block", 0, 2),
+    spec("block", 0, 3),
     spec("cpus", 0, 0),
     spec("kvm", 0, 0),
     spec("name", 0, 0),
@@ -62,8 +66,16 @@ impl Controller {
         }
         let line = Line::parse(&arguments.command_line);
         if line.command == "qemu-io" {
-            // It reads and writes: the block thread's.
-            return self.worker.run(request);
+            return match self.of_device(&line) {
+                Ok(None) => self.worker.run(request),
+                // It reads and writes: the block thread's.
+                Ok(Some(command_line)) => {
+                    let arguments = HumanMonitorArguments { command_line, ..arguments.clone() };
+                    let command = Command::HumanMonitorCommand(arguments);
+                    self.worker.run(qmp::Request { command, ..request })
+                }
+                Err(text) => request.reply.value(&text),
+            };
         }
         if let Some(refusal) = refusal(&line) {
             return request.reply.value(&refusal);
@@ -85,10 +97,55 @@ impl Controller {
                 self.shutdown(false, ShutdownCause::HostQmpQuit);
                 String::new()
             }
+            ("block_set_io_throttle", _) => self.throttle_line(&line.words),
             ("info", Some(what)) => self.info(what, &line.words[1..]),
             _ => unknown(&line.command),
         };
         request.reply.value(&text.replace('\n', "\r\n"));
+    }
+
+    /// `qemu-io -d DEVICE COMMAND` as the line for its node; `None` for any other line of `qemu-io`.
+    ///
+    /// # Errors
+    /// What the monitor is told: there is no such device.
+    fn of_device(&self, line: &Line) -> Result<Option<String>, String> {
+        let ([option, device, command], false) = (&line.words[..], line.unterminated) else {
+            return Ok(None);
+        };
+        if option != "-d" {
+            return Ok(None);
+        }
+        let mut slots = self.machine.devices().virtio();
+        let slot = slots.find(|slot| slot.path == *device || slot.qom_path == *device);
+        match slot.and_then(VirtioSlot::disk) {
+            Some((node, _)) => {
+                Ok(Some(format!("qemu-io {} {}", quoted(node.name()), quoted(command))))
+            }
+            None => Err(format!("Error: Device '{device}' not found\r\n")),
+        }
+    }
+
+    /// `block_set_io_throttle`: the limits without bursts.
+    fn throttle_line(&mut self, words: &[String]) -> String {
+        const NAME: &str = "block_set_io_throttle";
+        let misuse = |wrong: &str| format!("{wrong}\nTry \"help {NAME}\" for more information\n");
+        let Some((device, words)) = words.split_first() else {
+            return misuse(&format!("{NAME}: block device name expected"));
+        };
+        let mut arguments = json!({ "id": device });
+        let names = ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"];
+        for (index, name) in names.into_iter().enumerate() {
+            let Some(word) = words.get(index) else {
+                return misuse("unexpected end of expression");
+            };
+            match word.parse::<i64>() {
+                Ok(number) => arguments[name] = json!(number),
+                Err(_) => return misuse(&format!("invalid number '{word}'")),
+            }
+        }
+        let parsed = serde_json::from_value::<IoThrottleArguments>(arguments);
+        let parsed = parsed.map_err(|error| qmp::Error::generic(error.to_string()));
+        output(parsed.and_then(|arguments| self.set_io_throttle(&arguments)))
     }
 
     fn info(&self, what: &str, words: &[String]) -> String {
@@ -145,6 +202,17 @@ fn refusal(line: &Line) -> Option<String> {
     };
     let typed = if specs.as_ptr() == INFO.as_ptr() { format!("info {name}") } else { name.into() };
     Some(misuse(spec.names, wrong, &typed))
+}
+
+/// A word that [`Line::parse`] takes for this one.
+fn quoted(word: &str) -> String {
+    let escape = |character| match character {
+        '"' | '\\' => vec!['\\', character],
+        '\n' => vec!['\\', 'n'],
+        '\r' => vec!['\\', 'r'],
+        other => vec![other],
+    };
+    format!("\"{}\"", word.chars().flat_map(escape).collect::<String>())
 }
 
 fn misuse(names: &str, wrong: &str, typed: &str) -> String {

@@ -19,7 +19,11 @@ const MOST: u64 = (1 << 31) - (1 << 9);
 pub(crate) fn run(graph: &Graph, line: &str) -> String {
     let line = Line::parse(line);
     let misuse = |wrong: &str| super::misuse("qemu-io", wrong, "qemu-io");
+    // With `-d` it is of a device, whose node comes here; only a line that is wrong comes as it is.
     let mut words = line.words.iter();
+    if line.words.first().is_some_and(|word| word == "-d") {
+        words.next();
+    }
     let Some(name) = words.next() else { return misuse("block device name expected") };
     if name.starts_with('-') {
         return misuse(&format!("unsupported option {name}"));

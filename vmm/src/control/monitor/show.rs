@@ -3,16 +3,19 @@
 use serde_json::Value;
 
 use super::super::{Controller, throttle};
+use crate::image::info::lines;
+use crate::image::snapshots::table;
 
 impl Controller {
-    /// The machine's disks; with `-n` the nodes; with a name that one, by the name of its node or
-    /// device.
+    /// The machine's disks; with `-n` the nodes; with `-v` their images, too; with a name that one, by the
+    /// name of its node or device.
     pub(super) fn info_block(&self, words: &[String]) -> String {
-        let mut nodes = false;
+        let (mut nodes, mut verbose) = (false, false);
         let mut wanted = None;
         for word in words {
             match word.as_str() {
                 "-n" => nodes = true,
+                "-v" => verbose = true,
                 option if option.starts_with('-') => {
                     return format!(
                         "block: unsupported option {option}\n\
@@ -34,7 +37,11 @@ impl Controller {
                     device["inserted"]["node-name"] == name || device["qdev"] == name
                 })
             };
-            blocks.extend(all.iter().filter(is_wanted).map(|d| block(&d["inserted"], Some(d))));
+            let describe = |device: &Value| {
+                let node = &device["inserted"];
+                block(node, Some(device)) + &self.images(node, verbose)
+            };
+            blocks.extend(all.iter().filter(is_wanted).map(describe));
         }
         if nodes || (wanted.is_some() && blocks.is_empty()) {
             for node in self.blocks.graph().list() {
@@ -42,11 +49,31 @@ impl Controller {
                     && let Ok(info) = node.info(false)
                     && let Ok(info) = serde_json::to_value(info)
                 {
-                    blocks.push(block(&info, None));
+                    blocks.push(block(&info, None) + &self.images(&info, verbose));
                 }
             }
         }
         blocks.join("\n")
+    }
+
+    /// With `-v`: what `qemu-img info` tells of the images of a node, one behind the other.
+    fn images(&self, info: &Value, verbose: bool) -> String {
+        if !verbose {
+            return String::new();
+        }
+        let mut out = "\nImages:\n".to_owned();
+        let mut node = info["node-name"].as_str().and_then(|name| self.blocks.graph().get(name));
+        let mut image = &info["image"];
+        while image.is_object() {
+            let snapshots = node.as_ref().map_or(String::new(), |node| table(&node.snapshots()));
+            for line in lines(image, &snapshots) {
+                out.push_str(&line);
+                out.push('\n');
+            }
+            node = node.and_then(|node| node.backing());
+            image = &image["backing-image"];
+        }
+        out
     }
 }
 
