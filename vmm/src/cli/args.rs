@@ -88,8 +88,10 @@ pub struct MachineArgs {
     /// A writable one of a guest's disk needs share-rw=on at the --device
     #[arg(long, value_name = "OPTIONS")]
     pub export: Vec<String>,
-    /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N][,share-rw=on],
-    /// virtio-rng-device, or JSON. share-rw=on lets exports of the disk write too
+    /// Device: virtio-blk-device,drive=NODE[,serial=S][,num-queues=N][,share-rw=on]
+    /// [,rerror=R][,werror=W], virtio-rng-device, or JSON. share-rw=on lets exports of the disk
+    /// write too; what is done about reads and writes that fail on the host: report, ignore, stop,
+    /// enospc, auto
     #[arg(long, value_name = "OPTIONS")]
     pub device: Vec<String>,
     /// Monitor: unix:PATH,server=on,wait=off or tcp:127.0.0.1:PORT,server=on,wait=off listens,
