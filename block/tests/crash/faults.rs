@@ -11,7 +11,7 @@ use block::{Error, Format, Preallocation, Progress, Result, WriteBuf};
 
 use crate::common::{self, have_qemu_img};
 use crate::kinds::{Base, Kind, Start};
-use crate::operations::{BITMAPS, GROWTH, OPERATIONS, Operation, RESIZES, prepared, view};
+use crate::operations::{BITMAPS, CHAINS, GROWTH, OPERATIONS, Operation, RESIZES, prepared, view};
 use crate::pages::Pages;
 use crate::record::{self, Fault, Host};
 
@@ -90,10 +90,11 @@ fn repair(base: &Base, dir: &Path, host: &Host, sample: bool, case: &str) {
 }
 
 /// Opening fails with each of its requests, and works again afterwards.
-fn open_with_faults(base: &Base, faults: &AtomicU64) {
+fn open_with_faults(base: &Base, errno: i32, faults: &AtomicU64) {
+    let words = std::io::Error::from_raw_os_error(errno).to_string();
     for at in 0.. {
         let host = Host::new(base.files.clone());
-        host.set_fault(Some(Fault { at, errno: libc::EIO, lasting: false }));
+        host.set_fault(Some(Fault { at, errno, lasting: false }));
         let opened = base.open(&host, false);
         let hits = host.hits();
         host.set_fault(None);
@@ -105,7 +106,7 @@ fn open_with_faults(base: &Base, faults: &AtomicU64) {
         let case = format!("open ({}), request {at}", base.kind.options);
         let Err(error) = opened else { panic!("{case}: failed {hits:?} go unnoticed") };
         let text = error.to_string();
-        assert!(text.contains("Input/output error") && text.contains("failed"), "{case}: {text}");
+        assert!(text.contains(&words) && text.contains("failed"), "{case}: {text}");
         let format = base.open(&host, false).unwrap_or_else(|e| panic!("{case}: again: {e}"));
         assert!(view(&format).disk == base.disk, "{case}");
     }
@@ -118,7 +119,9 @@ fn fail_everywhere(kind: Kind, operations: &[Operation]) {
     let dir = tempfile::tempdir().unwrap();
     let base = prepared(dir.path(), kind);
     let faults = Arc::new(AtomicU64::new(0));
-    open_with_faults(&base, &faults);
+    for errno in [libc::EIO, libc::ENOSPC] {
+        open_with_faults(&base, errno, &faults);
+    }
     let long = std::env::var_os("CRASH_POINTS").is_some();
     for operation in operations {
         for (errno, lasting) in [(libc::EIO, false), (libc::EIO, true), (libc::ENOSPC, true)] {
@@ -201,27 +204,32 @@ fn each_fault(
     after: impl Fn(&Host, Option<String>),
     done: impl Fn(&Host),
 ) -> u64 {
-    for at in 0.. {
-        let host = make();
-        host.set_fault(Some(Fault { at, errno: libc::EIO, lasting: false }));
-        let result = run(&host);
-        let hits = host.hits();
-        host.set_fault(None);
-        if hits.is_empty() {
-            result.unwrap();
-            return at;
+    let mut faults = 0;
+    for errno in [libc::EIO, libc::ENOSPC] {
+        let words = std::io::Error::from_raw_os_error(errno).to_string();
+        for at in 0.. {
+            let host = make();
+            host.set_fault(Some(Fault { at, errno, lasting: false }));
+            let result = run(&host);
+            let hits = host.hits();
+            host.set_fault(None);
+            if hits.is_empty() {
+                result.unwrap();
+                break;
+            }
+            faults += 1;
+            let error = result.err().map(|e| e.to_string());
+            if let Some(text) = &error {
+                assert!(text.contains(&words), "request {at}: {text}");
+            } else {
+                assert!(hits.iter().all(|hit| harmless(*hit)), "request {at}: {hits:?} unnoticed");
+            }
+            after(&host, error);
+            run(&host).unwrap_or_else(|e| panic!("request {at}, second try: {e}"));
+            done(&host);
         }
-        let error = result.err().map(|e| e.to_string());
-        if let Some(text) = &error {
-            assert!(text.contains("Input/output error"), "request {at}: {text}");
-        } else {
-            assert!(hits.iter().all(|hit| harmless(*hit)), "request {at}: {hits:?} unnoticed");
-        }
-        after(&host, error);
-        run(&host).unwrap_or_else(|e| panic!("request {at}, second try: {e}"));
-        done(&host);
     }
-    unreachable!("an operation has an end")
+    faults
 }
 
 macro_rules! kinds {
@@ -246,5 +254,6 @@ kinds! {
     any_fault_on_subclusters: "cluster_size=16k,extended_l2=on", 1000 * K, Start::Empty, OPERATIONS;
     any_fault_with_lazy_refcounts: "cluster_size=4k,lazy_refcounts=on", 1000 * K, Start::Empty, OPERATIONS;
     any_fault_over_a_backing_file: "cluster_size=4k", 1000 * K, Start::Backed, OPERATIONS;
+    any_fault_of_a_change_of_the_backing_file: "cluster_size=4k", 500 * K, Start::Backed, CHAINS;
     any_fault_on_compressed_clusters: "cluster_size=4k", 1000 * K, Start::Compressed, OPERATIONS;
 }

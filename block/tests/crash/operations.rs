@@ -178,6 +178,24 @@ fn read_vmstate(base: &Base, format: &Qcow2) -> Result<()> {
     Ok(())
 }
 
+/// Of an image whose tables are as they are on disk.
+fn flush(_: &Base, format: &Qcow2) -> Result<()> {
+    format.flush()
+}
+
+/// What a reopening and a hand-over begin with.
+fn settle(base: &Base, format: &Qcow2) -> Result<()> {
+    write_in_place(base, format)?;
+    format.settle()
+}
+
+/// Names that lead to the same file, as what is below stays.
+fn set_backing(_: &Base, format: &Qcow2) -> Result<()> {
+    format.set_backing(Some("./base.raw"), Some("raw"))?;
+    format.set_backing(None, None)?;
+    format.set_backing(Some("base.raw"), Some("raw"))
+}
+
 const NEVER: fn(&Qcow2) -> bool = |_| false;
 
 fn saved(format: &Qcow2) -> bool {
@@ -196,8 +214,18 @@ pub(crate) const RESIZES: &[Operation] = &[
 pub(crate) const BITMAPS: &[Operation] =
     &[Operation { name: "bitmap store", run: store_bitmaps, done: NEVER, writes: false }];
 
+/// On images with a backing file.
+pub(crate) const CHAINS: &[Operation] = &[Operation {
+    name: "change of the backing file",
+    run: set_backing,
+    done: NEVER,
+    writes: false,
+}];
+
 pub(crate) const OPERATIONS: &[Operation] = &[
     Operation { name: "read", run: read, done: NEVER, writes: false },
+    Operation { name: "flush", run: flush, done: NEVER, writes: false },
+    Operation { name: "settle", run: settle, done: NEVER, writes: true },
     Operation { name: "write in place", run: write_in_place, done: NEVER, writes: true },
     Operation { name: "allocating write", run: write_new, done: NEVER, writes: true },
     Operation { name: "copy on write", run: write_shared, done: NEVER, writes: true },

@@ -14,7 +14,7 @@ use block::{Format, Graph, Node, WriteBuf};
 
 use crate::common::{self, Random, Start as _, create, have_qemu_img};
 use crate::kinds::{Base, Kind, Start};
-use crate::operations::{BITMAPS, OPERATIONS, Operation, RESIZES, View, prepared, view};
+use crate::operations::{BITMAPS, CHAINS, OPERATIONS, Operation, RESIZES, View, prepared, view};
 use crate::record::Host;
 use crate::unlocked;
 
@@ -126,7 +126,7 @@ fn operations_with_every_transfer_short_do_the_same() {
     let large = kind("cluster_size=64k", 2048 * K, Start::Empty);
     every_transfer_short(large, 4095, &[OPERATIONS, RESIZES]);
     let subclusters = kind("cluster_size=16k,extended_l2=on", 1000 * K, Start::Backed);
-    every_transfer_short(subclusters, 511, &[OPERATIONS]);
+    every_transfer_short(subclusters, 511, &[OPERATIONS, CHAINS]);
     let compressed = kind("cluster_size=4k", 1000 * K, Start::Compressed);
     every_transfer_short(compressed, 333, &[OPERATIONS]);
     let bitmap = kind("cluster_size=4k", 500 * K, Start::Bitmap);

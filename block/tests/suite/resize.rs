@@ -249,3 +249,29 @@ fn judge(dir: &Path, bytes: &[u8], contents: &[u8]) {
     assert!(matches!(status.code(), Some(0 | 3)), "{status}");
     assert!(qemu_contents(dir, &file, None) == contents);
 }
+
+#[test]
+fn a_node_over_a_block_device_keeps_the_size_of_the_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("device");
+    std::fs::write(&file, vec![7; 4 << 20]).unwrap();
+    let made = Command::new("losetup").args(["-f", "--show"]).arg(&file).run();
+    let Some(made) = made.ok().filter(|made| made.status.success()) else {
+        eprintln!("SKIPPED: no loop device (root, and losetup, are needed)");
+        return;
+    };
+    let device = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    let tried = std::panic::catch_unwind(|| {
+        let graph = block::Graph::new();
+        let below = format!("file.driver=host_device,file.filename={device}");
+        let node = graph.add_text(&format!("driver=raw,node-name=d,{below}")).unwrap();
+        for size in [2 << 20, 8 << 20] {
+            let error = graph.resize("d", size).unwrap_err().to_string();
+            assert_eq!(error, "Cannot resize device files");
+            assert_eq!(node.size(), 4 << 20);
+        }
+        graph.resize("d", 4 << 20).unwrap();
+    });
+    assert!(Command::new("losetup").args(["-d", &device]).run().unwrap().status.success());
+    tried.unwrap();
+}
