@@ -78,6 +78,17 @@ fn damage_found_in_use_is_told_as_qemu_tells_it_and_good_data_stays_readable() {
             assert!(!qemu_io(&["read 64k 4k"], &["-f", "raw", &url]).status.success());
         }
         daemon.qmp("query-block-exports", json!({}));
+        if ours {
+            let nodes = daemon.qmp("query-named-block-nodes", json!({}));
+            let node =
+                nodes.as_array().unwrap().iter().find(|node| node["drv"] == "qcow2").unwrap();
+            assert_eq!(node["ro"], true, "{node}");
+            let name = node["node-name"].as_str().unwrap();
+            let again = |writable: bool| json!({"type": "nbd", "id": "again", "node-name": name, "name": "again", "writable": writable});
+            let error = daemon.try_qmp("block-export-add", again(true)).unwrap_err();
+            assert!(error.contains("was found corrupt and takes no writes"), "{error}");
+            daemon.qmp("block-export-add", again(false));
+        }
         let events = daemon.events();
         let [(name, data)] = &events[..] else { panic!("{events:?}") };
         assert_eq!(name, "BLOCK_IMAGE_CORRUPTED");
