@@ -13,6 +13,7 @@ use crate::agent::Agent;
 use crate::disk::Disk;
 use crate::process::{Awaited, Watch, wait_for_end};
 use crate::repo;
+use crate::seccomp;
 
 /// How long a machine may take to start, to finish a job, or to end.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -38,12 +39,19 @@ pub struct VmSpec {
     args: Vec<String>,
     env: Vec<(String, PathBuf)>,
     disks: Vec<Disk>,
+    without_userfaultfd: bool,
 }
 
 impl VmSpec {
     /// A machine of which nothing is said.
     pub fn bare() -> Self {
-        Self { args: Vec::new(), env: Vec::new(), disks: Vec::new() }
+        Self { args: Vec::new(), env: Vec::new(), disks: Vec::new(), without_userfaultfd: false }
+    }
+
+    /// On a host that refuses userfaultfd.
+    pub fn without_userfaultfd(mut self) -> Self {
+        self.without_userfaultfd = true;
+        self
     }
 
     /// A machine without a kernel.
@@ -104,7 +112,11 @@ impl VmSpec {
         let (qmp, serial) = (dir.path().join("qmp"), dir.path().join("serial"));
         let log = std::fs::File::create(dir.path().join("stderr")).unwrap();
         let mut sockets = Watch::new(dir.path());
-        let child = Command::new(binary())
+        let mut command = Command::new(binary());
+        if self.without_userfaultfd {
+            seccomp::refuse_userfaultfd(&mut command);
+        }
+        let child = command
             .args(&self.args)
             .envs(self.env.iter().cloned())
             .args(["--qmp", &format!("unix:{},server=on,wait=off", qmp.display())])

@@ -92,6 +92,39 @@ fn an_eager_load_leaves_nothing_to_be_read() {
 }
 
 #[test]
+fn a_host_that_refuses_userfaultfd_loads_eagerly_and_says_so() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let spec = machine_with_disk(dir.path(), "160M", 1).without_userfaultfd();
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    guest.fill(USED, 1);
+    vm.save("one", DISK);
+    guest.fill(USED, 2);
+    assert!(!vm.stderr().contains("userfaultfd"), "{}", vm.stderr());
+    vm.load("one", DISK);
+    assert_eq!(missing(&vm)["missing"], 0);
+    let told = vm.stderr();
+    assert!(told.contains("RAM is read before the guest runs"), "{told}");
+    guest.verify(USED, 1);
+    // It goes on like any other.
+    guest.fill(USED, 3);
+    vm.save("two", DISK);
+    vm.load("one", DISK);
+    vm.load("two", DISK);
+    guest.verify(USED, 3);
+    vm.quit();
+    let vm = spec.args(&["--loadvm", "one"]).start();
+    assert_eq!(missing(&vm)["missing"], 0);
+    assert!(vm.stderr().contains("RAM is read before the guest runs"), "{}", vm.stderr());
+    monitor(&vm).verify(USED, 1);
+    vm.quit();
+    disk(dir.path()).check();
+}
+
+#[test]
 fn a_save_right_after_a_load_saves_what_was_loaded() {
     if !require::kvm() {
         return;
