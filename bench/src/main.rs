@@ -4,7 +4,7 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`, `forks` or `group`; or `rewind` or `live` and sizes.
+//! only; or `snapshots`, `forks`, `tracking` or `group`; or `rewind` or `live` and sizes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -22,6 +22,7 @@ mod rewind;
 mod settle;
 mod snapshots;
 mod start;
+mod tracking;
 
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,7 @@ fn main() {
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
         [what, sizes @ ..] if what == "live" => live::measure(sizes, &dir, &mut report),
         [what, sizes @ ..] if what == "rewind" => rewind::measure(sizes, &dir, &mut report),
+        [what] if what == "tracking" => tracking::measure(&dir, &mut report),
         [what] if what == "group" => group::measure(&dir, &mut report),
         [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
         [what] if what == "forks" => {
@@ -61,6 +63,7 @@ fn main() {
                 forks::measure(&dir, &mut report);
             }
             live::measure(&args, &dir, &mut report);
+            tracking::measure(&dir, &mut report);
             group::measure(&dir, &mut report);
             nbd::measure(&dir, "", &mut report);
             queue::measure(&dir, "", &mut report);
