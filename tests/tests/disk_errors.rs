@@ -36,7 +36,7 @@ impl Fragile {
         let (raw, file) = (raw.display().to_string(), path.display().to_string());
         qemu_img(&["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", &raw, &file]);
         let bytes = std::fs::read(&path).unwrap();
-        let whole = bytes[COMPRESSED as usize..].to_vec();
+        let whole = bytes[usize::try_from(COMPRESSED).unwrap()..].to_vec();
         Self { disk: Disk { path, format: "qcow2" }, whole }
     }
 

@@ -76,7 +76,7 @@ impl Session {
         };
         match self.dispatch(&name, arguments, oob) {
             Ok(Dispatched::Control(value)) => answer(id.as_ref(), &Ok(value)),
-            Ok(Dispatched::Machine(command)) => Step::Run { id, command: Box::new(command) },
+            Ok(Dispatched::Machine(command)) => Step::Run { id, command },
             Err(error) => answer(id.as_ref(), &Err(error)),
         }
     }
@@ -102,7 +102,9 @@ impl Session {
             return self.control(control.map_err(mismatch)?).map(Dispatched::Control);
         }
         match Command::decode(name, arguments) {
-            Some(command) => command.map(Dispatched::Machine).map_err(mismatch),
+            Some(command) => {
+                command.map(|command| Dispatched::Machine(Box::new(command))).map_err(mismatch)
+            }
             None => Err(Error::command_not_found(name)),
         }
     }
@@ -130,7 +132,7 @@ impl Session {
 
 enum Dispatched {
     Control(Value),
-    Machine(Command),
+    Machine(Box<Command>),
 }
 
 fn answer(id: Option<&Value>, result: &Result<Value, Error>) -> Step {

@@ -321,10 +321,10 @@ impl Controller {
         // RAM is as it was to a checkpoint that comes.
         self.machine.tracker().failed();
         let outgoing = self.migration.last.as_ref().is_some_and(|last| last.outgoing);
-        let (status, text) = match &outcome {
+        let (status, text) = match outcome {
             Ok(()) => (MigrationStatus::Completed, None),
             Err(WorkError::Cancelled) => (MigrationStatus::Cancelled, None),
-            Err(WorkError::Failed(text)) => (MigrationStatus::Failed, Some(text.clone())),
+            Err(WorkError::Failed(text)) => (MigrationStatus::Failed, Some(text)),
         };
         if let Some(text) = &text {
             error!("migration failed: {text}");

@@ -32,6 +32,7 @@ pub(super) struct Shared {
 }
 
 /// What a disk is.
+#[derive(Clone, Copy)]
 pub(super) struct Disk<'a> {
     /// In sectors.
     pub(super) capacity: u64,

@@ -72,7 +72,7 @@ impl Controller {
                 Ok(Some(command_line)) => {
                     let arguments = HumanMonitorArguments { command_line, ..arguments.clone() };
                     let command = Command::HumanMonitorCommand(arguments);
-                    self.worker.run(qmp::Request { command, ..request })
+                    self.worker.run(qmp::Request { command, ..request });
                 }
                 Err(text) => request.reply.value(&text),
             };
