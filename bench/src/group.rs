@@ -4,13 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qmp::client::Client;
 use serde_json::{Value, json};
 use tardigrade_tests::baremetal::{Monitor, image};
 use tardigrade_tests::disk::qemu_img;
 
 use crate::checkpoint::{ticks_per_ms, used_ranges};
-use crate::program::{Machine, PATIENCE, Program};
-use crate::programs;
+use crate::program::{Machine, Program};
 use crate::report::{Report, number};
 
 /// Disks of the group.
@@ -33,13 +33,8 @@ pub(crate) fn measure(dir: &Path, report: &mut Report) {
     if !tardigrade_tests::require::kvm() {
         return;
     }
-    for program in programs(report) {
-        // How RAM is written is not what this is about.
-        if program != Program::QemuDirect {
-            eprintln!("snapshots of {DISKS} disks: {}", program.name());
-            one(program, dir, report);
-        }
-    }
+    eprintln!("snapshots of {DISKS} disks");
+    one(Program::Tardigrade, dir, report);
     report.section(table);
 }
 
@@ -62,7 +57,7 @@ fn one(program: Program, dir: &Path, report: &mut Report) {
     let mut pause = |guest: &mut Monitor, what: &str, work: &mut dyn FnMut()| {
         let gap = guest.watch(|| {
             // Until the guest has the whole request.
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(300));
             work();
         });
         report.add(what, program.name(), USED, gap as f64 / ticks);
@@ -77,7 +72,7 @@ fn one(program: Program, dir: &Path, report: &mut Report) {
     }
     for round in 0..SAVES {
         let tag = format!("m{round}");
-        pause(&mut guest, SAVE, &mut || save(program, &machine, &tag));
+        pause(&mut guest, SAVE, &mut || save(&mut qmp, &tag));
     }
     machine.quit();
     disks.iter().for_each(|disk| std::fs::remove_file(disk).unwrap());
@@ -98,44 +93,26 @@ fn snapshot(disk: usize, name: &str) -> Value {
     json!({ "type": "blockdev-snapshot-internal-sync", "data": data })
 }
 
-/// The machine's state and all disks: a transaction of ours, QEMU's `snapshot-save`. Ends when all is on
-/// the disks.
-fn save(program: Program, machine: &Machine, tag: &str) {
-    let mut qmp = machine.connect();
-    if program == Program::Tardigrade {
-        let state = json!({ "node": "disk0", "tag": tag });
-        let mut actions = vec![json!({ "type": "x-vmstate-save", "data": state })];
-        actions.extend((1..DISKS).map(|n| snapshot(n, tag)));
-        qmp.execute("transaction", json!({ "actions": actions })).unwrap();
-        return;
-    }
-    let devices: Vec<String> = (0..DISKS).map(|n| format!("disk{n}")).collect();
-    let arguments = json!({ "job-id": tag, "tag": tag, "vmstate": "disk0", "devices": devices });
-    qmp.run_job("snapshot-save", arguments, PATIENCE).unwrap();
+/// The machine's state and all disks. Ends when all is on the disks.
+fn save(qmp: &mut Client, tag: &str) {
+    let state = json!({ "node": "disk0", "tag": tag });
+    let mut actions = vec![json!({ "type": "x-vmstate-save", "data": state })];
+    actions.extend((1..DISKS).map(|n| snapshot(n, tag)));
+    qmp.execute("transaction", json!({ "actions": actions })).unwrap();
 }
 
 fn table(report: &Report) -> String {
     let mut text = format!(
-        "| Group snapshot of {DISKS} disks, {USED} MiB of RAM in use: pause the guest sees, ms | ours, median | longest | QEMU, median | longest |\n\
-         |---|---:|---:|---:|---:|\n"
+        "| Group snapshot of {DISKS} disks, {USED} MiB of RAM in use: pause the guest sees, ms | median | longest |\n\
+         |---|---:|---:|\n"
     );
     for (what, title) in [
         (SNAPSHOT, "`blockdev-snapshot-internal-sync` of each, in a transaction"),
-        (
-            SAVE,
-            "the machine's state with them: `x-vmstate-save` in the transaction; QEMU's `snapshot-save`",
-        ),
+        (SAVE, "the machine's state with them: `x-vmstate-save` in the transaction"),
         (IDLE, "none"),
     ] {
-        let part = |who: Program, part| number(report.quantile(what, who.name(), USED, part), 1);
-        let (ours, qemu) = (Program::Tardigrade, Program::Qemu);
-        text += &format!(
-            "| {title} | {} | {} | {} | {} |\n",
-            part(ours, 0.5),
-            part(ours, 1.0),
-            part(qemu, 0.5),
-            part(qemu, 1.0)
-        );
+        let part = |part| number(report.quantile(what, Program::Tardigrade.name(), USED, part), 1);
+        text += &format!("| {title} | {} | {} |\n", part(0.5), part(1.0));
     }
     text + "\n"
 }
