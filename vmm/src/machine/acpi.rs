@@ -9,7 +9,7 @@ use uuid::Uuid;
 use vm_memory::Bytes;
 
 use super::Error;
-use super::devices::{
+use super::devices::map::{
     RESET_VALUE, SERIAL_IRQ, SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5_VALUE, slot_address,
     slot_irq,
 };

@@ -36,7 +36,7 @@ pub enum Error {
         source: block::Error,
     },
     /// More devices than there are interrupt lines.
-    #[error("{0} virtio devices are too many: the machine has {max} slots", max = super::devices::MAX_VIRTIO_DEVICES)]
+    #[error("{0} virtio devices are too many: the machine has {max} slots", max = super::devices::map::MAX_VIRTIO_DEVICES)]
     TooManyDevices(usize),
     /// A virtio device failed, or a state does not fit it.
     #[error(transparent)]

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use devices::{GuestMemory, Presence};
 use snapshot::{Checkpoint, LazyHost, LazyRam, LoadError, Notice, Orders};
 
+use super::{Error, Machine};
 use crate::control::mailbox::{Mailbox, Message};
 
 /// The missing part of RAM after a lazy load.
@@ -54,5 +55,33 @@ impl Missing {
     /// Which load it is of.
     pub fn id(&self) -> u64 {
         self.id
+    }
+}
+
+impl Machine {
+    /// The part of RAM that is still in an image, if any is.
+    pub fn missing(&self) -> Option<&Arc<Missing>> {
+        self.missing.as_ref()
+    }
+
+    /// RAM is that of a lazy load, whose vCPUs and devices have been restored.
+    ///
+    /// # Errors
+    /// A page that was needed for that could not be read.
+    pub fn set_missing(&mut self, missing: Arc<Missing>) -> Result<(), Error> {
+        if let Some(reason) = missing.ram.lost() {
+            return Err(Error::Lost(reason));
+        }
+        missing.ram.restored();
+        self.missing = Some(missing);
+        Ok(())
+    }
+
+    /// Nothing is missing any more, or what is does not matter: it is zero from now on.
+    pub fn forget_missing(&mut self) {
+        if let Some(missing) = self.missing.take() {
+            missing.ram.abandon();
+        }
+        self.devices.presence().set_whole();
     }
 }

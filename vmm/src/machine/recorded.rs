@@ -6,7 +6,7 @@ use ::devices::virtio::block::{ErrorPolicy, OnError};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use snapshot::config::{Bus, CpuFacts, CpuidLeaf, DeviceConfig, DiskConfig, MachineConfig};
 
-use super::devices::{self, VirtioSlot};
+use super::devices::{VirtioSlot, map};
 use super::spec::DeviceKind;
 use super::{Machine, acpi};
 use crate::boot::layout;
@@ -49,8 +49,8 @@ fn describe_devices(machine: &Machine) -> Vec<DeviceConfig> {
         disk: None,
     };
     let mut all = vec![
-        port("serial", devices::SERIAL_PORT, Some(devices::SERIAL_IRQ)),
-        port("i8042", devices::I8042_PORT, None),
+        port("serial", map::SERIAL_PORT, Some(map::SERIAL_IRQ)),
+        port("i8042", map::I8042_PORT, None),
     ];
     all.extend(machine.devices().virtio().map(describe_virtio));
     if machine.spec().acpi {
