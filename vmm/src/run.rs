@@ -15,7 +15,7 @@ use serde_json::Value;
 use snapshot::Lineage;
 
 use crate::blocks::Blocks;
-use crate::cli::values::QmpSpec;
+use crate::cli::sockets::QmpSpec;
 use crate::cli::{self, GuestOptions, MachineArgs, Options};
 use crate::console::Console;
 use crate::control::daemon::{self, Daemon};

@@ -16,12 +16,14 @@
 mod bits;
 mod commands;
 mod dirty;
+mod granularity;
 mod set;
 mod undo;
 
 pub(crate) use bits::Bits;
 pub use commands::NewBitmap;
-pub use dirty::{Bitmap, BitmapHold, BitmapInfo, Extent, Granularity};
+pub use dirty::{Bitmap, BitmapHold, BitmapInfo, Extent};
 pub(crate) use dirty::{Start, Stored};
+pub use granularity::Granularity;
 pub use set::BitmapSet;
 pub use undo::BitmapUndo;

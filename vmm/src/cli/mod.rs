@@ -1,8 +1,10 @@
 //! The command line: QEMU's names and values, so that one command line can drive both programs.
 
 pub mod args;
+mod device;
 pub mod export;
 pub mod image;
+pub mod sockets;
 pub mod values;
 
 pub use args::{Cli, MachineArgs, Subcommand};
@@ -15,7 +17,8 @@ use crate::machine::spec::{DeviceSpec, MachineSpec};
 use crate::migration::address::Address;
 use crate::restore::RestoreSpec;
 use qmp::schema::LoadMode;
-use values::{MachineType, QmpSpec};
+use sockets::QmpSpec;
+use values::MachineType;
 
 /// A value on the command line that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +108,7 @@ impl Options {
             return Err(Error::new("export", export, "needs --nbd-server"));
         }
         let qmp: Vec<QmpSpec> =
-            args.qmp.iter().map(|text| values::qmp(text)).collect::<Result<_, _>>()?;
+            args.qmp.iter().map(|text| sockets::qmp(text)).collect::<Result<_, _>>()?;
         check_stdio(&qmp, guest.as_ref())?;
         Ok(Self {
             blockdevs: args.blockdev.clone(),
@@ -146,14 +149,14 @@ fn guest_options(
     values::check_accel(args.accel.as_deref())?;
     values::check_cpu(args.cpu.as_deref().unwrap_or("host"))?;
     let devices =
-        args.device.iter().map(|text| values::device(text)).collect::<Result<Vec<_>, _>>()?;
+        args.device.iter().map(|text| device::device(text)).collect::<Result<Vec<_>, _>>()?;
     let serial_text = args.serial.as_deref().unwrap_or("stdio");
     Ok(GuestOptions {
         machine: MachineSpec {
             acpi: acpi.unwrap_or(false),
             ..machine_spec(args, devices, dirty_tracking)?
         },
-        serial: values::serial(serial_text)?,
+        serial: sockets::serial(serial_text)?,
         serial_text: serial_text.to_owned(),
         start_paused: args.start_paused,
         loadvm: args.loadvm.clone(),
