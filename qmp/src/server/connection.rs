@@ -44,8 +44,6 @@ pub(super) struct Connection {
     /// Bytes of `input` that the session has taken.
     taken: usize,
     output: OutputQueue,
-    /// Bytes of the answers, until the client has read everything.
-    answer: usize,
     /// Messages that wait for their turn: with out-of-band execution the client is read from while a
     /// command is under way.
     pending: VecDeque<Message>,
@@ -70,7 +68,6 @@ impl Connection {
             input: Vec::new(),
             taken: 0,
             output,
-            answer: 0,
             pending: VecDeque::new(),
             executing: false,
             out_of_band: 0,
@@ -132,23 +129,20 @@ impl Connection {
             self.executing = false;
         }
         // Few can be under way, so few answers can wait.
-        self.answer = self.answer.saturating_add(message.len());
         self.push(message.into());
     }
 
-    /// Adds an event, unless more than `limit` bytes would wait besides an answer, which the client
-    /// has asked for and may be long; says whether it was added.
+    /// Adds an event, unless events of more than `limit` bytes would wait; says whether it was added.
+    /// Answers do not count: the client has asked for them, and they may be long.
     pub(super) fn event(&mut self, message: &Arc<[u8]>, limit: usize) -> bool {
-        let fits = |this: &Self| {
-            this.output.waiting() + message.len() <= limit.saturating_add(this.answer)
-        };
+        let fits = |this: &Self| this.output.events() + message.len() <= limit;
         if !fits(self) {
             // Much may have been told since the last flush: perhaps the client does read.
             self.flush();
         }
         let fits = fits(self);
-        if fits {
-            self.push(message.clone());
+        if fits && !self.deaf {
+            self.output.push_event(message.clone());
         }
         fits
     }
@@ -163,9 +157,6 @@ impl Connection {
         if let Err(error) = self.output.flush(&mut self.stream) {
             tracing::debug!(monitor = self.id.0, %error, "a QMP client left without reading");
             self.deafen();
-        }
-        if self.output.waiting() == 0 {
-            self.answer = 0;
         }
     }
 
@@ -286,8 +277,59 @@ impl Connection {
     /// has sent is read and dropped, or it would get ECONNRESET instead.
     pub(super) fn close(mut self) {
         if self.stream.shutdown().is_ok() {
-            let mut dropped = [0; 4096];
-            while matches!(self.stream.read(&mut dropped), Ok(1..)) {}
+            drop_input(&mut self.stream);
         }
+    }
+}
+
+/// Reads what there is, but not for ever: a TCP client may go on sending.
+fn drop_input(from: &mut impl Read) {
+    let mut dropped = [0; 4096];
+    for _ in 0..TURN / dropped.len() {
+        if !matches!(from.read(&mut dropped), Ok(1..)) {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::json::Limits;
+    use crate::schema::{VersionInfo, VersionTriple};
+
+    fn connected() -> (Connection, UnixStream) {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let qemu = VersionTriple { micro: 2, minor: 0, major: 10 };
+        let version = Arc::new(VersionInfo { qemu, package: String::new() });
+        let session = Session::new(Limits::default(), version, &[]);
+        (Connection::new(MonitorId(1), Stream::Unix(ours), session), peer)
+    }
+
+    #[test]
+    fn answers_that_were_read_leave_no_room_for_more_events() {
+        const MIB: usize = 1 << 20;
+        let (mut connection, mut peer) = connected();
+        let mut buffer = [0; 4096];
+        for _ in 0..16 {
+            connection.answered(vec![b'x'; MIB], false);
+            // It reads nearly all, always.
+            while connection.output.waiting() > MIB / 2 {
+                connection.flush();
+                let _ = peer.read(&mut buffer).unwrap();
+            }
+        }
+        let event: Arc<[u8]> = vec![b'e'; MIB / 16].into();
+        let room = (0..1000).take_while(|_| connection.event(&event, MIB)).count();
+        // The kernel's buffer is full.
+        assert_eq!(room, 16);
+    }
+
+    #[test]
+    fn the_end_does_not_wait_for_a_client_that_never_stops_sending() {
+        drop_input(&mut std::io::repeat(0));
     }
 }

@@ -49,8 +49,7 @@ pub struct Options {
     pub limits: Limits,
     /// Clients at once. Further ones wait, without a greeting, until one leaves.
     pub clients: usize,
-    /// Bytes of output that may wait for a client to read them, besides the answer to its last
-    /// command; an event beyond closes the connection.
+    /// Bytes of events that may wait for a client to read them; one beyond closes the connection.
     pub unread: usize,
     /// How long a shutdown waits for clients to read their last answers.
     pub linger: Duration,
