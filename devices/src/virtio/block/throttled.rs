@@ -53,15 +53,17 @@ impl IoThrottle {
         self.limited.load(Ordering::Acquire)
     }
 
+    /// With the lock held, or the disk could get in line of a group that it has just left, and stay
+    /// there, with the others behind it for ever.
     fn begin(&self, write: bool, bytes: u64, more: bool) -> Result<(), Duration> {
-        match self.group() {
+        match &*self.lock() {
             Some(group) => group.begin(self.member, write, bytes, more),
             None => Ok(()),
         }
     }
 
     fn begin_now(&self, write: bool, bytes: u64) {
-        if let Some(group) = self.group() {
+        if let Some(group) = &*self.lock() {
             group.begin_now(self.member, write, bytes);
         }
     }
@@ -138,5 +140,50 @@ impl<T> Throttled<T> {
     pub(super) fn wait(&self) -> Option<Duration> {
         let due = self.due.iter().flatten().min()?;
         Some(due.saturating_duration_since(Instant::now()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ::block::throttle::{Kind, Limits, Rate};
+
+    use super::*;
+
+    /// One byte a second.
+    fn slow() -> Limits {
+        let bytes = Kind { total: Rate::steady(1), ..Kind::default() };
+        Limits { bytes, ..Limits::default() }
+    }
+
+    #[test]
+    fn a_disk_that_leaves_its_group_while_it_asks_is_in_nobodys_way() {
+        let throttle = Arc::new(IoThrottle::default());
+        let (leaving, hour) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let left = Arc::new(Mutex::new(None));
+        let clock = {
+            let (throttle, leaving, hour) = (throttle.clone(), leaving.clone(), hour.clone());
+            let left = left.clone();
+            move || {
+                if leaving.swap(false, Ordering::Relaxed) {
+                    // Another thread takes the disk out of the group, now or as soon as it can.
+                    let other = throttle.clone();
+                    let thread = std::thread::spawn(move || other.set_group(None));
+                    while !thread.is_finished() && throttle.group.try_lock().is_ok() {
+                        std::thread::yield_now();
+                    }
+                    *left.lock().unwrap() = Some(thread);
+                }
+                Duration::from_secs(3600 * hour.load(Ordering::Relaxed))
+            }
+        };
+        let group = Arc::new(ThrottleGroup::new("g", slow(), Box::new(clock)));
+        throttle.set_group(Some(group.clone()));
+        assert_eq!(throttle.begin(true, 1000, false), Ok(()));
+        leaving.store(true, Ordering::Relaxed);
+        // Asked of the group that it leaves: it has to wait.
+        throttle.begin(true, 1, false).unwrap_err();
+        left.lock().unwrap().take().unwrap().join().unwrap();
+        hour.store(1, Ordering::Relaxed);
+        assert_eq!(group.begin(throttle.member + 1, true, 1, false), Ok(()));
     }
 }
