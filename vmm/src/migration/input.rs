@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::address::Address;
 use super::command::Running;
+use super::connect::try_connect;
 use super::output::{is_transient, nonblocking, without_number};
 use super::wait::Stopper;
 
@@ -96,8 +97,8 @@ pub fn prepare(address: &Address) -> Result<Prepared, String> {
 /// Listens, for this user alone. A file that nobody listens on any more makes room.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path)?;
-    let abandoned = UnixStream::connect(path)
-        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    let abandoned =
+        try_connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
     if abandoned {
         std::fs::remove_file(path)?;
     }

@@ -12,6 +12,7 @@ use rustix::event::PollFlags;
 
 use super::address::Address;
 use super::command::Running;
+use super::connect::connect;
 use super::wait::Stopper;
 
 /// What can be opened while a client waits for its answer; a socket is connected by who writes to it.
@@ -80,7 +81,7 @@ impl Output {
     /// Connects, if that is still to be done.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// Nobody listens there, or it was told to stop.
     pub fn open(prepared: Prepared, stopper: Stopper) -> Result<Self, String> {
         let kind = match prepared {
             Prepared::File(file) => Kind::File(file),
@@ -89,9 +90,7 @@ impl Output {
                 let failed = |error: io::Error| {
                     format!("Failed to connect to '{}': {}", path.display(), without_number(&error))
                 };
-                let stream = UnixStream::connect(&path).map_err(failed)?;
-                stream.set_nonblocking(true).map_err(failed)?;
-                Kind::Socket(stream)
+                Kind::Socket(connect(&path, &stopper).map_err(failed)?)
             }
         };
         Ok(Self { kind, stopper })

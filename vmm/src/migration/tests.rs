@@ -5,6 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use super::address::Address;
+use super::connect::try_connect;
 use super::input::{self, Input};
 use super::output::{self, Output};
 use super::wait::Stopper;
@@ -133,6 +134,32 @@ fn a_socket_is_done_when_the_peer_has_read_all() {
     let mut out = output(&address, &stopper);
     drop(listener.accept().unwrap());
     assert!(out.write_all(&vec![7; LONG]).is_err());
+}
+
+#[test]
+fn room_at_a_socket_with_too_many_clients_is_waited_for_until_told_to_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, stopper) = (dir.path().join("s"), Stopper::new().unwrap());
+    let address = Address::Unix(path.clone());
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let fill = || -> Vec<UnixStream> { std::iter::from_fn(|| try_connect(&path).ok()).collect() };
+    let clients = fill();
+    assert!(!clients.is_empty());
+    // Somebody listens there: that is told at once.
+    assert!(input::prepare(&address).is_err());
+    thread::scope(|scope| {
+        let connecting = scope.spawn(|| output(&address, &stopper));
+        for _ in &clients {
+            drop(listener.accept().unwrap());
+        }
+        connecting.join().unwrap();
+    });
+    let clients = fill();
+    stopper.stop();
+    let error = Output::open(output::prepare(&address).unwrap(), stopper.clone()).unwrap_err();
+    assert!(error.ends_with("told to stop"), "{error}");
+    drop(clients);
 }
 
 #[test]

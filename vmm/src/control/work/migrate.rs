@@ -91,7 +91,11 @@ pub enum Step {
 }
 
 pub(in crate::control) fn migrate(to: Prepared, shared: &Shared, context: &WorkContext) -> Outcome {
-    let mut output = Output::open(to, shared.stopper.clone()).map_err(WorkError::Failed)?;
+    let open = Output::open(to, shared.stopper.clone());
+    let mut output = open.map_err(|text| match context.progress.is_cancelled() {
+        true => WorkError::Cancelled,
+        false => WorkError::Failed(text),
+    })?;
     send_all(&mut output, shared, context).map_err(|error| explain(&mut output, context, error))
 }
 
