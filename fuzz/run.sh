@@ -8,7 +8,8 @@
 # corpora, which the next run goes on from. `cargo fuzz run TARGET --features libfuzzer` works too.
 # FUZZ_TIMEOUT=SECONDS, 20 if not set: what counts as a hang; more on a machine that is busy.
 #
-# Leaks are not looked for: threads of the request pool that are just being started look like some.
+# Leaks are not looked for, neither after an input nor at the end: threads of the request pool that are
+# just being started look like some.
 set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:?seconds}
@@ -20,6 +21,7 @@ out=${CARGO_TARGET_DIR:-target}
 out=$(mkdir -p "$out" && cd "$out" && pwd)/fuzz
 export CARGO_TARGET_DIR="$out/build"
 cargo build --quiet --locked --package tardigrade-fuzz --bin seeds
+export ASAN_OPTIONS=detect_leaks=0
 coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares"
