@@ -15,7 +15,7 @@ trap 'rm -rf "$work"' EXIT
 # A pipe of its own for the figures: the shell tells of the last program of a pipe only.
 {
     CRASH_POINTS=$points cargo test --profile fuzz --locked --package block \
-        --test crash -- --nocapture 2>&1 &&
+        --test crash --test host_calls -- --nocapture 2>&1 &&
         CRASH_POINTS=$points cargo test --profile fuzz --locked --package block \
             --test suite -- --nocapture twin 2>&1 || echo failed >"$work/failed"
 } | tee "$work/log"

@@ -255,7 +255,10 @@ impl Graph {
                 image.store_bitmaps().and_then(|()| image.settle()).inspect_err(|_| {
                     // The node stays and may be written to: its bitmaps follow again.
                     if let Err(e) = image.resume_bitmaps() {
-                        tracing::warn!(node = name, "writes are refused from now on: {e}");
+                        tracing::warn!(
+                            node = name,
+                            "writes are refused until its bitmaps can be marked: {e}"
+                        );
                     }
                 })?;
             }

@@ -16,6 +16,7 @@
 //! So on disk every reference is counted, and a crash leaves leaked clusters at most. A cluster
 //! taken out of a table cannot be used again before step 5, so the old table on disk stays true.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -87,6 +88,8 @@ pub(super) struct Meta {
     lazy: bool,
     /// What made the image corrupt; writes are refused from then on.
     broken: Option<String>,
+    /// Why bitmaps that follow writes may look valid on disk: writes are refused until they are marked.
+    pub(crate) unmarked: Option<String>,
     pub(crate) places: Places,
     /// The directory of persistent bitmaps, as it is on disk.
     pub(crate) bitmaps: super::bitmaps::Directory,
@@ -147,6 +150,7 @@ impl Meta {
             frozen: false,
             lazy,
             broken: None,
+            unmarked: None,
             places: Places { check: options.overlap_check, ..Places::default() },
             bitmaps: super::bitmaps::Directory::default(),
             listener: Arc::default(),
@@ -251,21 +255,26 @@ impl Meta {
         Error::Corrupt { filename: self.storage.name().to_owned(), reason: reason.into() }
     }
 
-    /// Refuses changes from now on, because the image could not be made ready for them.
-    pub(crate) fn refuse_writes(&mut self, reason: &str) {
-        self.broken.get_or_insert_with(|| reason.to_owned());
+    /// Refuses changes of an image that is read-only, was found corrupt, or has bitmaps that would not follow
+    /// them.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        self.check_sound()?;
+        match &self.unmarked {
+            Some(error) => Err(Error::Io {
+                operation: "marking bitmaps as in use",
+                filename: self.storage.name().to_owned(),
+                offset: self.bitmaps.offset(),
+                source: io::Error::other(error.clone()),
+            }),
+            None => Ok(()),
+        }
     }
 
-    /// Refuses changes of an image that is read-only or was found corrupt.
-    pub(crate) fn check_writable(&self) -> Result<()> {
-        if !self.writable {
-            return Err(Error::ReadOnly(self.storage.name().to_owned()));
-        }
+    /// Refuses what changes the file but not the disk, of an image that is read-only or was found corrupt.
+    pub(crate) fn check_sound(&self) -> Result<()> {
         match &self.broken {
-            Some(reason) => Err(Error::Corrupt {
-                filename: self.storage.name().to_owned(),
-                reason: reason.clone(),
-            }),
+            _ if !self.writable => Err(Error::ReadOnly(self.storage.name().to_owned())),
+            Some(reason) => Err(self.damaged(reason)),
             None => Ok(()),
         }
     }

@@ -24,7 +24,7 @@
 //! disk works ([`flush`]).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 
 use crate::bitmap::BitmapSet;
@@ -102,6 +102,8 @@ pub struct Qcow2 {
     backing: RwLock<Option<Arc<dyn Format>>>,
     /// The node's bitmaps, those in memory only too.
     bitmaps: Arc<BitmapSet>,
+    /// Whether `meta` says why they are not marked: looked at by every write.
+    unmarked: AtomicBool,
     size: AtomicU64,
     /// A length the file had at some time.
     known_len: AtomicU64,
@@ -160,6 +162,7 @@ impl Qcow2 {
             bitmaps: Arc::default(),
             size: AtomicU64::new(size),
             known_len: AtomicU64::new(0),
+            unmarked: AtomicBool::new(false),
             read_only: options.read_only,
             unmap: true,
             no_unref: options.discard_no_unref.then_some(options.pass_discard.request),
@@ -328,6 +331,7 @@ impl Format for Qcow2 {
     }
 
     fn write(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.mark_bitmaps_left()?;
         self.write_disk(offset, bufs)
     }
 
@@ -336,6 +340,7 @@ impl Format for Qcow2 {
     }
 
     fn write_compressed(&self, offset: u64, bufs: &[WriteBuf<'_>]) -> Result<()> {
+        self.mark_bitmaps_left()?;
         self.write_packed(offset, bufs)
     }
 
@@ -345,6 +350,7 @@ impl Format for Qcow2 {
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
+        self.mark_bitmaps_left()?;
         if !self.unmap {
             return self.meta().check_writable();
         }
@@ -352,10 +358,12 @@ impl Format for Qcow2 {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.mark_bitmaps_left()?;
         self.zero_disk(offset, len, unmap && self.unmap)
     }
 
     fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
+        self.mark_bitmaps_left()?;
         self.take_over(offset, len)
     }
 
@@ -369,6 +377,7 @@ impl Format for Qcow2 {
     }
 
     fn resize(&self, size: u64, mode: Preallocation, progress: &Progress) -> Result<()> {
+        self.mark_bitmaps_left()?;
         self.resize_disk(size, mode, progress)
     }
 

@@ -79,6 +79,11 @@ impl Directory {
         if self.entries.is_empty() { 0 } else { AUTOCLEAR }
     }
 
+    /// Host offset; 0 without one.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     fn position(&self, name: &str) -> Option<usize> {
         self.entries.iter().position(|entry| entry.usable_name() == Some(name))
     }
@@ -228,7 +233,7 @@ fn bitmaps_out_of_date(
 /// an error the header may have either, and the clusters of both are kept. The new one says that its
 /// bitmaps are valid, so nothing that a bitmap follows may change before the header surely has the old
 /// one again: whoever marks bitmaps writes it first ([`Meta::settle_header`]), and writes are
-/// refused if that fails.
+/// refused until that succeeds.
 fn switch(meta: &mut Meta, entries: Vec<Entry>) -> Result<()> {
     let old = meta.bitmaps.run(meta);
     let bytes = directory::encode(&entries);

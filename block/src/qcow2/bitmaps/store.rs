@@ -1,6 +1,7 @@
 //! Writing the bitmaps when an image is closed, and taking one out.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::bitmap::{Bitmap, Stored};
 use crate::qcow2::Qcow2;
@@ -9,7 +10,7 @@ use crate::qcow2::meta::Meta;
 use crate::{Error, Result};
 
 use super::directory::{Entry, flag, table_entries};
-use super::{clusters_of, mark, switch, table};
+use super::{bitmaps_out_of_date, clusters_of, mark, switch, table};
 
 impl Qcow2 {
     /// Stores the persistent bitmaps: what the image has is up to date afterwards. Nobody may write
@@ -25,6 +26,7 @@ impl Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        self.mark_bitmaps_left()?;
         let mut bitmaps = self.bitmaps.persistent();
         bitmaps.retain(|bitmap| bitmap.stored() != Stored::UpToDate && !bitmap.inconsistent());
         if bitmaps.is_empty() {
@@ -59,11 +61,20 @@ impl Qcow2 {
     /// follow writes, durably.
     ///
     /// # Errors
-    /// If the image could not be written: writes to the disk are refused then.
+    /// If the image could not be written: each change of the disk tries it again first, and is refused where
+    /// it fails.
     pub fn resume_bitmaps(&self) -> Result<()> {
-        self.bitmaps_out_of_date(Bitmap::enabled).inspect_err(|e| {
-            self.meta().refuse_writes(&format!("bitmaps could not be marked as in use: {e}"));
-        })
+        let mut meta = self.meta();
+        let marked = bitmaps_out_of_date(self, &mut meta, Bitmap::enabled);
+        meta.unmarked = marked.as_ref().err().map(ToString::to_string);
+        self.unmarked.store(marked.is_err(), Ordering::Release);
+        marked
+    }
+
+    /// To be called before the disk is changed, and with nothing locked: marks the bitmaps where that has
+    /// failed before.
+    pub(in crate::qcow2) fn mark_bitmaps_left(&self) -> Result<()> {
+        if self.unmarked.load(Ordering::Acquire) { self.resume_bitmaps() } else { Ok(()) }
     }
 
     /// Takes a bitmap out of the image.
@@ -73,6 +84,7 @@ impl Qcow2 {
         if bitmap.stored() == Stored::No {
             return Ok(());
         }
+        self.mark_bitmaps_left()?;
         let mut meta = self.meta();
         meta.check_writable()?;
         let Some(at) = meta.bitmaps.position(bitmap.name()) else {
@@ -81,7 +93,12 @@ impl Qcow2 {
         let mut entries = meta.bitmaps.entries.clone();
         let removed = entries.remove(at);
         let runs = clusters_of(&meta, &removed);
-        switch(&mut meta, entries)?;
+        let switched = switch(&mut meta, entries);
+        if meta.bitmaps.position(bitmap.name()).is_none() {
+            // Whatever fails from here on: where the bitmap stays, it has to be stored anew.
+            bitmap.set_stored(Stored::No);
+        }
+        switched?;
         meta.free_after_error(&runs);
         meta.sync()
     }

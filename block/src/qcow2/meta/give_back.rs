@@ -36,7 +36,7 @@ impl Meta {
     /// Free clusters whose space is to be given back now, no longer on the list. Nobody may take them
     /// before that is done.
     pub(crate) fn take_freed(&mut self) -> Result<Vec<Run>> {
-        self.check_writable()?;
+        self.check_sound()?;
         let mut left = self.geometry().clusters(PUNCH_BYTES).max(1);
         // Snapshots free in the order of the guest; few large calls are faster than many.
         let mut runs = std::mem::take(&mut self.freed);
@@ -80,7 +80,7 @@ impl Meta {
     }
 
     fn cut_tail(&mut self) -> Result<()> {
-        self.check_writable()?;
+        self.check_sound()?;
         let Some(end) = self.refcounts.used_end()? else {
             return Ok(());
         };

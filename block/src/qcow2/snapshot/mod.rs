@@ -60,6 +60,7 @@ impl Stage {
 
 /// Starts a change: one at a time for an image.
 fn begin_change(image: &Qcow2) -> Result<()> {
+    image.mark_bitmaps_left()?;
     let mut meta = image.meta();
     if image.geometry.external {
         // The other file has no counts: what a snapshot keeps could not be told from the rest.

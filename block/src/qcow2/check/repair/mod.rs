@@ -2,7 +2,8 @@
 //!
 //! **Order of writes** of [`Repair::All`], so that a crash in between leaves the image no worse:
 //!
-//! 1. the corrupt bit (version 3), durable: nobody writes to the image before the repair is over;
+//! 1. the corrupt bit (version 3), durable: nobody writes to the image before the repair is over. Not where
+//!    the dirty bit says so: who opens the image next repairs it, which the corrupt bit would keep away;
 //! 2. bad entries are cleared or mended, each within a sector; tables that need a new place get it
 //!    behind the end of the file, durable before the header refers to it;
 //! 3. flush: what the tables hold from here on is what is counted;
@@ -118,7 +119,7 @@ fn leaks(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progr
 }
 
 fn all(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progress) -> Result<()> {
-    if before.corruptions > 0 {
+    if before.corruptions > 0 && image.incompatible & incompatible::DIRTY == 0 {
         mark(image)?;
     }
     let others = before.corruptions > before.count_errors + before.flag_errors;
