@@ -49,6 +49,17 @@ impl<R: Read, W: Write> Session<R, W> {
         assert_eq!(self.ask("query-jobs"), json!({ "return": [] }));
     }
 
+    /// The first monitors of `query-chardev`.
+    fn check_chardevs(&mut self, filenames: &[&str]) {
+        let answer = self.ask("query-chardev");
+        let chardev = |(number, filename)| {
+            let label = format!("compat_monitor{number}");
+            json!({ "label": label, "filename": filename, "frontend-open": true })
+        };
+        let wanted: Vec<Value> = filenames.iter().enumerate().map(chardev).collect();
+        assert_eq!(answer["return"].as_array().unwrap()[..filenames.len()], wanted);
+    }
+
     fn check_end(&mut self) {
         let mut rest = Vec::new();
         self.from.read_to_end(&mut rest).unwrap();
@@ -155,14 +166,19 @@ fn several_monitors_are_served_at_once() {
     ]);
     assert_eq!(sockets.wait(&two, &daemon.0, PATIENCE), Awaited::File);
     let (first, second) = (unix(&one), unix(&two));
+    let mut first = Session::new(first.try_clone().unwrap(), first);
+    let unix_name = |path: &Path| format!("unix:{},server=on", path.display());
+    let tcp_name = format!("tcp:127.0.0.1:{port},server=on");
+    first.check_chardevs(&[&unix_name(&one), &format!("disconnected:{tcp_name}")]);
     let tcp = TcpStream::connect(("127.0.0.1", port)).unwrap();
     tcp.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut first = Session::new(first.try_clone().unwrap(), first);
+    let tcp_name = format!("{tcp_name} <-> {}", tcp.local_addr().unwrap());
     let mut second = Session::new(second.try_clone().unwrap(), second);
     let mut third = Session::new(tcp.try_clone().unwrap(), tcp);
     first.check_alive();
     second.check_alive();
     third.check_alive();
+    third.check_chardevs(&[&unix_name(&one), &tcp_name, &unix_name(&two)]);
     drop(first);
     assert_eq!(third.ask("quit"), json!({ "return": {} }));
     second.check_end();

@@ -1,15 +1,16 @@
 //! The `tardigrade` binary.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
 use signal_hook::consts::SIGXFSZ;
 use tracing_subscriber::EnvFilter;
-use vmm::cli::{Cli, Subcommand};
+use vmm::cli::{self, Cli, Subcommand};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(cli::doubled(std::env::args_os())) {
         Ok(cli) => cli,
         Err(asked) => {
             // Help and version come this way too. There is no one to tell if the terminal is gone.
@@ -42,6 +43,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), Box<dyn std::error::Error>> {
+    if let Some(text) = cli::help::asked(&cli.machine) {
+        return Ok(writeln!(std::io::stdout(), "{text}")?);
+    }
     match &cli.subcommand {
         None => Ok(vmm::run::run(&cli.machine)?),
         Some(subcommand) => Ok(vmm::client::run(subcommand)?),

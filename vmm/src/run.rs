@@ -190,6 +190,12 @@ fn open_recorded(
 }
 
 fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
+    if options.qmp.is_empty() && options.nbd_server.is_none() {
+        // As in QEMU it is no error: it holds the images until a signal ends it.
+        tracing::warn!(
+            "without --qmp and --nbd-server nobody can talk to this; it ends by SIGTERM"
+        );
+    }
     let graph = open_nodes(options, false)?;
     let (blocks, server, requests) = start_services(options, args, graph, daemon::WITHOUT)?;
     Ok(Daemon::new(blocks, server, requests)?.run()?)

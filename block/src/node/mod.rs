@@ -10,7 +10,7 @@ use crate::format::Format;
 use crate::graph::{DetectZeroes, Flags, NodeOptions};
 use crate::qcow2::Qcow2;
 use crate::stack::deep;
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{Discards, FileStorage, Highest, Storage};
 
 mod access;
 mod backing;
@@ -44,6 +44,8 @@ pub struct Node {
     observed: AtomicUsize,
     interception: Interception,
     jobs: jobs::Jobs,
+    /// End of the highest write since it was opened.
+    highest: Highest,
 }
 
 /// What a reopen replaces.
@@ -102,6 +104,7 @@ impl Node {
             observed: AtomicUsize::new(0),
             interception: Interception::default(),
             jobs: jobs::Jobs::default(),
+            highest: Highest::default(),
         }
     }
 
@@ -162,6 +165,25 @@ impl Node {
     /// The file it is in, as QMP shows it; empty for a node outside a graph.
     pub fn filename(&self) -> String {
         self.details().filename.clone()
+    }
+
+    /// End of the highest write since it was opened, in bytes: of the guest's disk, or, of a file's own
+    /// node, of the file.
+    pub fn highest_write(&self) -> u64 {
+        match &self.details().host {
+            Some(file) => file.highest_write(),
+            None => self.highest.get(),
+        }
+    }
+
+    /// Discards of the host file, where the node is the file's own.
+    pub fn file_discards(&self) -> Option<Discards> {
+        self.details().host.as_ref().map(|file| file.discards())
+    }
+
+    /// The node of the file that the image is in.
+    pub fn file_node(&self) -> Option<Arc<Node>> {
+        self.details().file.clone()
     }
 
     /// The node that shows what this one does, where it is a filter.

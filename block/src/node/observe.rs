@@ -17,6 +17,14 @@ impl Node {
     /// have been written then. To be called before the request's completion is told to anybody, and
     /// before its [`Access`] is dropped: the image's bitmaps are stored when the image is replaced.
     pub fn note_write(&self, offset: u64, len: u64) {
+        if len > 0 {
+            self.highest.wrote_up_to(offset.saturating_add(len));
+        }
+        self.note_change(offset, len);
+    }
+
+    /// The same of a discard, which is no write where those are counted.
+    pub(super) fn note_change(&self, offset: u64, len: u64) {
         if len == 0 {
             return;
         }

@@ -75,7 +75,10 @@ impl Node {
             ChangeKind::Zeroes { unmap } => image.write_zeroes(offset, len, unmap),
             ChangeKind::Discard => image.discard(offset, len),
         };
-        self.note_write(offset, len);
+        match kind {
+            ChangeKind::Discard => self.note_change(offset, len),
+            _ => self.note_write(offset, len),
+        }
         result
     }
 

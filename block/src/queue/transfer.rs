@@ -212,6 +212,9 @@ impl Transfer {
             }
             Ok(n) => {
                 self.done = (self.done + n).min(self.len);
+                if let (true, Some(file)) = (self.write, self.file()) {
+                    file.wrote_up_to(self.offset + self.done);
+                }
                 if self.done == self.len {
                     return Step::Done;
                 }

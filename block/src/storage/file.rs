@@ -16,9 +16,13 @@ use crate::num::{to_u64, to_usize};
 use crate::perm::Permissions;
 use crate::{Error, ReadBuf, Result, WriteBuf};
 
+mod counts;
 mod options;
 mod transfer;
 
+use counts::Counters;
+pub use counts::Discards;
+pub(crate) use counts::Highest;
 pub use options::{Aio, FileOptions, Locking};
 
 /// A host file. A second descriptor with O_DIRECT carries bulk transfers: several times the speed
@@ -37,6 +41,7 @@ pub struct FileStorage {
     flush_failed: AtomicBool,
     /// The host turned out to have no call that makes zeroes: they are written.
     plain_zeroes: AtomicBool,
+    counters: Counters,
 }
 
 impl FileStorage {
@@ -80,6 +85,7 @@ impl FileStorage {
             device: kind.is_block_device(),
             flush_failed: AtomicBool::new(false),
             plain_zeroes: AtomicBool::new(false),
+            counters: Counters::default(),
             name,
         })
     }
@@ -105,6 +111,7 @@ impl FileStorage {
         storage.path.clone_from(&self.path);
         // What the kernel forgot stays forgotten.
         storage.flush_failed = AtomicBool::new(self.flush_failed.load(Ordering::Acquire));
+        storage.counters = self.counters.copy();
         Ok(storage)
     }
 
@@ -143,6 +150,21 @@ impl FileStorage {
     /// Whether it is a block device, which has the length that it has.
     pub fn is_device(&self) -> bool {
         self.device
+    }
+
+    /// A write goes up to this byte, also by one who transfers by the descriptor.
+    pub(crate) fn wrote_up_to(&self, end: u64) {
+        self.counters.highest().wrote_up_to(end);
+    }
+
+    /// End of the highest write since it was opened, in bytes.
+    pub fn highest_write(&self) -> u64 {
+        self.counters.highest().get()
+    }
+
+    /// Its discards since it was opened.
+    pub fn discards(&self) -> Discards {
+        self.counters.discards()
     }
 
     fn error(&self, operation: &'static str, offset: u64, source: io::Error) -> Error {
@@ -272,13 +294,16 @@ impl Storage for FileStorage {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        match sys::fallocate(self.file.as_fd(), Allocate::PunchHole, offset, len) {
+        let result = sys::fallocate(self.file.as_fd(), Allocate::PunchHole, offset, len);
+        self.counters.discarded(len, result.is_ok());
+        match result {
             Err(e) if !unsupported(&e) => Err(self.error("discard", offset, e)),
             _ => Ok(()),
         }
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.wrote_up_to(offset + len);
         let len = self.grow(offset, offset + len)? - offset;
         if len == 0 {
             return Ok(());

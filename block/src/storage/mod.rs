@@ -8,7 +8,8 @@ mod file;
 pub mod memory;
 pub(crate) mod sys;
 
-pub use file::{Aio, FileOptions, FileStorage, Locking};
+pub(crate) use file::Highest;
+pub use file::{Aio, Discards, FileOptions, FileStorage, Locking};
 pub use sys::raise_descriptor_limit;
 pub(crate) use sys::{ofd_lock_held, ofd_lock_shared};
 

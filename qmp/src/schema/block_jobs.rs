@@ -12,7 +12,7 @@ enums! {
     BlockdevOnError {
         /// The job fails.
         Report = "report",
-        /// It goes on; the data of this request is lost.
+        /// It goes on, and tries again later.
         Ignore = "ignore",
         /// It pauses where there is no space, else it fails.
         Enospc = "enospc",

@@ -1,17 +1,18 @@
 //! What block devices have done: `query-blockstats`.
 
 use super::macros::objects;
+use super::{Branch, Qapi, Type, UnionInfo};
 
 objects! {
     /// Arguments of `query-blockstats`.
     BlockStatsArguments {
-        /// Tell of nodes; refused where it is on: only devices count.
+        /// Tell of all nodes, not of devices with the nodes below them. Default false.
         "query-nodes" query_nodes: Option<bool>,
     }
 
-    /// A block device.
+    /// A block device, or a node. Nodes do not count requests: of them only `wr_highest_offset` counts.
     BlockStats {
-        /// The backend's name; empty for nodes from `--blockdev`.
+        /// The backend's name; empty for nodes from `--blockdev`, and left out for a node.
         "device" device: Option<String>,
         /// The device's path or id.
         "qdev" qdev: Option<String>,
@@ -19,6 +20,22 @@ objects! {
         "node-name" node_name: Option<String>,
         /// What its requests came to since the start of the program.
         "stats" stats: BlockDeviceStats,
+        /// What only this driver has.
+        "driver-specific" driver_specific: Option<BlockStatsSpecific>,
+        /// The node of the file that the image is in.
+        "parent" parent: Option<Box<BlockStats>>,
+        /// The image below; told of devices only.
+        "backing" backing: Option<Box<BlockStats>>,
+    }
+
+    /// Discards of a host file.
+    BlockStatsSpecificFile {
+        /// Those that succeeded.
+        "discard-nb-ok" discards: u64,
+        /// Those that failed, or that the host has no call for.
+        "discard-nb-failed" failed_discards: u64,
+        /// Bytes of those that succeeded.
+        "discard-bytes-ok" discarded_bytes: u64,
     }
 
     /// What requests came to.
@@ -51,7 +68,7 @@ objects! {
         "flush_total_time_ns" flush_total_time_ns: u64,
         /// Nanoseconds that discards took.
         "unmap_total_time_ns" unmap_total_time_ns: u64,
-        /// End of the highest write.
+        /// End of the highest write to the node, by whomever, in bytes.
         "wr_highest_offset" wr_highest_offset: u64,
         /// Requests that were joined with others: always 0.
         "rd_merged" rd_merged: u64,
@@ -126,4 +143,26 @@ objects! {
         /// Average of requests in flight.
         "avg_zone_append_queue_depth" avg_zone_append_queue_depth: f64,
     }
+}
+
+/// What only some drivers have to tell: a flat union by driver.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(tag = "driver", rename_all = "snake_case")]
+pub enum BlockStatsSpecific {
+    /// A file.
+    File(BlockStatsSpecificFile),
+    /// A block device of the host.
+    HostDevice(BlockStatsSpecificFile),
+}
+
+impl Qapi for BlockStatsSpecific {
+    const TYPE: Type = Type::Union(&UnionInfo {
+        name: "BlockStatsSpecific",
+        doc: "What only some drivers have to tell.",
+        tag: "driver",
+        branches: &[
+            Branch { value: "file", members: BlockStatsSpecificFile::MEMBERS },
+            Branch { value: "host_device", members: BlockStatsSpecificFile::MEMBERS },
+        ],
+    });
 }

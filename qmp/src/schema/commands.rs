@@ -107,6 +107,8 @@ command_enum! {
     QueryCpuDefinitions = "query-cpu-definitions" -> Vec<CpuDefinitionInfo>;
     /// The threads for I/O that have names: there are none.
     QueryIoThreads = "query-iothreads" -> Vec<IOThreadInfo>;
+    /// The monitors in the order of the command line, then the serial port's other end.
+    QueryChardev = "query-chardev" -> Vec<ChardevInfo>;
     /// Runs a line of the monitor for people, and returns its output; errors are told there, too.
     /// docs/monitor.md lists the lines.
     HumanMonitorCommand(HumanMonitorArguments) = "human-monitor-command" -> String;

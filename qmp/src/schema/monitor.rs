@@ -64,6 +64,17 @@ objects! {
         "aio-max-batch" aio_max_batch: i64,
     }
 
+    /// A character device: a monitor, or what the serial port is connected to.
+    ChardevInfo {
+        /// Its name.
+        "label" label: String,
+        /// What it is: `null`, `stdio`, `file`, or the address of a socket, with `disconnected:` before it
+        /// while nobody is there.
+        "filename" filename: String,
+        /// Whether the device that uses it wants its data: always.
+        "frontend-open" frontend_open: bool,
+    }
+
     /// From `query-target`.
     TargetInfo {
         /// The architecture of the guest.

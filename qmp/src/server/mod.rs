@@ -8,6 +8,7 @@
 //! What a client can make us hold is bounded, see [`Options`]. A client that does not read is not
 //! read from, and loses its connection once too many events wait for it; the others do not notice.
 
+mod chardevs;
 mod connection;
 mod limit;
 mod outbox;
@@ -28,7 +29,9 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::json::Limits;
-use crate::schema::{Command, QmpCapability, VersionInfo};
+use crate::schema::{ChardevInfo, Command, QmpCapability, VersionInfo};
+use chardevs::Chardevs;
+use connection::Machine;
 pub use outbox::{Events, Reply};
 use outbox::{Outbox, Output};
 pub use place::Place;
@@ -117,6 +120,7 @@ impl Requests {
 #[derive(Debug)]
 pub struct Server {
     outbox: Outbox,
+    chardevs: Chardevs,
     thread: Option<JoinHandle<()>>,
     linger: Duration,
     /// Of the monitor on standard input and output.
@@ -133,9 +137,12 @@ impl Server {
         let (sender, queue) = mpsc::channel();
         let (outbox, outputs) = Outbox::new()?;
         let linger = options.linger;
-        let poll = Poll::new(options, outputs, outbox.clone(), sender, event.try_clone()?)?;
+        let chardevs = Chardevs::default();
+        let machine =
+            Machine { requests: sender, event: event.try_clone()?, outbox: outbox.clone() };
+        let poll = Poll::new(options, outputs, machine, chardevs.clone())?;
         let thread = std::thread::Builder::new().name("qmp".into()).spawn(|| poll.run())?;
-        let server = Self { outbox, thread: Some(thread), linger, stdio: None };
+        let server = Self { outbox, chardevs, thread: Some(thread), linger, stdio: None };
         Ok((server, Requests { queue, event }))
     }
 
@@ -156,7 +163,8 @@ impl Server {
     pub fn listen_at(&self, place: &Place, wait: bool) -> Result<(), ListenError> {
         let listener = Listener::bind(place)?;
         let first = if wait { Some(listener.wait_for_client()?) } else { None };
-        self.outbox.send(Output::Listen(listener, first));
+        let chardev = self.chardevs.add(chardevs::Kind::listening(&listener));
+        self.outbox.send(Output::Listen { listener, first, chardev });
         Ok(())
     }
 
@@ -165,7 +173,9 @@ impl Server {
     /// # Errors
     /// When no one listens there.
     pub fn connect_to(&self, place: &Place) -> Result<(), ListenError> {
-        self.outbox.send(Output::Serve(place.connect()?));
+        let stream = place.connect()?;
+        let chardev = self.chardevs.add(chardevs::Kind::Socket(place.address()));
+        self.outbox.send(Output::Serve(stream, chardev));
         Ok(())
     }
 
@@ -176,7 +186,8 @@ impl Server {
     pub fn serve_stdio(&mut self) -> io::Result<()> {
         let (stream, carriers) = stdio::carry(self.linger)?;
         self.stdio = Some(carriers);
-        self.outbox.send(Output::Serve(Stream::Unix(stream)));
+        let chardev = self.chardevs.add(chardevs::Kind::Stdio);
+        self.outbox.send(Output::Serve(Stream::Unix(stream), chardev));
         Ok(())
     }
 
@@ -187,6 +198,11 @@ impl Server {
     /// As [`Server::listen`], and when waiting fails.
     pub fn listen_and_wait(&self, path: &Path) -> Result<(), ListenError> {
         self.listen_at(&Place::Unix(path.to_owned()), true)
+    }
+
+    /// The monitors, for `query-chardev`.
+    pub fn chardevs(&self) -> Vec<ChardevInfo> {
+        self.chardevs.infos()
     }
 
     /// A handle to tell events to the clients.

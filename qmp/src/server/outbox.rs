@@ -33,9 +33,16 @@ pub(super) enum Output {
         limit: Option<String>,
     },
     /// Serve this socket too, and the client that is already there.
-    Listen(Listener, Option<Stream>),
-    /// Serve this client.
-    Serve(Stream),
+    Listen {
+        /// The socket.
+        listener: Listener,
+        /// The client.
+        first: Option<Stream>,
+        /// Its number in [`super::chardevs`].
+        chardev: usize,
+    },
+    /// Serve this client, of the character device of that number.
+    Serve(Stream, usize),
     /// Flush, close and end.
     Shutdown,
 }

@@ -33,6 +33,14 @@ impl fmt::Display for Place {
 }
 
 impl Place {
+    /// As QEMU writes it.
+    pub(super) fn address(&self) -> String {
+        match self {
+            Self::Unix(_) => format!("unix:{self}"),
+            Self::Tcp { .. } => format!("tcp:{self}"),
+        }
+    }
+
     /// Connects to who listens there.
     pub(super) fn connect(&self) -> Result<Stream, ListenError> {
         let connected = match self {

@@ -3,19 +3,19 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::chardevs::Chardevs;
 use super::connection::{Connection, Machine};
 use super::limit::Limiter;
-use super::outbox::{Outbox, Output, Outputs};
+use super::outbox::{Output, Outputs};
 use super::session::Session;
 use super::socket::Listener;
 use super::stream::Stream;
-use super::{MonitorId, Options, Request};
+use super::{MonitorId, Options};
 use crate::schema::VersionInfo;
 
 /// The token of the outputs' event; listeners are 1 and up.
@@ -33,7 +33,9 @@ pub(super) struct Poll {
     epoll: Epoll,
     outputs: Outputs,
     machine: Machine,
-    listeners: Vec<Listener>,
+    chardevs: Chardevs,
+    /// Each with its number in `chardevs`.
+    listeners: Vec<(Listener, usize)>,
     clients: BTreeMap<u64, Connection>,
     next_client: u64,
     accepting: bool,
@@ -47,9 +49,8 @@ impl Poll {
     pub(super) fn new(
         options: Options,
         outputs: Outputs,
-        outbox: Outbox,
-        requests: mpsc::Sender<Request>,
-        event: EventFd,
+        machine: Machine,
+        chardevs: Chardevs,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let wake = outputs.event().as_raw_fd();
@@ -59,7 +60,8 @@ impl Poll {
             options,
             epoll,
             outputs,
-            machine: Machine { requests, event, outbox },
+            machine,
+            chardevs,
             listeners: Vec::new(),
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
@@ -122,8 +124,10 @@ impl Poll {
                     self.serve(monitor.0, false);
                 }
                 Output::Event { message, limit } => self.happened(message.into(), limit),
-                Output::Listen(listener, first) => self.listen(listener, first),
-                Output::Serve(stream) => self.add_client(stream),
+                Output::Listen { listener, first, chardev } => {
+                    self.listen(listener, first, chardev);
+                }
+                Output::Serve(stream, chardev) => self.add_client(stream, chardev),
                 Output::Shutdown => self.shut_down(),
             }
         }
@@ -164,16 +168,16 @@ impl Poll {
         }
     }
 
-    fn listen(&mut self, listener: Listener, first: Option<Stream>) {
+    fn listen(&mut self, listener: Listener, first: Option<Stream>, chardev: usize) {
         let token = self.listeners.len() as u64 + 1;
         let interest = if self.accepting { EventSet::IN } else { EventSet::empty() };
         let event = EpollEvent::new(interest, token);
         match self.epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), event) {
-            Ok(()) => self.listeners.push(listener),
+            Ok(()) => self.listeners.push((listener, chardev)),
             Err(error) => tracing::error!(%error, "the QMP socket cannot be served"),
         }
         if let Some(stream) = first {
-            self.add_client(stream);
+            self.add_client(stream, chardev);
         }
     }
 
@@ -188,9 +192,9 @@ impl Poll {
     fn accept(&mut self, token: u64) {
         while self.clients.len() < self.options.clients {
             let index = usize::try_from(token).unwrap_or(0).wrapping_sub(1);
-            let Some(listener) = self.listeners.get(index) else { return };
+            let Some(&(ref listener, chardev)) = self.listeners.get(index) else { return };
             match listener.accept() {
-                Ok(stream) => self.add_client(stream),
+                Ok(stream) => self.add_client(stream, chardev),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
@@ -210,7 +214,7 @@ impl Poll {
         }
         self.accepting = accepting;
         let interest = if accepting { EventSet::IN } else { EventSet::empty() };
-        for (index, listener) in self.listeners.iter().enumerate() {
+        for (index, (listener, _)) in self.listeners.iter().enumerate() {
             let event = EpollEvent::new(interest, index as u64 + 1);
             self.control(ControlOperation::Modify, listener.as_raw_fd(), event);
         }
@@ -225,7 +229,7 @@ impl Poll {
         }
     }
 
-    fn add_client(&mut self, stream: Stream) {
+    fn add_client(&mut self, stream: Stream, chardev: usize) {
         let token = self.next_client;
         let event = EpollEvent::new(EventSet::empty(), token);
         let added = stream
@@ -236,6 +240,7 @@ impl Poll {
             return;
         }
         self.next_client += 1;
+        self.chardevs.connected(chardev, token, &stream);
         let session = Session::new(self.options.limits, self.version.clone(), self.options.without);
         self.clients.insert(token, Connection::new(MonitorId(token), stream, session));
         self.serve(token, false);
@@ -281,6 +286,7 @@ impl Poll {
         if let Some(client) = self.clients.remove(&token) {
             tracing::debug!(monitor = client.id().0, "a QMP client is closed");
             self.forget(client.fd());
+            self.chardevs.gone(token);
             client.close();
         }
     }

@@ -76,6 +76,17 @@ impl Listener {
         Ok(Self { socket, place: place.clone() })
     }
 
+    /// Where it listens, as QEMU writes it: a name or port 0 has become what it stands for.
+    pub(super) fn address(&self) -> String {
+        match &self.socket {
+            Socket::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => format!("tcp:{address}"),
+                Err(_) => format!("tcp:{}", self.place),
+            },
+            Socket::Unix { .. } => format!("unix:{}", self.place),
+        }
+    }
+
     pub(super) fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Socket::Unix { listener, .. } => listener.accept().map(|(s, _)| Stream::Unix(s)),

@@ -15,6 +15,8 @@ pub(crate) struct Transcript {
     /// Arguments of `qemu-img`, run in `$DIR` before the program starts.
     #[serde(default)]
     pub(crate) images: Vec<String>,
+    /// There is a file system of so many bytes at `$DIR/small`, for images that run out of space.
+    pub(crate) small: Option<u64>,
     /// More arguments of both programs.
     #[serde(default)]
     pub(crate) args: Vec<String>,
@@ -161,6 +163,16 @@ impl Step {
             message => message.clone(),
         };
         Some(format!("{message}\n").into_bytes())
+    }
+
+    /// The command that it sends, where that is known.
+    pub(crate) fn command(&self) -> Option<String> {
+        let name = match self.send.as_ref()? {
+            Value::Array(parts) => &parts[0],
+            Value::Object(message) => message.get("execute").or(message.get("exec-oob"))?,
+            name => name,
+        };
+        name.as_str().map(str::to_owned)
     }
 
     /// How many answers it gets.

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 mod compare;
+mod conform;
 mod file;
 mod play;
 mod programs;
@@ -17,6 +18,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use file::Transcript;
+use tardigrade_tests::full::Small;
 use tardigrade_tests::{repo, require};
 
 /// Transcripts played at the same time. Most of their time goes into starting and ending programs.
@@ -41,10 +43,30 @@ fn check(path: &PathBuf) -> Result<Option<usize>, String> {
     if !require::program(pair.qemu) || (pair.needs_kvm && !require::kvm()) {
         return Ok(None);
     }
+    if transcript.small.is_some() && !may_mount() {
+        return Ok(None);
+    }
     let ours = play::play(&transcript, programs::Side::Ours)?;
     let theirs = play::play(&transcript, programs::Side::Qemu)?;
+    conforms(&transcript, &ours)?;
     compare::compare(&transcript, &ours, &theirs)?;
     Ok(Some(transcript.exchanges()))
+}
+
+/// Whether what we said is what our schema promises.
+fn conforms(transcript: &Transcript, ours: &play::Played) -> Result<(), String> {
+    let schema = conform::Schema::ours();
+    for (step, messages) in transcript.play.iter().zip(ours) {
+        let command = step.command();
+        messages.iter().try_for_each(|message| schema.check(message, command.as_deref()))?;
+    }
+    Ok(())
+}
+
+/// Whether this user may mount a file system; says so if not.
+fn may_mount() -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    Small::mount(dir.path().join("small"), 1 << 20).is_some()
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use tardigrade_tests::baremetal::virtio::{self, Driver};
+use tardigrade_tests::full::Small;
 
 use crate::file::{Access, Step, Transcript, matches};
 use crate::programs::{Running, Side, patience};
@@ -18,6 +19,10 @@ pub(crate) type Played = Vec<Vec<Value>>;
 /// Plays all steps; gives what came, with `$DIR` for the directory.
 pub(crate) fn play(transcript: &Transcript, side: Side) -> Result<Played, String> {
     let dir = tempfile::tempdir().unwrap();
+    let _small = match transcript.small {
+        None => None,
+        Some(bytes) => Some(Small::mount(dir.path().join("small"), bytes).ok_or("cannot mount")?),
+    };
     for image in &transcript.images {
         let args: Vec<String> = image.split(' ').map(|arg| own(arg, dir.path())).collect();
         let output = Command::new("qemu-img").args(&args).current_dir(&dir).output();

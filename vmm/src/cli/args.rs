@@ -35,7 +35,8 @@ Examples:
 
 /// A lightweight KVM hypervisor whose guests can be frozen, copied and revived at any moment.
 ///
-/// Without a subcommand it runs a machine. Options have QEMU's names and values.
+/// Without a subcommand it runs a machine. Options have QEMU's names and values, and as with QEMU one
+/// dash is enough for them: -kernel. A value of help tells what an option takes: --device help.
 #[derive(Debug, Parser)]
 #[command(name = "tardigrade", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Cli {

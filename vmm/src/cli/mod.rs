@@ -1,13 +1,16 @@
 //! The command line: QEMU's names and values, so that one command line can drive both programs.
 
 pub mod args;
+mod dashes;
 mod device;
 pub mod export;
+pub mod help;
 pub mod image;
 pub mod sockets;
 pub mod values;
 
 pub use args::{Cli, MachineArgs, Subcommand};
+pub use dashes::doubled;
 
 use crate::blocks::exports::{ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
@@ -280,7 +283,7 @@ fn machine_spec(
             "kernel",
             "FILE",
             "is missing: name a kernel to boot, or a checkpoint to revive with --restore IMAGE#TAG, \
-             --fork IMAGE#TAG or --loadvm TAG",
+             --fork IMAGE#TAG or --loadvm TAG, or have no guest with --machine none",
         ));
     }
     if args.initrd.is_some() && args.kernel.is_none() {

@@ -72,7 +72,8 @@ fn tcp_place(text: &str) -> Result<Place, String> {
 pub fn serial(text: &str) -> Result<ConsoleSpec, Error> {
     match text.split_once(':') {
         None if text == "stdio" => Ok(ConsoleSpec::Stdio),
-        None if matches!(text, "null" | "none") => Ok(ConsoleSpec::Null),
+        None if text == "null" => Ok(ConsoleSpec::Null),
+        None if text == "none" => Ok(ConsoleSpec::None),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleSpec::File(path.into())),
         Some(("unix", _)) => {
             let (path, wait) = unix_server("serial", text)?;
@@ -157,6 +158,8 @@ mod tests {
     fn serial_targets() {
         assert_eq!(serial("stdio").unwrap(), ConsoleSpec::Stdio);
         assert_eq!(serial("file:/a:b").unwrap(), ConsoleSpec::File("/a:b".into()));
+        assert_eq!(serial("null").unwrap(), ConsoleSpec::Null);
+        assert_eq!(serial("none").unwrap(), ConsoleSpec::None);
         assert!(serial("file:").is_err());
         assert!(serial("tty").is_err());
     }

@@ -13,6 +13,8 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qmp::schema::ChardevInfo;
+
 use crate::terminal::RawTerminal;
 pub use socket::SocketConsole;
 
@@ -26,6 +28,8 @@ pub enum ConsoleSpec {
     Stdio,
     /// Output is thrown away, there is no input.
     Null,
+    /// The same, and no character device is told of.
+    None,
     /// Output goes to a file, there is no input.
     File(PathBuf),
     /// A listening unix socket, one client at a time.
@@ -48,6 +52,8 @@ pub enum Console {
     },
     /// Nowhere.
     Null,
+    /// Nowhere, and nothing is told of it.
+    None,
     /// A file.
     File(File),
     /// A socket.
@@ -77,6 +83,7 @@ impl Console {
                 Ok(Self::Stdio { input, terminal: None })
             }
             ConsoleSpec::Null => Ok(Self::Null),
+            ConsoleSpec::None => Ok(Self::None),
             ConsoleSpec::File(path) => Ok(Self::File(File::create(path)?)),
             ConsoleSpec::Unix { path, wait } => {
                 let socket = SocketConsole::listen(path)?;
@@ -110,7 +117,7 @@ impl Console {
                 let stdout = io::stdout().as_fd().try_clone_to_owned()?;
                 Box::new(PatientOutput(File::from(stdout)))
             }
-            Self::Null => Box::new(io::sink()),
+            Self::Null | Self::None => Box::new(io::sink()),
             Self::File(file) => Box::new(file.try_clone()?),
             Self::Socket(socket) => Box::new(socket.output()),
         })
@@ -120,9 +127,21 @@ impl Console {
     pub fn watched(&self) -> Vec<RawFd> {
         match self {
             Self::Stdio { input, .. } => vec![input.as_raw_fd()],
-            Self::Null | Self::File(_) => Vec::new(),
+            Self::Null | Self::None | Self::File(_) => Vec::new(),
             Self::Socket(socket) => socket.watched(),
         }
+    }
+
+    /// What `query-chardev` tells of it, in QEMU's words.
+    pub fn chardev(&self) -> Option<ChardevInfo> {
+        let filename = match self {
+            Self::None => return None,
+            Self::Stdio { .. } => "stdio".to_owned(),
+            Self::Null => "null".to_owned(),
+            Self::File(_) => "file".to_owned(),
+            Self::Socket(socket) => socket.address(),
+        };
+        Some(ChardevInfo { label: "serial0".to_owned(), filename, frontend_open: true })
     }
 
     /// The path of the socket, where it is one.
@@ -137,7 +156,7 @@ impl Console {
     pub fn read(&mut self, fd: RawFd, buf: &mut [u8]) -> Input {
         let read = match self {
             Self::Stdio { input, .. } => input.read(buf),
-            Self::Null | Self::File(_) => return Input::End,
+            Self::Null | Self::None | Self::File(_) => return Input::End,
             Self::Socket(socket) => return socket.read(fd, buf),
         };
         match read {

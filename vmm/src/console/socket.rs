@@ -54,6 +54,12 @@ impl SocketConsole {
         &self.path
     }
 
+    /// The address as QEMU writes it.
+    pub fn address(&self) -> String {
+        let state = if lock(&self.client).is_some() { "" } else { "disconnected:" };
+        format!("{state}unix:{},server=on", self.path.display())
+    }
+
     /// The serial port's end.
     pub fn output(&self) -> SocketOutput {
         SocketOutput { client: Arc::clone(&self.client) }
@@ -157,7 +163,10 @@ mod tests {
             let mut client = UnixStream::connect(&path).unwrap();
             let listener = console.watched()[0];
             let mut buf = [0; 16];
+            let address = format!("unix:{},server=on", path.display());
+            assert_eq!(console.address(), format!("disconnected:{address}"));
             assert_eq!(console.read(listener, &mut buf), Input::End);
+            assert_eq!(console.address(), address);
             client.write_all(text).unwrap();
             let fd = console.watched()[0];
             assert_eq!(console.read(fd, &mut buf), Input::Bytes(5));

@@ -68,7 +68,7 @@ impl Controller {
             Command::QueryKvm => value(&KvmInfo { enabled: true, present: true }),
             Command::QueryCpusFast => value(&self.cpus()),
             Command::QueryBlock => self.block_devices(),
-            Command::QueryBlockStats(arguments) => value(&self.block_stats(&arguments)?),
+            Command::QueryBlockStats(arguments) => value(&self.block_stats(&arguments)),
             Command::BlockSetIoThrottle(arguments) => {
                 self.set_io_throttle(&arguments).and_then(|()| done())
             }
@@ -84,6 +84,11 @@ impl Controller {
             Command::QueryCpuDefinitions => value(&cpu_definitions()),
             // Devices have threads, but none that was asked for by name.
             Command::QueryIoThreads => value(&Vec::<IOThreadInfo>::new()),
+            Command::QueryChardev => {
+                let mut all = self.server.chardevs();
+                all.extend(self.console.chardev());
+                value(&all)
+            }
             Command::Quit => {
                 self.shutdown(false, ShutdownCause::HostQmpQuit);
                 done()

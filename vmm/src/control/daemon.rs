@@ -12,6 +12,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use qmp::schema::Command;
 use serde_json::json;
 
+use super::block_stats::of_nodes;
 use super::{Error, end_signals, watch};
 use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::worker::Worker;
@@ -112,9 +113,11 @@ impl Daemon {
         match command {
             // There are no devices.
             Command::QueryBlock => Ok(json!([])),
-            Command::QueryBlockStats(arguments) => {
-                super::block_stats::refuse_nodes(arguments).map(|()| json!([]))
-            }
+            Command::QueryBlockStats(arguments) => match arguments.query_nodes {
+                Some(true) => Ok(json!(of_nodes(self.blocks.graph()))),
+                _ => Ok(json!([])),
+            },
+            Command::QueryChardev => Ok(json!(self.server.chardevs())),
             Command::Quit => {
                 self.ending = true;
                 Ok(json!({}))

@@ -73,6 +73,7 @@ impl FileStorage {
         bufs: &[WriteBuf<'_>],
     ) -> io::Result<()> {
         let total = iobuf::total_len(bufs);
+        self.wrote_up_to(offset + total);
         let mut done = 0;
         while done < total {
             let now = self.at_once(total - done);

@@ -70,8 +70,6 @@ pub struct IoSums {
 #[derive(Debug)]
 pub struct IoCounters {
     sums: [Sums; 4],
-    /// End of the highest write, in bytes.
-    highest: AtomicU64,
     since: Instant,
     /// Nanoseconds after `since` of the last end of a request, plus one; 0 before the first.
     last: AtomicU64,
@@ -79,12 +77,7 @@ pub struct IoCounters {
 
 impl Default for IoCounters {
     fn default() -> Self {
-        Self {
-            sums: Default::default(),
-            highest: AtomicU64::new(0),
-            since: Instant::now(),
-            last: AtomicU64::new(0),
-        }
+        Self { sums: Default::default(), since: Instant::now(), last: AtomicU64::new(0) }
     }
 }
 
@@ -108,11 +101,6 @@ impl IoCounters {
         self.last.store(nanoseconds(self.since).saturating_add(1), Ordering::Relaxed);
     }
 
-    /// A write went up to this byte.
-    pub(super) fn wrote_up_to(&self, end: u64) {
-        self.highest.fetch_max(end, Ordering::Relaxed);
-    }
-
     /// The sums of one kind.
     pub fn sums(&self, kind: IoKind) -> IoSums {
         let sums = &self.sums[kind as usize];
@@ -124,11 +112,6 @@ impl IoCounters {
             failed: get(&sums.failed),
             invalid: get(&sums.invalid),
         }
-    }
-
-    /// End of the highest write, in bytes.
-    pub fn highest_write(&self) -> u64 {
-        self.highest.load(Ordering::Relaxed)
     }
 
     /// Nanoseconds since the last request ended; `None` if there was none.
@@ -155,8 +138,6 @@ mod tests {
         counters.count(IoKind::Read, IoEnd::Done, 1024, now);
         counters.count(IoKind::Write, IoEnd::Failed, 512, now);
         counters.count(IoKind::Flush, IoEnd::Invalid, 0, now);
-        counters.wrote_up_to(4096);
-        counters.wrote_up_to(512);
         let read = counters.sums(IoKind::Read);
         assert_eq!((read.operations, read.bytes, read.failed, read.invalid), (2, 1536, 0, 0));
         let write = counters.sums(IoKind::Write);
@@ -164,7 +145,6 @@ mod tests {
         let flush = counters.sums(IoKind::Flush);
         assert_eq!((flush.invalid, flush.nanoseconds), (1, 0));
         assert_eq!(counters.sums(IoKind::Unmap), IoSums::default());
-        assert_eq!(counters.highest_write(), 4096);
         assert!(counters.idle_nanoseconds().is_some());
     }
 }

@@ -230,7 +230,7 @@ impl QueueHandler for BlockHandler {
         let given = chain.readable.len();
         let planned = self.plan(request.operation, mem, chain);
         let mut pending = Pending::new(token, request.status, data);
-        let bytes = planned.as_ref().map_or(0, |(ops, _)| self.bytes_of(ops, data, given));
+        let bytes = planned.as_ref().map_or(0, |(ops, _)| bytes_of(ops, data, given));
         let account = |kind| Account { kind, bytes, started };
         pending.account = IoKind::of(request.operation).map(account);
         if let Operation::Read(_) = request.operation {
@@ -316,25 +316,6 @@ impl BlockHandler {
         }
     }
 
-    /// The bytes that a request is about; notes how far it writes.
-    fn bytes_of(&self, ops: &[Op], read: u64, given: u64) -> u64 {
-        let mut bytes = 0;
-        for op in ops {
-            let (offset, len, writes) = match *op {
-                Op::Read { offset } => (offset, read, false),
-                Op::Write { offset, .. } => (offset, given, true),
-                Op::WriteZeroes { offset, len, .. } => (offset, len, true),
-                Op::Discard { offset, len } => (offset, len, false),
-                _ => continue,
-            };
-            if writes {
-                self.counters.wrote_up_to(offset.saturating_add(len));
-            }
-            bytes += len;
-        }
-        bytes
-    }
-
     fn count(&self, pending: &Pending, end: IoEnd) {
         if let Some(Account { kind, bytes, started }) = pending.account {
             self.counters.count(kind, end, bytes, started);
@@ -387,4 +368,15 @@ impl BlockHandler {
         self.requests.remove(usize::try_from(id).unwrap_or(usize::MAX));
         false
     }
+}
+
+/// The bytes that a request is about.
+fn bytes_of(ops: &[Op], read: u64, given: u64) -> u64 {
+    let bytes = |op: &Op| match *op {
+        Op::Read { .. } => read,
+        Op::Write { .. } => given,
+        Op::WriteZeroes { len, .. } | Op::Discard { len, .. } => len,
+        _ => 0,
+    };
+    ops.iter().map(bytes).sum()
 }
