@@ -63,6 +63,31 @@ fn cpu() -> CpuInfoFast {
     }
 }
 
+fn no_limits() -> IoLimits {
+    IoLimits {
+        bps: 0,
+        bps_rd: 0,
+        bps_wr: 0,
+        iops: 0,
+        iops_rd: 0,
+        iops_wr: 0,
+        bps_max: None,
+        bps_rd_max: None,
+        bps_wr_max: None,
+        iops_max: None,
+        iops_rd_max: None,
+        iops_wr_max: None,
+        bps_max_length: None,
+        bps_rd_max_length: None,
+        bps_wr_max_length: None,
+        iops_max_length: None,
+        iops_rd_max_length: None,
+        iops_wr_max_length: None,
+        iops_size: None,
+        group: None,
+    }
+}
+
 fn node() -> BlockDeviceInfo {
     let snapshot = SnapshotInfo {
         id: "1".into(),
@@ -100,26 +125,7 @@ fn node() -> BlockDeviceInfo {
         active: true,
         encrypted: false,
         detect_zeroes: BlockdevDetectZeroesOptions::Off,
-        bps: 0,
-        bps_rd: 0,
-        bps_wr: 0,
-        iops: 0,
-        iops_rd: 0,
-        iops_wr: 0,
-        bps_max: None,
-        bps_rd_max: None,
-        bps_wr_max: None,
-        iops_max: None,
-        iops_rd_max: None,
-        iops_wr_max: None,
-        bps_max_length: None,
-        bps_rd_max_length: None,
-        bps_wr_max_length: None,
-        iops_max_length: None,
-        iops_rd_max_length: None,
-        iops_wr_max_length: None,
-        iops_size: None,
-        group: None,
+        limits: no_limits(),
         image: image(Some(Box::new(image(None, None))), Some(vec![snapshot])),
         cache: BlockdevCacheInfo { writeback: true, direct: false, no_flush: false },
         write_threshold: 0,

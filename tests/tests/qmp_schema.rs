@@ -221,6 +221,8 @@ fn what_a_client_knows_of_qemu_holds_for_us() {
             continue;
         };
         assert_eq!(entry["meta-type"], other["meta-type"], "{name}");
+        // Clients ask for them by name before they rely on what they stand for.
+        assert_eq!(entry["features"], other["features"], "{name}");
         let way = if entry["meta-type"] == "command" { Way::In } else { Way::Out };
         comparison.compare(name, text(entry, "arg-type"), text(other, "arg-type"), way);
         if entry["meta-type"] == "command" {

@@ -282,7 +282,10 @@ static SCHEMA: OpenInfo = OpenInfo {
     name: "SchemaInfo",
     doc: "A command, an event or a type.",
     tag: "meta-type",
-    base: &[mandatory("name", "Its name; of types a number.", Type::Str)],
+    base: &[
+        mandatory("name", "Its name; of types a number.", Type::Str),
+        optional("features", "What it can do besides.", Type::Array(&Type::Str)),
+    ],
     branches: &[
         Branch {
             value: "builtin",

@@ -1,8 +1,35 @@
 //! Checkpoints: what can be said of one that is made, and what is told of those there are. QEMU has
 //! no such types: commands and members have names with `x-`.
 
-use super::macros::objects;
-use super::types::{SnapshotCompression, SnapshotSaveMode};
+use super::macros::{enums, objects};
+
+enums! {
+    /// Whether the guest runs while it is saved.
+    SnapshotSaveMode {
+        /// It does, but for a moment.
+        Live = "live",
+        /// It stands still.
+        Stop = "stop",
+    }
+
+    /// How a checkpoint's VM state is compressed.
+    SnapshotCompression {
+        /// Not at all.
+        Off = "none",
+        /// With deflate.
+        Zlib = "zlib",
+        /// With Zstandard.
+        Zstd = "zstd",
+    }
+
+    /// When `snapshot-load` reads RAM.
+    LoadMode {
+        /// When it is needed, and in the background: the guest runs at once.
+        Lazy = "lazy",
+        /// Before the guest runs.
+        Eager = "eager",
+    }
+}
 
 objects! {
     /// A label of a checkpoint.
@@ -32,6 +59,30 @@ objects! {
         "x-description" description: Option<String>,
         /// What tools know it by: at most 64, keys of 1 to 63 bytes, values of up to 255.
         "x-labels" labels: Option<Vec<CheckpointLabel>>,
+    }
+
+    /// Arguments of `snapshot-load`.
+    SnapshotLoadArguments {
+        /// The job to create.
+        "job-id" job_id: String,
+        /// The checkpoint.
+        "tag" tag: String,
+        /// The node that holds the machine's state: one of `devices`.
+        "vmstate" vmstate: String,
+        /// The nodes whose disks are in the checkpoint.
+        "devices" devices: Vec<String>,
+        /// When RAM is read; lazy if absent.
+        "x-mode" mode: Option<LoadMode>,
+    }
+
+    /// Arguments of `snapshot-delete`.
+    SnapshotDeleteArguments {
+        /// The job to create.
+        "job-id" job_id: String,
+        /// The checkpoint.
+        "tag" tag: String,
+        /// The nodes to delete it from.
+        "devices" devices: Vec<String>,
     }
 
     /// Arguments of `x-query-checkpoints`.
@@ -172,5 +223,44 @@ objects! {
         "format" format: String,
         /// File name of the image.
         "filename" filename: String,
+    }
+
+    /// From `x-query-load`.
+    LoadInfo {
+        /// Bytes of RAM that are in the image alone; 0 when all is read.
+        "missing" missing: u64,
+        /// How many loads since the start went back to the checkpoint that the guest ran from, and put
+        /// back only what it had written.
+        "rewinds" rewinds: u64,
+        /// Bytes that they put back, all together.
+        "rewound" rewound: u64,
+        /// The checkpoint that they are of.
+        "tag" tag: Option<String>,
+        /// The node that holds it.
+        "node-name" node_name: Option<String>,
+        /// Why a page that the guest waits for cannot be read.
+        "error" error: Option<String>,
+    }
+
+    /// How long saves kept the guest standing, from `x-query-checkpoint-stats`.
+    CheckpointStats {
+        /// How many pauses there were.
+        "saves" saves: i64,
+        /// Nanoseconds of the last one.
+        "last-pause-ns" last_pause_ns: i64,
+        /// Nanoseconds of the longest.
+        "longest-pause-ns" longest_pause_ns: i64,
+        /// Nanoseconds of all together.
+        "total-pause-ns" total_pause_ns: i64,
+        /// How many had which length, the shortest first; where there were none is left out.
+        "pauses" pauses: Vec<PauseBucket>,
+    }
+
+    /// Pauses of about one length: longer than the bucket before this has, its bound doubled.
+    PauseBucket {
+        /// Microseconds that no pause of these was longer than; left out where there is no bound.
+        "up-to-us" up_to_us: Option<i64>,
+        /// How many.
+        "count" count: i64,
     }
 }

@@ -1,18 +1,7 @@
 //! The commands.
 
-use super::CommandInfo;
-use super::arguments::*;
-use super::block_jobs::*;
-use super::block_stats::*;
-use super::blockdev::*;
-use super::checkpoints::*;
-use super::graph::*;
 use super::macros::command_enum;
-use super::migration::*;
-use super::monitor::*;
-use super::throttle::*;
-use super::transaction::*;
-use super::types::*;
+use super::*;
 
 command_enum! {
     /// The commands that are about the session itself, and answered here.
@@ -198,6 +187,18 @@ command_enum! {
 /// The commands that may be sent with `exec-oob`: they are short, and of use while another runs.
 pub const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
 
+/// What commands can do that their types do not show, in QEMU's words: clients ask before they use it.
+/// What QEMU tells besides is not so here: `dynamic-auto-read-only`, as files are not opened anew when the
+/// first writer comes.
+const FEATURES: &[(&str, &[&str])] = &[
+    // The overlay may be what a mirror writes to.
+    ("blockdev-snapshot", &["allow-write-only-overlay"]),
+    // `blockdev-backup` does the same, to any node.
+    ("drive-backup", &["deprecated"]),
+    // `savevm` takes the nodes of devices, not those below them.
+    ("human-monitor-command", &["savevm-monitor-nodes"]),
+];
+
 /// Objects that are flat unions in the schema of which one kind has members of its own: the object,
 /// the member that decides, its value, and the kind's members. Here they may simply be left out.
 pub(crate) const FLAT_UNIONS: &[(&str, &str, &str, &[&str])] = &[
@@ -205,6 +206,11 @@ pub(crate) const FLAT_UNIONS: &[(&str, &str, &str, &[&str])] = &[
     ("BlockJobChangeArguments", "type", "mirror", &["copy-mode"]),
     ("BlockJobInfo", "type", "mirror", &["actively-synced"]),
 ];
+
+/// What is told of a command besides its types.
+pub(crate) fn features(name: &str) -> &'static [&'static str] {
+    FEATURES.iter().find(|(of, _)| *of == name).map_or(&[], |(_, features)| features)
+}
 
 /// Every command there is.
 pub fn commands() -> impl Iterator<Item = &'static CommandInfo> {

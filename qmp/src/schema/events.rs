@@ -2,7 +2,7 @@
 
 use super::macros::event_enum;
 use super::migration::MigrationStatus;
-use super::types::{BlockErrorAction, IoOperationType, JobStatus, JobType, ShutdownCause};
+use super::{BlockErrorAction, IoOperationType, JobStatus, JobType, ShutdownCause};
 
 event_enum! {
     /// The guest was stopped.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
+use super::commands::features;
 use super::{EVENTS, EnumInfo, FLAT_UNIONS, Member, OUT_OF_BAND, ObjectInfo, Type, commands};
 
 /// The entries: commands but those that `without` names, events, and the types that these use.
@@ -22,6 +23,10 @@ pub fn introspect(without: &[&str]) -> Vec<Value> {
         });
         if OUT_OF_BAND.contains(&info.name) {
             entry["allow-oob"] = json!(true);
+        }
+        let features = features(info.name);
+        if !features.is_empty() {
+            entry["features"] = json!(features);
         }
         entries.push(entry);
     }

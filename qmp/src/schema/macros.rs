@@ -1,5 +1,7 @@
 //! The declarations of the schema, as macros that make a Rust type and its description at once.
 
+use super::{Member, Type};
+
 /// Enumerations: `Name { Variant = "wire-value", ... }`.
 macro_rules! enums {
     ($(
@@ -43,32 +45,52 @@ macro_rules! enums {
     )+};
 }
 
-/// Objects: `Name { "wire-name" field: Type, ... }`; a member of type `Option` may be left out.
+/// Objects: `Name { "wire-name" field: Type, ... }`; a member of type `Option` may be left out. Members
+/// that another object has, too, are named with it, `..field: Object`, before or after the braces.
 macro_rules! objects {
     ($(
         $(#[doc = $doc:literal])+
-        $name:ident {
+        $name:ident $(..$first:ident : $first_ty:ident)? {
             $( $(#[doc = $mdoc:literal])+ $wire:literal $field:ident : $ty:ty ),* $(,)?
-        }
+        } $(..$last:ident : $last_ty:ident)?
     )+) => {$(
         $(#[doc = $doc])+
         #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-        pub struct $name {$(
-            $(#[doc = $mdoc])+
-            #[serde(rename = $wire, skip_serializing_if = "crate::schema::Qapi::is_absent")]
-            pub $field: $ty,
-        )*}
+        pub struct $name {
+            $(
+                /// Members that other objects have, too.
+                #[serde(flatten)]
+                pub $first: $first_ty,
+            )?
+            $(
+                $(#[doc = $mdoc])+
+                #[serde(rename = $wire, skip_serializing_if = "crate::schema::Qapi::is_absent")]
+                pub $field: $ty,
+            )*
+            $(
+                /// Members that other objects have, too.
+                #[serde(flatten)]
+                pub $last: $last_ty,
+            )?
+        }
 
         impl $name {
             /// The members, for the tables.
-            pub(crate) const MEMBERS: &'static [$crate::schema::Member] = &[$(
-                $crate::schema::Member {
-                    name: $wire,
-                    doc: concat!($($mdoc, "\n"),+),
-                    ty: <$ty as $crate::schema::Qapi>::TYPE,
-                    optional: <$ty as $crate::schema::Qapi>::OPTIONAL,
-                },
-            )*];
+            pub(crate) const MEMBERS: &'static [$crate::schema::Member] = {
+                const OWN: &[$crate::schema::Member] = &[$(
+                    $crate::schema::Member {
+                        name: $wire,
+                        doc: concat!($($mdoc, "\n"),+),
+                        ty: <$ty as $crate::schema::Qapi>::TYPE,
+                        optional: <$ty as $crate::schema::Qapi>::OPTIONAL,
+                    },
+                )*];
+                const PARTS: &[&[$crate::schema::Member]] =
+                    &[$($first_ty::MEMBERS,)? OWN, $($last_ty::MEMBERS,)?];
+                const ALL: [$crate::schema::Member; $crate::schema::macros::count(PARTS)] =
+                    $crate::schema::macros::join(PARTS);
+                &ALL
+            };
         }
 
         impl $crate::schema::Qapi for $name {
@@ -83,6 +105,32 @@ macro_rules! objects {
             });
         }
     )+};
+}
+
+/// How many members lists have together.
+pub(crate) const fn count(parts: &[&[Member]]) -> usize {
+    let (mut sum, mut part) = (0, 0);
+    while part < parts.len() {
+        sum += parts[part].len();
+        part += 1;
+    }
+    sum
+}
+
+/// The lists as one, of `N` members: their [`count`].
+pub(crate) const fn join<const N: usize>(parts: &[&[Member]]) -> [Member; N] {
+    let mut all = [Member { name: "", doc: "", ty: Type::Null, optional: false }; N];
+    let (mut part, mut at) = (0, 0);
+    while part < parts.len() {
+        let mut member = 0;
+        while member < parts[part].len() {
+            all[at] = parts[part][member];
+            member += 1;
+            at += 1;
+        }
+        part += 1;
+    }
+    all
 }
 
 /// Commands: `Variant(Arguments) = "wire-name" -> Returned`, as an enum and its table.

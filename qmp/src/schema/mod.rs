@@ -5,28 +5,34 @@
 //! introspection tells. A command that is not in the table is not found; one that is in the table is
 //! a variant of [`Command`], so that the machine's `match` does not compile without it.
 
-mod arguments;
+mod bitmaps;
 mod block_jobs;
 mod block_stats;
 mod blockdev;
 mod check;
 mod checkpoints;
 mod commands;
+mod copies;
+mod create;
 mod events;
+mod exports;
 mod graph;
 mod introspect;
+mod jobs;
+mod machine;
 mod macros;
 mod migration;
 mod monitor;
+mod nodes;
 mod reference;
+mod session;
 mod throttle;
 mod transaction;
-mod types;
 
 #[cfg(test)]
 mod tests;
 
-pub use arguments::*;
+pub use bitmaps::*;
 pub use block_jobs::*;
 pub use block_stats::*;
 pub use blockdev::*;
@@ -36,15 +42,21 @@ pub(crate) use check::check_arguments;
 pub use checkpoints::*;
 pub use commands::{Command, OUT_OF_BAND, commands, find};
 pub(crate) use commands::{Control, FLAT_UNIONS};
+pub use copies::*;
+pub use create::*;
 pub use events::{EVENTS, Event};
+pub use exports::*;
 pub use graph::*;
 pub use introspect::introspect;
+pub use jobs::*;
+pub use machine::*;
 pub use migration::*;
 pub use monitor::*;
+pub use nodes::*;
 pub use reference::reference;
+pub use session::*;
 pub use throttle::*;
 pub use transaction::*;
-pub use types::*;
 
 use serde_json::Value;
 
@@ -150,7 +162,7 @@ pub struct ObjectInfo {
 }
 
 /// A member of an object.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Member {
     /// Its name on the wire.
     pub name: &'static str,

@@ -1,7 +1,7 @@
 //! What clients ask at their start, and the old way to ask: lines for people.
 
+use super::SysEmuTarget;
 use super::macros::objects;
-use super::types::SysEmuTarget;
 
 objects! {
     /// Arguments of `human-monitor-command`.

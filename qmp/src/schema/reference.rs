@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use super::commands::features;
 use super::{Branch, EVENTS, Member, OUT_OF_BAND, Type, commands};
 
 const HEAD: &str = "\
@@ -23,6 +24,10 @@ pub fn reference() -> String {
         page.line(&format!("\n### {}\n\n{}", info.name, sentence(info.doc)));
         if OUT_OF_BAND.contains(&info.name) {
             page.line("May be run out of band (`exec-oob`).");
+        }
+        let features = features(info.name);
+        if !features.is_empty() {
+            page.line(&format!("\nFeatures: `{}`.", features.join("`, `")));
         }
         match &info.arguments_type {
             ty @ Type::Open(_) => {

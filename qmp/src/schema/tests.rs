@@ -204,3 +204,16 @@ fn optional_members_are_left_out_when_absent() {
     assert_eq!(RunState::RestoreVm.to_string(), "restore-vm");
     assert_eq!(serde_json::to_value(RunState::RestoreVm).unwrap(), "restore-vm");
 }
+
+#[test]
+fn members_of_a_base_stand_where_it_is_named_and_flat_on_the_wire() {
+    let names = |members: &[Member]| members.iter().map(|member| member.name).collect::<Vec<_>>();
+    let backup = names(BackupArguments::MEMBERS);
+    assert_eq!(backup[..2], ["job-id", "device"]);
+    assert_eq!(backup[backup.len() - 1], "target");
+    assert_eq!(names(IoThrottleArguments::MEMBERS)[..3], ["device", "id", "bps"]);
+    let text = json!({ "device": "a", "sync": "full", "speed": 5, "target": "t" });
+    let arguments: BackupArguments = serde_json::from_value(text.clone()).unwrap();
+    assert_eq!((arguments.common.speed, arguments.target.as_str()), (Some(5), "t"));
+    assert_eq!(serde_json::to_value(&arguments).unwrap(), text);
+}

@@ -1,4 +1,4 @@
-//! Limits of disks: `block_set_io_throttle`.
+//! Limits of disks: `block_set_io_throttle`, and what is told of them.
 
 use super::macros::objects;
 
@@ -10,6 +10,10 @@ objects! {
         "device" device: Option<String>,
         /// The device's id, or its path where it has none.
         "id" id: Option<String>,
+    } ..limits: IoLimits
+
+    /// Limits of a disk's requests, or of those of a group of disks together.
+    IoLimits {
         /// Limit of bytes a second.
         "bps" bps: i64,
         /// Limit of bytes read a second.

@@ -1,11 +1,11 @@
 //! Transactions and internal snapshots.
 
-use super::arguments::{BitmapAddArguments, BitmapArguments, BitmapMergeArguments};
-use super::block_jobs::{BackupArguments, DriveBackupArguments};
-use super::checkpoints::CheckpointLabel;
-use super::graph::{BlockdevSnapshot, BlockdevSnapshotSync};
 use super::macros::{enums, objects};
-use super::{Branch, Member, Qapi, Type, UnionInfo};
+use super::{
+    BackupArguments, BitmapAddArguments, BitmapArguments, BitmapMergeArguments, BlockdevSnapshot,
+    BlockdevSnapshotSync, Branch, CheckpointLabel, DriveBackupArguments, Member, Qapi, Type,
+    UnionInfo,
+};
 
 enums! {
     /// How the jobs of a transaction end.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use block::throttle::{Kind, Limits, Rate, ThrottleGroup, monotonic};
 use devices::virtio::block::IoThrottle;
-use qmp::schema::IoThrottleArguments;
+use qmp::schema::{IoLimits, IoThrottleArguments};
 use serde_json::{Value, json};
 
 use super::Controller;
@@ -20,14 +20,14 @@ impl Controller {
         arguments: &IoThrottleArguments,
     ) -> Result<(), qmp::Error> {
         let (slot, throttle) = self.throttled_disk(arguments)?;
-        let limits = limits(arguments);
+        let limits = limits(&arguments.limits);
         limits.check().map_err(|error| qmp::Error::generic(error.to_string()))?;
         if !limits.any() {
             throttle.set_group(None);
             return look(slot);
         }
         let current = throttle.group();
-        let name = match (&arguments.group, &current) {
+        let name = match (&arguments.limits.group, &current) {
             (Some(name), _) => name.clone(),
             (None, Some(group)) => group.name().to_owned(),
             (None, None) => slot.path.clone(),
@@ -82,7 +82,7 @@ fn look(slot: &VirtioSlot) -> Result<(), qmp::Error> {
 }
 
 /// The limits that are asked for. Negative numbers are out of range as QEMU has it: far too large.
-fn limits(arguments: &IoThrottleArguments) -> Limits {
+fn limits(arguments: &IoLimits) -> Limits {
     let rate = |average: i64, max: Option<i64>, length: Option<i64>| Rate {
         average: average.cast_unsigned(),
         max: max.unwrap_or(0).cast_unsigned(),

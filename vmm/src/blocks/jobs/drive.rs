@@ -4,7 +4,7 @@ use block::graph::{Below, OpenTarget, TargetFile};
 use qmp::Error;
 use qmp::jobs::GroupId;
 use qmp::schema::{
-    BackupArguments, DriveBackupArguments, DriveMirrorArguments, MirrorArguments, MirrorSyncMode,
+    BackupCommon, DriveBackupArguments, DriveMirrorArguments, MirrorArguments, MirrorSyncMode,
     NewImageMode,
 };
 
@@ -27,13 +27,13 @@ impl Blocks {
         arguments: &DriveBackupArguments,
     ) -> Result<OpenTarget, Error> {
         let existing = arguments.mode == Some(NewImageMode::Existing);
-        let below = match self.sync_of(&arguments.device, arguments.sync) {
+        let below = match self.sync_of(&arguments.common.device, arguments.common.sync) {
             MirrorSyncMode::Top => Below::SourceBacking,
             MirrorSyncMode::None => Below::Source,
             _ => Below::Named,
         };
         let target = TargetFile {
-            source: &arguments.device,
+            source: &arguments.common.device,
             filename: &arguments.target,
             format: arguments.format.as_deref(),
             existing,
@@ -50,23 +50,10 @@ impl Blocks {
         target: OpenTarget,
         group: Option<GroupId>,
     ) -> Result<NewOperation, Error> {
-        let given = arguments.clone();
-        let new = BackupArguments {
-            job_id: given.job_id,
-            sync: self.sync_of(&given.device, given.sync),
-            device: given.device,
-            speed: given.speed,
-            bitmap: given.bitmap,
-            bitmap_mode: given.bitmap_mode,
-            compress: given.compress,
-            on_source_error: given.on_source_error,
-            on_target_error: given.on_target_error,
-            auto_finalize: given.auto_finalize,
-            auto_dismiss: given.auto_dismiss,
-            filter_node_name: given.filter_node_name,
-            target: target.name().to_owned(),
-        };
-        let job = self.new_backup(&new, group)?;
+        let common = &arguments.common;
+        let sync = self.sync_of(&common.device, common.sync);
+        let common = BackupCommon { sync, ..common.clone() };
+        let job = self.new_backup(&common, target.name(), group)?;
         target.taken();
         Ok(job)
     }

@@ -8,8 +8,8 @@ use block::jobs::{
 };
 use qmp::jobs::{AutoFlags, GroupId, NewJob};
 use qmp::schema::{
-    BackupArguments, BitmapSyncMode, BlockdevOnError, CommitArguments, CreateArguments, JobType,
-    MirrorArguments, MirrorCopyMode, MirrorSyncMode, StreamArguments,
+    BackupArguments, BackupCommon, BitmapSyncMode, BlockdevOnError, CommitArguments,
+    CreateArguments, JobType, MirrorArguments, MirrorCopyMode, MirrorSyncMode, StreamArguments,
 };
 use qmp::{Error, ErrorClass};
 
@@ -27,13 +27,14 @@ impl Blocks {
 
     /// blockdev-backup.
     pub(in crate::blocks) fn backup(&self, arguments: &BackupArguments) -> Result<(), Error> {
-        Ok(self.new_backup(arguments, None)?.start()?)
+        Ok(self.new_backup(&arguments.common, &arguments.target, None)?.start()?)
     }
 
     /// The job of a backup, whose moment is now.
     pub(in crate::blocks) fn new_backup(
         &self,
-        arguments: &BackupArguments,
+        arguments: &BackupCommon,
+        target: &str,
         group: Option<GroupId>,
     ) -> Result<NewOperation, Error> {
         let job = JobOptions {
@@ -44,7 +45,6 @@ impl Blocks {
             group,
         };
         self.check_filter(arguments.filter_node_name.as_deref())?;
-        let (source, target) = (&arguments.device, &arguments.target);
         let options = BackupOptions {
             bitmap: arguments.bitmap.clone(),
             bitmap_mode: arguments.bitmap_mode.map(|mode| match mode {
@@ -55,7 +55,7 @@ impl Blocks {
             compress: arguments.compress.unwrap_or(false),
             on_source_error: on_error(arguments.on_source_error),
             on_target_error: on_error(arguments.on_target_error),
-            ..BackupOptions::new(source, target, sync(arguments.sync))
+            ..BackupOptions::new(&arguments.device, target, sync(arguments.sync))
         };
         let operation = Backup::new(&self.graph, options).map_err(failed)?;
         self.block_job(&job, JobType::Backup, Kind::default(), Box::new(operation))

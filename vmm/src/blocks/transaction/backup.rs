@@ -28,7 +28,8 @@ impl<'a> Backup<'a> {
 
 impl Action for Backup<'_> {
     fn point(&mut self) -> Result<(), qmp::Error> {
-        self.job = Some(self.blocks.new_backup(self.arguments, self.group)?);
+        let BackupArguments { common, target } = self.arguments;
+        self.job = Some(self.blocks.new_backup(common, target, self.group)?);
         Ok(())
     }
 
