@@ -1,8 +1,9 @@
 //! `tardigrade snapshot`, `status`, `demo`: what people run.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use tardigrade_tests::checkpoint::{Booted, TAG};
 use tardigrade_tests::vm::binary;
@@ -91,6 +92,25 @@ fn status_tells_state_disks_and_name() {
 fn a_subcommand_names_the_socket_that_nobody_listens_on() {
     let error = fail(&["status", "--qmp", "/nonexistent/vm.qmp"]);
     assert!(error.contains("/nonexistent/vm.qmp") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn an_option_asked_for_help_tells_what_it_takes_and_nothing_is_started() {
+    let text = succeed(&["--nbd-server", "help"]);
+    assert!(text.starts_with("--nbd-server OPTIONS") && text.contains("addr.type=unix"), "{text}");
+    // One dash is enough, as with QEMU.
+    assert!(succeed(&["-device", "help"]).contains("virtio-blk-device"));
+}
+
+#[test]
+fn a_daemon_that_nobody_can_talk_to_says_so() {
+    let mut command = Command::new(binary());
+    let mut daemon = command.args(["-machine", "none"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(daemon.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(line.contains("without --qmp and --nbd-server nobody can talk to this"), "{line}");
 }
 
 #[test]
