@@ -234,6 +234,9 @@ objects! {
         "rewinds" rewinds: u64,
         /// Bytes that they put back, all together.
         "rewound" rewound: u64,
+        /// Bytes of RAM in which the guest writes so much between such loads that all of them are put
+        /// back each time, written or not, and writes to them cost the guest less.
+        "rewound-whole" rewound_whole: u64,
         /// The checkpoint that they are of.
         "tag" tag: Option<String>,
         /// The node that holds it.

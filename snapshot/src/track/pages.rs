@@ -127,14 +127,22 @@ impl PageSet {
 
     /// Puts pages in as KVM and atomic bitmaps have them: bit `n % 64` of word `n / 64` is page `n`.
     pub fn insert_words(&mut self, region: usize, words: &[u64]) {
+        self.insert_words_at(region, 0, words);
+    }
+
+    /// The same of a part of the region: page 0 there is page `first` of the region, a multiple of 64.
+    pub fn insert_words_at(&mut self, region: usize, first: u64, words: &[u64]) {
+        debug_assert!(first.is_multiple_of(WORD), "page {first} has no word of its own");
+        let from = index(first / WORD);
         if let Some(bits) = self.regions.get_mut(region) {
-            let words = words.get(..bits.words.len()).unwrap_or(words);
+            let words = words.get(..bits.words.len().saturating_sub(from)).unwrap_or(words);
             for (group, words) in words.chunks(GROUP).enumerate() {
                 // Without a branch for each word: nearly all are 0.
                 if words.iter().fold(0, |any, word| any | word) == 0 {
                     continue;
                 }
-                for (at, more) in (group * GROUP..).zip(words).filter(|(_, more)| **more != 0) {
+                let at = from + group * GROUP;
+                for (at, more) in (at..).zip(words).filter(|(_, more)| **more != 0) {
                     bits.insert_word(at, *more);
                 }
             }
@@ -477,6 +485,17 @@ mod tests {
         assert_eq!(set.count(), 1);
         set.insert(run(7, 0, 1));
         assert_eq!(set.runs().collect::<Vec<_>>(), [run(2, 0, 1)]);
+    }
+
+    #[test]
+    fn words_of_a_part_are_put_in_where_it_begins_and_not_past_the_end() {
+        let mut set = PageSet::empty([200, 64 * 100]);
+        set.insert_words_at(0, 128, &[1, u64::MAX, u64::MAX]);
+        set.insert_words_at(0, 256, &[u64::MAX]);
+        set.insert_words_at(1, 64 * 62, &[1, 0, 6, 0]);
+        let expected = [run(0, 128, 1), run(0, 192, 8), run(1, 64 * 62, 1), run(1, 64 * 64 + 1, 2)];
+        assert_eq!(set.runs().collect::<Vec<_>>(), expected);
+        assert_eq!(set.count(), 12);
     }
 
     #[test]

@@ -164,6 +164,7 @@ impl Controller {
             missing: missing.map_or(0, |missing| missing.ram.missing_bytes()),
             rewinds: self.rewinds,
             rewound: self.rewound_bytes,
+            rewound_whole: self.machine.unlogged().bytes(),
             tag: missing.map(|missing| missing.tag.clone()),
             node_name: missing.map(|missing| missing.node.clone()),
             error: missing.and_then(|missing| missing.ram.failing()),

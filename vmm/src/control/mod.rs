@@ -10,6 +10,7 @@ mod block_stats;
 mod commands;
 pub mod daemon;
 mod disk_errors;
+mod hot;
 pub mod mailbox;
 pub mod migration;
 pub(crate) mod monitor;

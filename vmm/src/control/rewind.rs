@@ -14,13 +14,11 @@ use snapshot::{Base, Rewinder};
 use tracing::{debug, error};
 
 use super::Controller;
+use super::hot::Hot;
 use super::snapshot_jobs::Current;
 use super::work::{Outcome, Target, Task, WorkError};
 use crate::machine::state::MachineState;
 use crate::memory::dirty_log::Protect;
-
-/// Loads for which pages that were written once are left unprotected.
-const UNPROTECTED: u32 = 16;
 
 /// What is kept of the checkpoint saved or loaded last.
 pub struct Rewind {
@@ -48,42 +46,6 @@ impl Rewind {
     /// What RAM equals.
     pub fn base(&self) -> &Base {
         &self.base
-    }
-}
-
-/// Whoever goes back again and again writes to the same pages each time. A fault for each of them costs
-/// more than putting back a page that was not written, so they are left unprotected for a while: they
-/// count as written each time. Which they are is found out anew after so many loads, or when they have
-/// become twice as many.
-#[derive(Debug, Default)]
-struct Hot {
-    /// Loads until then.
-    left: u32,
-    /// Pages of the first load since.
-    pages: Option<u64>,
-}
-
-impl Hot {
-    /// What is to become of the pages that were written up to the load that begins.
-    fn protect(&mut self) -> Protect {
-        match self.left.checked_sub(1) {
-            Some(left) => {
-                self.left = left;
-                Protect::Not
-            }
-            None => {
-                *self = Self { left: UNPROTECTED, pages: None };
-                Protect::Again
-            }
-        }
-    }
-
-    /// So many pages counted as written.
-    fn note(&mut self, protect: Protect, pages: u64) {
-        // Those of a load that protects are of former runs too.
-        if protect == Protect::Not && pages > 2 * *self.pages.get_or_insert(pages) {
-            self.left = 0;
-        }
     }
 }
 
@@ -156,16 +118,17 @@ impl Controller {
             debug!("the long way back to '{}': {error}", target.tag);
             return None;
         }
-        let dirty = self.machine.tracker().dirty();
-        let (pages, put_back) = (dirty.count(), dirty.bytes());
-        rewind.hot.note(protect, pages);
+        let put_back = self.machine.dirty().bytes();
+        let hot = rewind.hot.note(protect, self.machine.dirty(), self.machine.unlogged());
+        let hot = hot.filter(|_| self.machine.unlogging_helps());
         handle.committed.store(true, Ordering::Release);
         handle.memory_lost.store(true, Ordering::Release);
         self.inbox.guest_replaced();
         let bytes = self.machine.spec().ram_bytes;
         handle.progress.add_total(bytes);
         handle.progress.advance(bytes);
-        let restored = self.machine.restore_rewound(&rewind.state, rewind.base.clone());
+        let base = rewind.base.clone();
+        let restored = self.machine.restore_rewound(&rewind.state, base, hot.as_ref());
         if restored.is_ok() {
             rewind.count += 1;
             self.rewinds += 1;

@@ -40,8 +40,7 @@ impl Machine {
         let vm = new_vm(&kvm)?;
         let kind = if spec.forked { memory::Kind::Mixed } else { memory::Kind::Anonymous };
         let memory = memory::allocate(spec.ram_bytes, kind)?;
-        memory::register(&vm, &memory)?;
-        let log = DirtyLog::new(&kvm);
+        let log = DirtyLog::new(&kvm, &vm, &memory)?;
         let written = PageSet::of(&memory);
         let tracker = Tracker::new(&written);
 

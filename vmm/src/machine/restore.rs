@@ -2,7 +2,7 @@
 
 use ::devices::acpi::Event;
 use kvm_ioctls::VmFd;
-use snapshot::{Base, Rewinder};
+use snapshot::{Base, PageSet, Rewinder};
 use uuid::Uuid;
 
 use super::devices::DeviceSet;
@@ -76,12 +76,24 @@ impl Machine {
         rewinder.put_back(&self.memory, self.tracker.dirty())
     }
 
-    /// Replaces the state of the paused machine after [`Machine::put_back`]: RAM is that of `base`.
-    pub fn restore_rewound(&mut self, state: &MachineState, base: Base) -> Result<(), Error> {
+    /// Replaces the state of the paused machine after [`Machine::put_back`]: RAM is that of `base`. If
+    /// `unlogged` is given, these parts of RAM are not logged from now on, and no others.
+    pub fn restore_rewound(
+        &mut self,
+        state: &MachineState,
+        base: Base,
+        unlogged: Option<&PageSet>,
+    ) -> Result<(), Error> {
         self.tracker.loaded(base);
-        let forget = |machine: &Self| match machine.nested_paging {
+        if let Some(unlogged) = unlogged {
+            // What was logged is put back. vCPUs and devices write to RAM as they are restored, so that
+            // is later.
+            memory::forget_and_cut(&self.vm, &self.memory, &mut self.log, unlogged)?;
+        }
+        let nothing_to_forget = self.nested_paging || unlogged.is_some();
+        let forget = |machine: &Self| match nothing_to_forget {
             true => Ok(()),
-            false => memory::forget_shadow_pages(&machine.vm, &machine.memory),
+            false => memory::forget_shadow_pages(&machine.vm, &machine.log),
         };
         self.put(state, forget)?;
         self.new_generation()

@@ -1,16 +1,15 @@
 //! What the guest has written since its last checkpoint.
 
-use snapshot::Tracker;
+use snapshot::{PageSet, Tracker};
 
 use super::{Error, Machine};
-use crate::memory;
 use crate::memory::dirty_log::Protect;
 
 impl Machine {
     /// Lets KVM log what the guest writes, from now on, unless the user does not want it.
     pub fn start_tracking(&mut self) -> Result<(), Error> {
         if self.spec.dirty_tracking {
-            memory::start_log(&self.vm, &self.memory, &mut self.log)?;
+            self.log.start(&self.vm, &self.memory)?;
         }
         Ok(())
     }
@@ -36,6 +35,23 @@ impl Machine {
                 Err(error.into())
             }
         }
+    }
+
+    /// Whether a guest that goes back again and again writes faster to parts of RAM that are not logged.
+    pub fn unlogging_helps(&self) -> bool {
+        // Where KVM forgets nothing, pages are mapped already. And what is missing is to come on fault,
+        // page by page.
+        !self.nested_paging && self.missing.is_none()
+    }
+
+    /// The parts of RAM that are not logged while the rest is: they always count as written.
+    pub fn unlogged(&self) -> &PageSet {
+        self.log.untold()
+    }
+
+    /// What may differ from the base, up to the last [`Machine::note_written`].
+    pub fn dirty(&self) -> &PageSet {
+        self.tracker.dirty()
     }
 
     /// What was written since which checkpoint. It is right up to the last

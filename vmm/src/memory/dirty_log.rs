@@ -2,7 +2,8 @@
 //! what the host wrote for it.
 //!
 //! The log is a flag of the memory slots. It is off until something needs it, as it keeps KVM from
-//! using large pages, and costs a fault at the first write to each page after a collection.
+//! using large pages, and costs a fault at the first write to each page after a collection. Parts of
+//! RAM may be left without it: all of their pages count as written, whenever it is asked.
 
 use devices::GuestMemory;
 use kvm_bindings::{
@@ -12,10 +13,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VmFd};
 use snapshot::{PageRun, PageSet};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::MmapRegion;
+use super::slots::{self, Slots, Writes};
 use crate::kvm::{self, IoctlContext};
 
 /// kvm-ioctls does not have the one, and allocates for the other each time.
@@ -33,12 +35,15 @@ mod ioctl {
 const CHUNK: u64 = 1 << 16;
 const WORD: u64 = 64;
 
-/// What this host's KVM can do, and whether slots are logged.
+/// What this host's KVM can do, and which slots are logged.
 #[derive(Debug)]
 pub struct DirtyLog {
     /// Bits of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; 0 where reading the log clears it too.
     manual: u64,
     on: bool,
+    pub(super) slots: Slots,
+    /// What is not logged while the log is on.
+    untold: PageSet,
     /// The log of one slot.
     words: Vec<u64>,
 }
@@ -53,8 +58,11 @@ pub enum Protect {
 }
 
 /// What a slot's log holds when the slot gets it.
+///
+/// To KVM it is a matter of the machine, and [`Begin::Full`] is to stay while there are slots whose log
+/// began so: it protects what it had mapped in large pages only then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Begin {
+enum Begin {
     /// Every page, where KVM can: no page has to be protected to begin.
     Full,
     /// No page. For a slot that is made anew, this costs nothing.
@@ -62,21 +70,80 @@ pub(super) enum Begin {
 }
 
 impl DirtyLog {
-    /// Asks what KVM can do. The log is off.
-    pub fn new(kvm: &Kvm) -> Self {
+    /// Asks what KVM can do, and tells it of all RAM, which is not logged.
+    ///
+    /// # Errors
+    /// KVM does not take the memory.
+    pub fn new(kvm: &Kvm, vm: &VmFd, memory: &GuestMemory) -> kvm::Result<Self> {
         let bits = kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
         let known = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let manual = u64::try_from(bits).unwrap_or(0) & u64::from(known);
-        Self { manual, on: false, words: Vec::new() }
+        let mut slots = Slots::default();
+        slots.make(vm, memory, slots::whole(memory, Writes::Untold))?;
+        Ok(Self { manual, on: false, slots, untold: PageSet::of(memory), words: Vec::new() })
     }
 
-    /// Whether slots are logged.
+    /// Whether RAM is logged, if not all of it.
     pub fn is_on(&self) -> bool {
         self.on
     }
 
+    /// What is not logged while the rest is.
+    pub fn untold(&self) -> &PageSet {
+        &self.untold
+    }
+
+    /// All of RAM is logged from now on. The guest may run. The next collection may give all of what was
+    /// not logged before.
+    ///
+    /// # Errors
+    /// KVM refuses. What it does not log counts as written.
+    pub fn start(&mut self, vm: &VmFd, memory: &GuestMemory) -> kvm::Result<()> {
+        if self.on && self.untold.is_empty() {
+            return Ok(());
+        }
+        self.set_begin(vm, Begin::Full)?;
+        self.slots.begin(vm, memory)?;
+        self.untold.clear();
+        self.on = true;
+        Ok(())
+    }
+
+    /// Makes all slots anew. What was logged is lost; with `logged` RAM is logged afterwards, beginning
+    /// with no page. The vCPUs must be paused.
+    ///
+    /// # Errors
+    /// KVM refuses; the guest has no memory then, until this is done again.
+    pub(super) fn make_anew(
+        &mut self,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        logged: bool,
+    ) -> kvm::Result<()> {
+        self.slots.remove(vm, memory)?;
+        self.on = logged;
+        self.untold.clear();
+        self.set_begin(vm, Begin::Empty)?;
+        let writes = if logged { Writes::Logged } else { Writes::Untold };
+        self.slots.make(vm, memory, slots::whole(memory, writes))
+    }
+
+    /// As [`DirtyLog::make_anew`], logged but for `untold`.
+    pub(super) fn make_anew_without(
+        &mut self,
+        vm: &VmFd,
+        memory: &GuestMemory,
+        untold: &PageSet,
+    ) -> kvm::Result<()> {
+        self.slots.remove(vm, memory)?;
+        self.on = true;
+        self.untold.clone_from(untold);
+        self.set_begin(vm, Begin::Empty)?;
+        self.slots.make(vm, memory, slots::cut(untold))
+    }
+
     /// Says how the log of the slots that are set next begins.
-    pub(super) fn set_begin(&self, vm: &VmFd, begin: Begin) -> kvm::Result<()> {
+    fn set_begin(&self, vm: &VmFd, begin: Begin) -> kvm::Result<()> {
         let enable = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
         if self.manual & enable == 0 {
             return Ok(());
@@ -88,11 +155,6 @@ impl DirtyLog {
             ..Default::default()
         };
         vm.enable_cap(&cap).ioctl("KVM_ENABLE_CAP(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)")
-    }
-
-    /// Slots are logged from now on, or no longer.
-    pub(super) fn set_on(&mut self, on: bool) {
-        self.on = on;
     }
 
     /// Adds the pages that were written since the last time, by the guest or for it, to `written`.
@@ -115,35 +177,41 @@ impl DirtyLog {
             written.insert_all();
             return Ok(());
         }
-        for (slot, region) in (0u32..).zip(memory.iter()) {
-            let pages = region.len() / snapshot::PAGE_SIZE;
-            self.read(vm, slot, pages)?;
-            if self.manual != 0 && protect == Protect::Again {
-                clear(vm, slot, &self.words, pages)?;
+        let Self { slots, words, manual, .. } = self;
+        for (number, slot) in slots.iter_mut() {
+            let PageRun { region, first, count } = slot.run;
+            if slot.writes != Writes::Logged {
+                written.insert(slot.run);
             }
-            written.insert_words(slot as usize, &self.words);
+            if slot.writes == Writes::Untold {
+                continue;
+            }
+            read(vm, number, count, words)?;
+            if *manual != 0 && protect == Protect::Again {
+                clear(vm, number, words, count)?;
+            }
+            slot.writes = Writes::Logged;
+            written.insert_words_at(region, first, words);
         }
         Ok(())
     }
+}
 
-    /// Reads the log of a slot of so many pages into `words`.
-    fn read(&mut self, vm: &VmFd, slot: u32, pages: u64) -> kvm::Result<()> {
-        self.words.resize(usize::try_from(pages.div_ceil(WORD)).unwrap_or(usize::MAX), 0);
-        let arguments = kvm_dirty_log {
-            slot,
-            padding1: 0,
-            __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 {
-                dirty_bitmap: self.words.as_mut_ptr().cast(),
-            },
-        };
-        // SAFETY: KVM writes one bit for each page of the slot, rounded up to words of 64 bits, and
-        // `words` has them: the slot is the region it was set for.
-        let answer = unsafe { ioctl_with_ref(vm, ioctl::KVM_GET_DIRTY_LOG(), &arguments) };
-        if answer != 0 {
-            return Err(kvm_ioctls::Error::last()).ioctl("KVM_GET_DIRTY_LOG");
-        }
-        Ok(())
+/// Reads the log of a slot of so many pages into `words`.
+fn read(vm: &VmFd, slot: u32, pages: u64, words: &mut Vec<u64>) -> kvm::Result<()> {
+    words.resize(usize::try_from(pages.div_ceil(WORD)).unwrap_or(usize::MAX), 0);
+    let arguments = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+    };
+    // SAFETY: KVM writes one bit for each page of the slot, rounded up to words of 64 bits, and
+    // `words` has them: the slot was made with so many pages.
+    let answer = unsafe { ioctl_with_ref(vm, ioctl::KVM_GET_DIRTY_LOG(), &arguments) };
+    if answer != 0 {
+        return Err(kvm_ioctls::Error::last()).ioctl("KVM_GET_DIRTY_LOG");
     }
+    Ok(())
 }
 
 /// Protects the pages of `words` again. Bits that came since stay.

@@ -1,21 +1,22 @@
 //! Guest RAM: allocated on the host, known to KVM.
 
 pub mod dirty_log;
+mod slots;
 
 use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 
 use devices::GuestMemory;
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use snapshot::Piece;
+use snapshot::{PageSet, Piece};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::layout::{self, LayoutError};
 use crate::kvm;
-use dirty_log::{Begin, DirtyLog};
+use dirty_log::DirtyLog;
 
 type GuestRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
 type MmapRegion = vm_memory::MmapRegion<AtomicBitmap>;
@@ -155,23 +156,6 @@ fn advise(mapping: &MmapRegion, kind: Kind) {
     }
 }
 
-/// Tells KVM of all RAM, one memory slot a region, not logged.
-pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
-    set_slots(vm, memory, 0, GuestMemoryRegion::len)
-}
-
-/// Lets KVM log which pages are written from now on. The first collection may give all of them. Slots
-/// that are logged already stay as they are.
-pub fn start_log(vm: &VmFd, memory: &GuestMemory, log: &mut DirtyLog) -> Result<(), Error> {
-    if log.is_on() {
-        return Ok(());
-    }
-    log.set_begin(vm, Begin::Full)?;
-    set_slots(vm, memory, KVM_MEM_LOG_DIRTY_PAGES, GuestMemoryRegion::len)?;
-    log.set_on(true);
-    Ok(())
-}
-
 /// Makes KVM forget what it derived from the contents of RAM, after the host has replaced them. The
 /// vCPUs must be paused.
 ///
@@ -185,15 +169,44 @@ pub fn forget_translations(
     log: &mut DirtyLog,
     logged: bool,
 ) -> Result<(), Error> {
-    set_slots(vm, memory, 0, |_| 0)?;
     for region in memory.iter() {
         MmapRegion::bitmap(region).reset();
     }
-    log.set_begin(vm, Begin::Empty)?;
-    let flags = if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-    set_slots(vm, memory, flags, GuestMemoryRegion::len)?;
-    log.set_on(logged);
-    Ok(())
+    Ok(log.make_anew(vm, memory, logged)?)
+}
+
+/// As [`forget_translations`], logged afterwards but for the regions in `untold`, to which KVM can give
+/// large pages. What the host wrote, and does not write to the log, stays noted.
+pub fn forget_and_cut(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    log: &mut DirtyLog,
+    untold: &PageSet,
+) -> Result<(), Error> {
+    if is_anonymous(memory) {
+        collapse(memory, untold);
+    }
+    Ok(log.make_anew_without(vm, memory, untold)?)
+}
+
+/// Puts parts of RAM in huge pages of the host, where it can: a wish.
+fn collapse(memory: &GuestMemory, parts: &PageSet) {
+    for run in parts.runs() {
+        let Some(region) = memory.iter().nth(run.region) else { continue };
+        let (Ok(offset), Ok(len)) = (usize::try_from(run.offset()), usize::try_from(run.len()))
+        else {
+            continue;
+        };
+        if offset.checked_add(len).is_none_or(|end| end > region.size()) {
+            continue;
+        }
+        let at = region.as_ptr().wrapping_add(offset);
+        // SAFETY: the range was just checked to be inside a live mapping; its contents stay.
+        let answer = unsafe { libc::madvise(at.cast(), len, libc::MADV_COLLAPSE) };
+        if answer != 0 {
+            tracing::debug!("no huge pages for {run:?}: {}", std::io::Error::last_os_error());
+        }
+    }
 }
 
 /// As [`forget_translations`], where the host has changed some pages of RAM only: what KVM knows of
@@ -201,42 +214,19 @@ pub fn forget_translations(
 ///
 /// KVM drops all its shadow page tables when any memory slot goes, so one is made for that, at a
 /// place where the guest has nothing.
-pub fn forget_shadow_pages(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+pub fn forget_shadow_pages(vm: &VmFd, log: &DirtyLog) -> Result<(), Error> {
     let size = usize::try_from(layout::PAGE_SIZE).unwrap_or_default();
     let page =
         vm_memory::MmapRegion::<()>::new(size).map_err(|source| Error::Map { size, source })?;
     for memory_size in [layout::PAGE_SIZE, 0] {
         let slot = kvm_userspace_memory_region {
-            slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+            slot: log.slots.free(),
             flags: 0,
             guest_phys_addr: layout::KVM_RESERVED_END,
             memory_size,
             userspace_addr: page.as_ptr() as u64,
         };
         // SAFETY: the slot is of a live mapping of that size, and is gone again before it.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
-    }
-    Ok(())
-}
-
-/// Sets the memory slot of each region; a size of 0 removes it.
-fn set_slots(
-    vm: &VmFd,
-    memory: &GuestMemory,
-    flags: u32,
-    size: impl Fn(&GuestRegion) -> u64,
-) -> Result<(), Error> {
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: size(region),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the region is a live mapping of at least that size. The machine keeps the memory
-        // until the VM is gone, and each region has a slot of its own.
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
     }
