@@ -94,6 +94,8 @@ fn trials(ram: u64, dir: &Path, report: &mut Report) {
     assert_eq!(guest.trial(), PAGES);
 
     let mut loads = Loads::connect(machine.qmp_path());
+    // Of the load that is to be dismissed. Answers that come late would be those of the trials after.
+    assert_eq!(guest.trial(), PAGES);
     let before = machine.rewound().unwrap_or(0);
     let (start, mut count) = (Instant::now(), 0);
     while start.elapsed() < TIME {

@@ -79,8 +79,8 @@ impl Hot {
 
     /// `many`: parts that many pages of were written in one run, not hot yet.
     fn hotter(&mut self, many: PageSet, hot: &PageSet) -> Option<PageSet> {
-        let mut again = self.before.replace(many.clone())?;
-        again.intersect(&many);
+        let mut again = many.clone();
+        again.intersect(&self.before.replace(many)?);
         let room = MOST_PARTS.saturating_sub(hot.count() / PART);
         let mut hotter = hot.clone();
         for part in again.runs().flat_map(|run| run.pieces(PART)).take(count(room)) {
