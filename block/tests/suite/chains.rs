@@ -13,6 +13,7 @@ use block::{Attachment, Error, Graph, Link, Node, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
 use crate::common::{self, Random, check, create, have_qemu_img, path, qemu_img, qemu_io};
+use crate::graphs::device;
 
 mod active;
 mod names;
@@ -127,10 +128,6 @@ impl Chain {
         }
         assert!(common::qemu_contents(copies.path(), &copy(self.top()), None) == contents);
     }
-}
-
-fn device(graph: &Graph, node: &str) -> Attachment {
-    graph.attach(node, User::device("vda", true, false)).unwrap()
 }
 
 fn read(link: &Link) -> Vec<u8> {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 
 use block::graph::{ExternalSnapshot, Overlay};
@@ -10,23 +10,9 @@ use block::{Attachment, Graph, Node, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
 use crate::common::{self, Random, create, have_qemu_img, path, qemu_img};
+use crate::graphs::{add, device, picture};
 
 const MIB: usize = 1 << 20;
-
-fn add(graph: &Graph, name: &str, image: &Path, backing: Option<Value>) -> Arc<Node> {
-    let mut options = json!({
-        "driver": "qcow2", "node-name": name,
-        "file": {"driver": "file", "filename": path(image)},
-    });
-    if let Some(backing) = backing {
-        options["backing"] = backing;
-    }
-    graph.add(&options).unwrap()
-}
-
-fn device(graph: &Graph, node: &str) -> Attachment {
-    graph.attach(node, User::device("vda", true, false)).unwrap()
-}
 
 fn file(image: &Path, node_name: &str) -> Overlay {
     Overlay::File {
@@ -55,11 +41,6 @@ fn get(user: &Attachment, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xee; len];
     user.link().read(offset, &[ReadBuf::new(&mut bytes)]).unwrap();
     bytes
-}
-
-fn picture(graph: &Graph) -> Vec<String> {
-    let of = |node: &Arc<Node>| serde_json::to_string(&node.info(false).unwrap()).unwrap();
-    graph.list().iter().map(of).collect()
 }
 
 /// Both programs find the same disk in a chain that nobody has open, and nothing wrong with it.

@@ -20,6 +20,7 @@ mod data_file;
 mod external;
 mod faults;
 mod graph;
+mod graphs;
 mod headers;
 mod image_options;
 mod jobs_backup;

@@ -1,33 +1,18 @@
 //! Nodes that take the places of others in use.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 
 use block::graph::Step;
 use block::queue::{OwnedBufs, Queue, Request};
-use block::{Attachment, Graph, Link, Node, Perm, Permissions, ReadBuf, User, WriteBuf};
+use block::{Graph, Link, Node, Perm, Permissions, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
 use crate::common::{self, Random, create, have_qemu_img, path};
+use crate::graphs::{add, device, picture};
 
 const MIB: u64 = 1 << 20;
-
-fn add(graph: &Graph, name: &str, image: &Path, backing: Option<Value>) -> Arc<Node> {
-    let mut options = json!({
-        "driver": "qcow2", "node-name": name,
-        "file": {"driver": "file", "filename": path(image)},
-    });
-    if let Some(backing) = backing {
-        options["backing"] = backing;
-    }
-    graph.add(&options).unwrap()
-}
-
-fn device(graph: &Graph, node: &str) -> Attachment {
-    graph.attach(node, User::device("vda", true, false)).unwrap()
-}
 
 fn byte(link: &Link, offset: u64) -> u8 {
     let mut byte = [0xee];
@@ -41,12 +26,6 @@ fn put(link: &Link, offset: u64, value: u8) {
 
 fn error_of<T>(result: block::Result<T>) -> String {
     result.err().unwrap().to_string()
-}
-
-/// All that QMP tells, and who can be attached where: what a refusal must leave alone.
-fn picture(graph: &Graph) -> Vec<String> {
-    let of = |node: &Arc<Node>| serde_json::to_string(&node.info(false).unwrap()).unwrap();
-    graph.list().iter().map(of).collect()
 }
 
 #[test]
