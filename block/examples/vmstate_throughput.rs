@@ -7,7 +7,7 @@ use std::alloc::{Layout, alloc_zeroed};
 use std::process::Command;
 use std::time::Instant;
 
-use block::{Graph, NewSnapshot, ReadBuf, WriteBuf};
+use block::{Graph, NewSnapshot, Node, ReadBuf, WriteBuf};
 
 const PART: usize = 4 << 20;
 const THREADS: usize = 4;
@@ -41,57 +41,70 @@ fn main() {
     let options = format!("driver=qcow2,node-name=d,file.driver=file,file.filename={image}");
     let node = graph.add_text(&options).unwrap();
     for round in 0..3 {
-        let new = NewSnapshot { tag: "x".into(), date_sec: 1, date_nsec: 1, vm_clock_nsec: 1 };
-        let start = Instant::now();
-        let format = node.format();
-        let mut change = format.create_snapshot(&new).unwrap();
-        let writer = &*change;
-        let parts: Vec<_> = memory.chunks(PART).enumerate().collect();
-        std::thread::scope(|scope| {
-            for thread in 0..THREADS {
-                let parts = &parts;
-                scope.spawn(move || {
-                    for (n, part) in parts.iter().skip(thread).step_by(THREADS) {
-                        let at = (n * PART) as u64;
-                        writer.write_vmstate(at, &[WriteBuf::new(part)]).unwrap();
-                    }
-                });
-            }
-        });
-        rate("  data", len, start);
-        change.set_vmstate_size(len as u64);
-        change.prepare().unwrap();
-        change.publish().unwrap();
-        change.finish().unwrap();
-        drop(change);
-        rate(&format!("save {round}"), len, start);
-        let start = Instant::now();
-        let id = &node.format().snapshots()[0].id.clone();
-        let format = node.format();
-        let state = format.open_vmstate(id).unwrap();
-        let reader = &*state;
-        std::thread::scope(|scope| {
-            let mut rest = memory.chunks_mut(PART).enumerate().collect::<Vec<_>>();
-            for _ in 0..THREADS {
-                let mine = rest.split_off(rest.len() - rest.len().min(len / PART / THREADS));
-                scope.spawn(move || {
-                    for (n, part) in mine {
-                        reader.read((n * PART) as u64, &[ReadBuf::new(part)]).unwrap();
-                    }
-                });
-            }
-        });
-        drop(state);
-        rate(&format!("load {round}"), len, start);
-        let start = Instant::now();
-        let format = node.format();
-        let mut change = format.delete_snapshot(id).unwrap();
-        change.prepare().unwrap();
-        change.publish().unwrap();
-        change.finish().unwrap();
-        rate(&format!("delete {round}"), len, start);
+        save(&node, memory, round);
+        let id = node.format().snapshots()[0].id.clone();
+        load(&node, &id, memory, round);
+        delete(&node, &id, len, round);
     }
     drop(node);
     drop(graph);
     std::fs::remove_file(&image).unwrap();
+}
+
+fn save(node: &Node, memory: &[u8], round: usize) {
+    let new = NewSnapshot { tag: "x".into(), date_sec: 1, date_nsec: 1, vm_clock_nsec: 1 };
+    let start = Instant::now();
+    let format = node.format();
+    let mut change = format.create_snapshot(&new).unwrap();
+    let writer = &*change;
+    let parts: Vec<_> = memory.chunks(PART).enumerate().collect();
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let parts = &parts;
+            scope.spawn(move || {
+                for (n, part) in parts.iter().skip(thread).step_by(THREADS) {
+                    let at = (n * PART) as u64;
+                    writer.write_vmstate(at, &[WriteBuf::new(part)]).unwrap();
+                }
+            });
+        }
+    });
+    rate("  data", memory.len(), start);
+    change.set_vmstate_size(memory.len() as u64);
+    change.prepare().unwrap();
+    change.publish().unwrap();
+    change.finish().unwrap();
+    drop(change);
+    rate(&format!("save {round}"), memory.len(), start);
+}
+
+fn load(node: &Node, id: &str, memory: &mut [u8], round: usize) {
+    let len = memory.len();
+    let start = Instant::now();
+    let format = node.format();
+    let state = format.open_vmstate(id).unwrap();
+    let reader = &*state;
+    std::thread::scope(|scope| {
+        let mut rest = memory.chunks_mut(PART).enumerate().collect::<Vec<_>>();
+        for _ in 0..THREADS {
+            let mine = rest.split_off(rest.len() - rest.len().min(len / PART / THREADS));
+            scope.spawn(move || {
+                for (n, part) in mine {
+                    reader.read((n * PART) as u64, &[ReadBuf::new(part)]).unwrap();
+                }
+            });
+        }
+    });
+    drop(state);
+    rate(&format!("load {round}"), len, start);
+}
+
+fn delete(node: &Node, id: &str, len: usize, round: usize) {
+    let start = Instant::now();
+    let format = node.format();
+    let mut change = format.delete_snapshot(id).unwrap();
+    change.prepare().unwrap();
+    change.publish().unwrap();
+    change.finish().unwrap();
+    rate(&format!("delete {round}"), len, start);
 }

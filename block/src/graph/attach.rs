@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::open::not_found;
+use super::open::{no_such_node, not_found};
 use super::permissions::{Edge, Parent, Role};
 use super::{Graph, State, lock};
 use crate::node::{Link, Node};
@@ -170,9 +170,7 @@ impl Graph {
     /// The node is missing, or read-only where clients are to write; the texts of QEMU's
     /// block-export-add.
     pub fn check_export(&self, name: &str, writable: bool) -> Result<()> {
-        let node = self.get(name).ok_or_else(|| {
-            Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"))
-        })?;
+        let node = self.get(name).ok_or_else(|| no_such_node(name))?;
         if writable && node.read_only() {
             return Err(Error::Invalid("Cannot export read-only node as writable".to_owned()));
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::build;
-use super::open::not_found;
+use super::open::{no_such_node, not_found};
 use super::permissions::{Parent, Role};
 use super::{Graph, locks};
 use crate::node::Node;
@@ -55,8 +55,7 @@ impl Graph {
     pub fn change_backing_file(&self, device: &str, node: &str, name: &str) -> Result<()> {
         self.get(device).ok_or_else(|| not_found(device))?;
         self.check_root(device)?;
-        let missing = format!("Cannot find device='' nor node-name='{node}'");
-        let image = self.get(node).ok_or(Error::Invalid(missing))?;
+        let image = self.get(node).ok_or_else(|| no_such_node(node))?;
         let Some(below) = image.backing() else {
             return Err(Error::Invalid(
                 "not allowing backing file change on an image without a backing file".to_owned(),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::Result;
 use crate::bitmap::BitmapInfo;
 use crate::node::Node;
-use crate::qcow2::{Compression, StoredBitmap};
+use crate::qcow2::{Compression, Qcow2, Qcow2Info, StoredBitmap};
 use crate::snapshot::SnapshotInfo;
 
 /// Most images that are told of one in the other: parsers of JSON refuse to go much deeper, and as each
@@ -25,7 +25,7 @@ pub struct NodeInfo {
     pub file: String,
     /// Whether writes are refused.
     pub ro: bool,
-    /// Always: images are never given up to another host.
+    /// Whether the image is this process's: not once a migration has given it to another one.
     pub active: bool,
     /// Never: encrypted images are refused.
     pub encrypted: bool,
@@ -214,44 +214,42 @@ impl Node {
         }
         if let Some(qcow2) = self.qcow2() {
             let own = qcow2.info();
+            info.format_specific = Some(qcow2_specific(&qcow2, &own));
             info.cluster_size = Some(own.cluster_size);
             info.dirty_flag = own.dirty;
             info.backing_filename = own.backing_file;
             info.backing_filename_format = own.backing_format;
             info.full_backing_filename = self.details().full_backing.clone();
-            let mut specific = json!({"type": "qcow2", "data": {
-                "compat": own.compat,
-                "compression-type": match own.compression {
-                    Compression::Zlib => "zlib",
-                    Compression::Zstd => "zstd",
-                },
-                "lazy-refcounts": own.lazy_refcounts,
-                "refcount-bits": own.refcount_bits,
-                "corrupt": own.corrupt,
-                "extended-l2": own.extended_l2,
-            }});
-            if own.compat == "0.10"
-                && let Some(data) = specific["data"].as_object_mut()
-            {
-                // Version 2 knows nothing of these, and QEMU says nothing of them.
-                data.retain(|name, _| {
-                    !matches!(name.as_str(), "lazy-refcounts" | "corrupt" | "extended-l2")
-                });
-            }
-            if let (Some(raw), Some(data)) = (own.data_file_raw, specific["data"].as_object_mut()) {
-                data.insert("data-file-raw".to_owned(), raw.into());
-                if let Some(name) = own.data_file {
-                    data.insert("data-file".to_owned(), name.into());
-                }
-            }
-            info.format_specific = Some(specific);
-            let bitmaps: Vec<Value> = qcow2.stored_bitmaps().iter().map(stored_json).collect();
-            if !bitmaps.is_empty()
-                && let Some(specific) = &mut info.format_specific
-            {
-                specific["data"]["bitmaps"] = bitmaps.into();
-            }
         }
         Ok(info)
     }
+}
+
+/// `ImageInfoSpecific` of a qcow2 image.
+fn qcow2_specific(image: &Qcow2, own: &Qcow2Info) -> Value {
+    let mut data = json!({
+        "compat": own.compat,
+        "compression-type": match own.compression {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        },
+        "refcount-bits": own.refcount_bits,
+    });
+    // Version 2 knows nothing of these, and QEMU says nothing of them.
+    if own.compat != "0.10" {
+        data["lazy-refcounts"] = own.lazy_refcounts.into();
+        data["corrupt"] = own.corrupt.into();
+        data["extended-l2"] = own.extended_l2.into();
+    }
+    if let Some(raw) = own.data_file_raw {
+        data["data-file-raw"] = raw.into();
+        if let Some(name) = &own.data_file {
+            data["data-file"] = name.as_str().into();
+        }
+    }
+    let bitmaps: Vec<Value> = image.stored_bitmaps().iter().map(stored_json).collect();
+    if !bitmaps.is_empty() {
+        data["bitmaps"] = bitmaps.into();
+    }
+    json!({"type": "qcow2", "data": data})
 }

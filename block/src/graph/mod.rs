@@ -60,6 +60,7 @@ pub use hold::Held;
 pub(crate) use image_file::ImageFile;
 pub use info::{CacheInfo, ImageInfo, NodeInfo, snapshot_json};
 pub(crate) use intercept::Intercepting;
+pub(crate) use open::{no_such_node, not_found};
 pub use options::DetectZeroes;
 pub(crate) use options::NodeOptions;
 pub use replace::Step;

@@ -361,6 +361,12 @@ fn loops(path: &str) -> Error {
     Error::Invalid(format!("Backing file '{path}' creates an infinite loop."))
 }
 
-pub(super) fn not_found(name: &str) -> Error {
+/// No node has that name, where a device's name would do, too.
+pub(crate) fn not_found(name: &str) -> Error {
     Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+/// No node has that name.
+pub(crate) fn no_such_node(name: &str) -> Error {
+    Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"))
 }

@@ -88,6 +88,17 @@ impl<P, R> Crew<'_, P, R> {
     }
 }
 
+impl<P, E> Crew<'_, P, Result<(), E>> {
+    /// Waits until no piece is under way; gives the first failure of these.
+    pub(super) fn drain(&mut self) -> Option<E> {
+        let mut failure = None;
+        while let Some(result) = self.next() {
+            failure = failure.or(result.err());
+        }
+        failure
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

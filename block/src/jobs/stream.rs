@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::{Control, OnError, Operation, Side, walk};
 use crate::graph::chain::find_image;
-use crate::graph::{Attachment, Claim, Graph, Step, User};
+use crate::graph::{Attachment, Claim, Graph, Step, User, no_such_node};
 use crate::{Error, Node, Perm, Result};
 
 /// The members of QMP's block-stream that are about the images.
@@ -130,7 +130,7 @@ fn last_streamed(graph: &Graph, chain: &[Arc<Node>], options: &StreamOptions) ->
     let StreamOptions { device, base, base_node, bottom, .. } = options;
     let place = |name: &str| {
         if graph.get(name).is_none() {
-            return refuse(format!("Cannot find device='' nor node-name='{name}'"));
+            return Err(no_such_node(name));
         }
         Ok(chain.iter().position(|node| node.name() == name))
     };

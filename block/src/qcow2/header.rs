@@ -125,6 +125,66 @@ fn get_u32(bytes: &[u8], at: usize) -> u32 {
     be32_at(bytes, at)
 }
 
+fn corrupt(filename: &str, reason: String) -> Error {
+    Error::Corrupt { filename: filename.to_owned(), reason }
+}
+
+fn unsupported(filename: &str, what: String) -> Error {
+    Error::NotSupported(format!("Image '{filename}' {what}"))
+}
+
+/// A field of feature bits, which version 2 does not have.
+fn features(fixed: &[u8; 112], version: u32, at: usize) -> u64 {
+    if version == 3 { be64_at(fixed, at) } else { 0 }
+}
+
+/// Checks the fields that all others depend on. Returns the geometry and the length of the header.
+fn geometry(fixed: &[u8; 112], name: &str, file_len: u64) -> Result<(Geometry, u32)> {
+    let corrupt = |reason| corrupt(name, reason);
+    let unsupported = |what| unsupported(name, what);
+    let version = get_u32(fixed, 4);
+    if !(2..=3).contains(&version) {
+        return Err(unsupported(format!(
+            "is qcow2 version {version}, only versions 2 and 3 are supported"
+        )));
+    }
+    let v3 = version == 3;
+    if v3 && file_len < V3_HEADER {
+        let reason = format!("is truncated: {file_len} bytes, the header has at least 104");
+        return Err(Error::NotFormat { format: "qcow2", filename: name.to_owned(), reason });
+    }
+    let cluster_bits = get_u32(fixed, 20);
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(corrupt(format!("cluster_bits is {cluster_bits}, must be 9 to 21")));
+    }
+    let header_length = if v3 { get_u32(fixed, 100) } else { 72 };
+    if u64::from(header_length) > 1 << cluster_bits || (v3 && header_length < 104) {
+        return Err(corrupt(format!(
+            "header_length is {header_length}, must be 104 up to the cluster size"
+        )));
+    }
+    let refcount_order = if v3 { get_u32(fixed, 96) } else { 4 };
+    if refcount_order > 6 {
+        return Err(corrupt(format!("refcount_order is {refcount_order}, must be 0 to 6")));
+    }
+    match get_u32(fixed, 32) {
+        0 => {}
+        1 => return Err(unsupported("is encrypted (AES), which is not supported".into())),
+        2 => return Err(unsupported("is encrypted (LUKS), which is not supported".into())),
+        n => return Err(corrupt(format!("unknown encryption method {n}"))),
+    }
+    let incompatible = features(fixed, version, 72);
+    let extended = incompatible & incompatible::EXTENDED_L2 != 0;
+    if extended && cluster_bits < MIN_EXTENDED_BITS {
+        return Err(corrupt(format!(
+            "it has extended L2 entries and clusters of {} bytes, fewer than 16384",
+            1u64 << cluster_bits
+        )));
+    }
+    let external = incompatible & incompatible::DATA_FILE != 0;
+    Ok((Geometry { cluster_bits, refcount_order, version, extended, external }, header_length))
+}
+
 impl Header {
     /// Reads and checks the header.
     ///
@@ -136,74 +196,10 @@ impl Header {
         let mut fixed = [0; 112];
         storage.read_at(0, &[ReadBuf::new(&mut fixed)])?;
         check_magic(storage.name(), &fixed, file_len)?;
-        let corrupt =
-            |reason: String| Error::Corrupt { filename: storage.name().to_owned(), reason };
-        let unsupported =
-            |what: String| Error::NotSupported(format!("Image '{}' {what}", storage.name()));
-        let version = get_u32(&fixed, 4);
-        if !(2..=3).contains(&version) {
-            return Err(unsupported(format!(
-                "is qcow2 version {version}, only versions 2 and 3 are supported"
-            )));
-        }
-        let v3 = version == 3;
-        if v3 && file_len < V3_HEADER {
-            let reason = format!("is truncated: {file_len} bytes, the header has at least 104");
-            let filename = storage.name().to_owned();
-            return Err(Error::NotFormat { format: "qcow2", filename, reason });
-        }
-        let cluster_bits = get_u32(&fixed, 20);
-        if !(9..=21).contains(&cluster_bits) {
-            return Err(corrupt(format!("cluster_bits is {cluster_bits}, must be 9 to 21")));
-        }
-        let header_length = if v3 { get_u32(&fixed, 100) } else { 72 };
-        if u64::from(header_length) > 1 << cluster_bits || (v3 && header_length < 104) {
-            return Err(corrupt(format!(
-                "header_length is {header_length}, must be 104 up to the cluster size"
-            )));
-        }
-        let refcount_order = if v3 { get_u32(&fixed, 96) } else { 4 };
-        if refcount_order > 6 {
-            return Err(corrupt(format!("refcount_order is {refcount_order}, must be 0 to 6")));
-        }
-        match get_u32(&fixed, 32) {
-            0 => {}
-            1 => return Err(unsupported("is encrypted (AES), which is not supported".into())),
-            2 => return Err(unsupported("is encrypted (LUKS), which is not supported".into())),
-            n => return Err(corrupt(format!("unknown encryption method {n}"))),
-        }
-        let features = |at| if v3 { be64_at(&fixed, at) } else { 0 };
-        let incompatible = features(72);
-        let extended = incompatible & incompatible::EXTENDED_L2 != 0;
-        if extended && cluster_bits < MIN_EXTENDED_BITS {
-            return Err(corrupt(format!(
-                "it has extended L2 entries and clusters of {} bytes, fewer than 16384",
-                1u64 << cluster_bits
-            )));
-        }
-        let external = incompatible & incompatible::DATA_FILE != 0;
-        let geometry = Geometry { cluster_bits, refcount_order, version, extended, external };
-        let mut header = Self {
-            geometry,
-            size: be64_at(&fixed, 24),
-            l1_size: get_u32(&fixed, 36),
-            l1_offset: be64_at(&fixed, 40),
-            refcount_table_offset: be64_at(&fixed, 48),
-            refcount_table_clusters: get_u32(&fixed, 56),
-            snapshots: get_u32(&fixed, 60),
-            snapshots_offset: be64_at(&fixed, 64),
-            incompatible,
-            compatible: features(80),
-            autoclear: features(88),
-            compression: Compression::Zlib,
-            backing_file: None,
-            backing_bytes: Vec::new(),
-            backing_format: None,
-            extensions: Vec::new(),
-            length: header_length,
-            backing_offset: be64_at(&fixed, 8),
-            doubtful: false,
-        };
+        let corrupt = |reason| corrupt(storage.name(), reason);
+        let unsupported = |what| unsupported(storage.name(), what);
+        let (geometry, header_length) = geometry(&fixed, storage.name(), file_len)?;
+        let mut header = Self::of_fields(&fixed, geometry, header_length);
         header.check_tables(file_len).map_err(corrupt)?;
         let mut first = vec![0; to_usize(header.geometry.cluster_size())];
         storage.read_at(0, &[ReadBuf::new(&mut first)])?;
@@ -227,6 +223,32 @@ impl Header {
             .read_backing_name(&first, be64_at(&fixed, 8), get_u32(&fixed, 16))
             .map_err(corrupt)?;
         Ok(header)
+    }
+
+    /// The fields as they are in the image, without what follows them.
+    fn of_fields(fixed: &[u8; 112], geometry: Geometry, header_length: u32) -> Self {
+        let features = |at| features(fixed, geometry.version, at);
+        Self {
+            geometry,
+            size: be64_at(fixed, 24),
+            l1_size: get_u32(fixed, 36),
+            l1_offset: be64_at(fixed, 40),
+            refcount_table_offset: be64_at(fixed, 48),
+            refcount_table_clusters: get_u32(fixed, 56),
+            snapshots: get_u32(fixed, 60),
+            snapshots_offset: be64_at(fixed, 64),
+            incompatible: features(72),
+            compatible: features(80),
+            autoclear: features(88),
+            compression: Compression::Zlib,
+            backing_file: None,
+            backing_bytes: Vec::new(),
+            backing_format: None,
+            extensions: Vec::new(),
+            length: header_length,
+            backing_offset: be64_at(fixed, 8),
+            doubtful: false,
+        }
     }
 
     /// Checks sizes and places of the tables.

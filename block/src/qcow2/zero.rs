@@ -157,6 +157,26 @@ impl Qcow2 {
         self.data.write_zeroes(start, end - start, wish != Wish::Keep)
     }
 
+    /// Where a cluster stays as it is, whether that is what was wished for.
+    fn as_it_is(&self, old: &Cluster, set: u32, wish: Wish) -> Option<bool> {
+        let geometry = self.geometry;
+        let bare = self.backing().is_none();
+        let every = set == mask(0..geometry.subclusters());
+        let has_host = old.mapping.run(geometry).is_some();
+        let stays = wish == Wish::Keep || self.no_unref.is_some();
+        if old.reads_zero(set, bare) && (!has_host || stays || !every) {
+            return Some(true);
+        }
+        if wish == Wish::Discard && old.mapping == Mapping::Unallocated {
+            return Some(true);
+        }
+        // A part of a compressed cluster cannot be zero on its own.
+        let part = !every && matches!(old.mapping, Mapping::Compressed { .. });
+        // Version 2 over a backing file: a discarded cluster reads as before.
+        let shows_backing = geometry.version < 3 && !bare;
+        (part || shows_backing).then_some(wish == Wish::Discard)
+    }
+
     /// Changes the subclusters of a range within one cluster. Says whether it could do it. `holes`
     /// gets what keeps its place but not its space (host offset and bytes): the entry says zero
     /// already, and what it said before may be zero or as it was.
@@ -170,27 +190,11 @@ impl Qcow2 {
     ) -> Result<bool> {
         let geometry = self.geometry;
         let old = meta.cluster(guest)?;
-        let bare = self.backing().is_none();
         let set = mask(geometry.touched(guest, len));
-        let every = set == mask(0..geometry.subclusters());
-        let run = old.mapping.run(geometry);
-        let has_host = run.is_some();
-        let stays = wish == Wish::Keep || self.no_unref.is_some();
-        if old.reads_zero(set, bare) && (!has_host || stays || !every) {
-            return Ok(true);
-        }
-        if wish == Wish::Discard && old.mapping == Mapping::Unallocated {
-            return Ok(true);
-        }
-        if !every && matches!(old.mapping, Mapping::Compressed { .. }) {
-            // A part of it cannot be zero on its own.
-            return Ok(wish == Wish::Discard);
+        if let Some(done) = self.as_it_is(&old, set, wish) {
+            return Ok(done);
         }
         let v3 = geometry.version >= 3;
-        if !v3 && !bare {
-            // Version 2 over a backing file: a discarded cluster reads as before.
-            return Ok(wish == Wish::Discard);
-        }
         let (allocated, zero) = (old.allocated & !set, old.zero | set);
         let table = meta.l2_for_write(geometry.l1_index(guest))?;
         let index = geometry.l2_index(guest);
@@ -218,7 +222,7 @@ impl Qcow2 {
         } else {
             let zero = if v3 { zero } else { 0 };
             table.set_both(index, Cluster::encode(None, 0, zero, geometry));
-            if let Some(run) = run {
+            if let Some(run) = old.mapping.run(geometry) {
                 meta.defer_discard(run);
             }
         }

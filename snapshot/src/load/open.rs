@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use block::{Node, ReadBuf, SnapshotInfo};
 
 use super::{Checkpoint, Found, LoadError};
-use crate::config::decode_config;
+use crate::config::{CheckpointConfig, decode_config};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
 use crate::nodes::{check_capable, check_no_jobs, find_tag, kept_tag, vmstate_index};
@@ -20,14 +20,7 @@ impl Checkpoint {
         let tag = kept_tag(tag).to_owned();
         let found = find(nodes, &tag)?;
         let vmstate = vmstate_index(nodes, vmstate)?;
-        let Found { node, snapshot, .. } = &found[vmstate];
-        if snapshot.vm_state_size == 0 {
-            return Err(LoadError::DiskOnly);
-        }
-        let unusable =
-            |source| LoadError::State { tag: tag.clone(), node: node.name().to_owned(), source };
-        let area = read_area(node, snapshot).map_err(unusable)?;
-        let config = decode_config(&area.sections).map_err(unusable)?;
+        let (area, config) = found[vmstate].read(&tag)?;
         let nodes = same_save(found, vmstate, &tag)?;
         let stored = OnceLock::new();
         let checkpoint = Self { nodes, vmstate, tag, area, config, stored };
@@ -40,14 +33,7 @@ impl Checkpoint {
     pub fn open_state(node: &Arc<Node>, tag: &str) -> Result<Self, LoadError> {
         let tag = kept_tag(tag).to_owned();
         let found = find(std::slice::from_ref(node), &tag)?;
-        let Found { snapshot, .. } = &found[0];
-        if snapshot.vm_state_size == 0 {
-            return Err(LoadError::DiskOnly);
-        }
-        let unusable =
-            |source| LoadError::State { tag: tag.clone(), node: node.name().to_owned(), source };
-        let area = read_area(node, snapshot).map_err(unusable)?;
-        let config = decode_config(&area.sections).map_err(unusable)?;
+        let (area, config) = found[0].read(&tag)?;
         Ok(Self { nodes: found, vmstate: 0, tag, area, config, stored: OnceLock::new() })
     }
 
@@ -116,6 +102,21 @@ fn same_save(mut found: Vec<Found>, vmstate: usize, tag: &str) -> Result<Vec<Fou
         })?;
     }
     Ok(found)
+}
+
+impl Found {
+    /// The VM state, verified, and the configuration in it.
+    fn read(&self, tag: &str) -> Result<(StateArea, CheckpointConfig), LoadError> {
+        let Self { node, snapshot, .. } = self;
+        if snapshot.vm_state_size == 0 {
+            return Err(LoadError::DiskOnly);
+        }
+        let unusable =
+            |source| LoadError::State { tag: tag.to_owned(), node: node.name().to_owned(), source };
+        let area = read_area(node, snapshot).map_err(unusable)?;
+        let config = decode_config(&area.sections).map_err(unusable)?;
+        Ok((area, config))
+    }
 }
 
 fn read_area(node: &Node, snapshot: &SnapshotInfo) -> Result<StateArea, FormatError> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::super::State;
 use super::super::activity::has_image;
 use super::super::build::{self, Flags};
+use super::super::open::no_such_node;
 use super::super::options::{Backing, Driver, ImageOptions, NodeOptions, NodeRef};
 use super::cannot_change;
 use crate::node::{Details, Node};
@@ -229,9 +230,7 @@ impl<'a> Planner<'a> {
             |child: &Arc<Node>| child.details().inherits_from.as_deref() == Some(node.name());
         match wanted {
             NodeRef::Name(name) => {
-                let missing =
-                    || Error::Invalid(format!("Cannot find device='' nor node-name='{name}'"));
-                let child = self.find(name).ok_or_else(missing)?;
+                let child = self.find(name).ok_or_else(|| no_such_node(name))?;
                 let same = current.is_some_and(|current| Arc::ptr_eq(current, &child));
                 if same && inherits(&child) && !self.plans.contains_key(child.name()) {
                     let options = child.details().options.clone();

@@ -27,8 +27,8 @@ use super::chunks::Chunks;
 use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
 use super::crew::{Crew, with_crew};
 use super::{Control, Operation, Side};
-use crate::bitmap::BitmapHold;
-use crate::graph::{Attachment, Claim, Graph, Intercepting, User};
+use crate::bitmap::{Bitmap, BitmapHold};
+use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
 use crate::node::Occupied;
 use crate::perm::Perm;
 use crate::{Error, Node, Result};
@@ -48,6 +48,28 @@ pub struct Backup {
     _attached: [Attachment; 2],
 }
 
+/// Nobody has what the backup is to use.
+fn check_free(
+    graph: &Graph,
+    options: &BackupOptions,
+    (source, target): (&Arc<Node>, &Arc<Node>),
+    bitmap: Option<&Bitmap>,
+) -> Result<()> {
+    if Arc::ptr_eq(source, target) {
+        return Err(Error::Invalid("Source and target cannot be the same".to_owned()));
+    }
+    graph.check_unclaimed(&options.source)?;
+    target.check_no_job()?;
+    if options.compress && target.format().compressed_cluster().is_none() {
+        return Err(Error::Invalid("Compression is not supported for this drive ".to_owned()));
+    }
+    if let Some(bitmap) = bitmap {
+        bitmap.check_usable()?;
+    }
+    graph.check_no_format_above(&options.source)?;
+    graph.check_no_format_above(&options.target)
+}
+
 impl Backup {
     /// Checks, and takes note of the contents as they are now. Requests to the source wait meanwhile,
     /// which those in flight take; they may be held already ([`Graph::hold`], which must have been asked
@@ -56,26 +78,15 @@ impl Backup {
     /// # Errors
     /// With QEMU's texts. Nothing is changed then.
     pub fn new(graph: &Graph, options: BackupOptions) -> Result<Self> {
-        let find = |name: &str| {
-            let missing =
-                || Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'"));
-            graph.get(name).ok_or_else(missing)
-        };
+        let find = |name: &str| graph.get(name).ok_or_else(|| not_found(name));
         let (source, target) = (find(&options.source)?, find(&options.target)?);
         let bitmap = options.bitmap_of(&source)?;
-        if Arc::ptr_eq(&source, &target) {
-            return Err(Error::Invalid("Source and target cannot be the same".to_owned()));
-        }
-        graph.check_unclaimed(&options.source)?;
-        target.check_no_job()?;
-        if options.compress && target.format().compressed_cluster().is_none() {
-            return Err(Error::Invalid("Compression is not supported for this drive ".to_owned()));
-        }
-        if let Some((bitmap, _)) = &bitmap {
-            bitmap.check_usable()?;
-        }
-        graph.check_no_format_above(&options.source)?;
-        graph.check_no_format_above(&options.target)?;
+        check_free(
+            graph,
+            &options,
+            (&source, &target),
+            bitmap.as_ref().map(|(bitmap, _)| &**bitmap),
+        )?;
         let claim = graph.claim(&[&options.target], "backup")?;
         let occupied = source.occupy("backup")?;
         // Writes of the guest may go to the target's backing file, so they are let; another size is not.
@@ -229,14 +240,8 @@ impl Backup {
                 Err(failed) => wrong = Some(failed),
             }
             // Nothing may be under way when it rests.
-            while let Some(result) = crew.next() {
-                if let Err(failed) = result
-                    && wrong.is_none()
-                {
-                    wrong = Some(failed);
-                }
-            }
-            match wrong {
+            let also_wrong = crew.drain();
+            match wrong.or(also_wrong) {
                 Some(failed) => self.failed(control, failed)?,
                 None => control.rest()?,
             }

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use super::{Control, MirrorHandle, OnError, Operation};
-use crate::graph::Graph;
 use crate::graph::chain::find_image;
+use crate::graph::{Graph, no_such_node};
 use crate::{Error, Node, Result};
 
 mod active;
@@ -112,7 +112,7 @@ fn refuse<T>(text: String) -> Result<T> {
 /// The place of a node in a chain.
 fn place(graph: &Graph, chain: &[Arc<Node>], name: &str) -> Result<usize> {
     if graph.get(name).is_none() {
-        return refuse(format!("Cannot find device='' nor node-name='{name}'"));
+        return Err(no_such_node(name));
     }
     match chain.iter().position(|node| node.name() == name) {
         Some(at) => Ok(at),

@@ -32,7 +32,7 @@ use super::chunks::Chunks;
 use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
 use super::crew::{Crew, PARALLEL, with_crew};
 use super::{Control, Finish, Operation, Side, Sync, Wake};
-use crate::graph::{Attachment, Claim, Graph, Intercepting, User};
+use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
 use crate::perm::{Perm, Permissions};
 use crate::{Error, Result, WriteObserver};
 
@@ -92,11 +92,7 @@ impl Mirror {
     /// # Errors
     /// With QEMU's texts. Nothing is changed then.
     pub fn new(graph: &Graph, options: MirrorOptions) -> Result<Self> {
-        let find = |name: &str| {
-            let missing =
-                || Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'"));
-            graph.get(name).ok_or_else(missing)
-        };
+        let find = |name: &str| graph.get(name).ok_or_else(|| not_found(name));
         let source = find(&options.source)?;
         graph.check_root(&options.source)?;
         if source.check_no_job().is_err() {
@@ -298,14 +294,8 @@ impl Mirror {
                 }
             }
             // Nothing may be under way when it rests.
-            while let Some(result) = crew.next() {
-                if let Err(failed) = result
-                    && wrong.is_none()
-                {
-                    wrong = Some(failed);
-                }
-            }
-            match wrong {
+            let also_wrong = crew.drain();
+            match wrong.or(also_wrong) {
                 Some(failed) => self.failed(control, failed)?,
                 None => control.rest()?,
             }

@@ -58,62 +58,86 @@ pub(in crate::qcow2) fn load(meta: &mut Meta) -> Result<BitmapSet> {
 
 /// The directory and the bitmaps; `None` if the image has none, or none that count.
 fn read(meta: &Meta) -> Result<Option<(Directory, Vec<Arc<Bitmap>>)>> {
-    let storage = &*meta.storage;
     let Some(data) = meta.header.extension(extension::BITMAPS) else {
         return Ok(None);
     };
     if meta.header.autoclear & AUTOCLEAR == 0 {
         tracing::warn!(
-            image = storage.name(),
+            image = meta.storage.name(),
             "a program without support for bitmaps wrote to the image: its bitmaps do not count any more, and their clusters may be leaked (qemu-img check -r leaks)"
         );
         return Ok(None);
     }
-    let corrupt = |why: String| Error::Corrupt {
-        filename: storage.name().to_owned(),
-        reason: format!("bitmaps: {why}"),
-    };
+    let (offset, entries, own) = read_directory(meta, data)?;
+    let tables = read_tables(meta, &entries, own)?;
+    let bitmaps = read_contents(meta, &entries, tables)?;
+    Ok(Some((Directory { entries, offset }, bitmaps)))
+}
+
+fn corrupt(meta: &Meta, why: &str) -> Error {
+    Error::Corrupt { filename: meta.storage.name().to_owned(), reason: format!("bitmaps: {why}") }
+}
+
+/// The directory's place in bytes, its entries, and the clusters that it takes.
+fn read_directory(meta: &Meta, extension: &[u8]) -> Result<(u64, Vec<Entry>, Run)> {
+    let corrupt = |why: String| corrupt(meta, &why);
     let geometry = meta.geometry();
-    let file_len = storage.len()?;
-    let place = Extension::decode(data, geometry, file_len).map_err(corrupt)?;
+    let file_len = meta.storage.len()?;
+    let place = Extension::decode(extension, geometry, file_len).map_err(corrupt)?;
     let mut bytes = vec![0; to_usize(place.size)];
-    storage.read_at(place.offset, &[ReadBuf::new(&mut bytes)])?;
+    meta.storage.read_at(place.offset, &[ReadBuf::new(&mut bytes)])?;
     let entries = directory::decode(&bytes, place.count, geometry, meta.header.size, file_len)
         .map_err(corrupt)?;
-    drop(bytes);
     let tables: u64 = entries.iter().map(Entry::table_bytes).sum();
     if tables > MAX_TABLES {
         return Err(corrupt(format!("their tables take {tables} bytes, more than {MAX_TABLES}")));
     }
     let first = geometry.cluster_of(HostOffset(place.offset));
-    let mut runs = vec![Run { first, count: geometry.clusters(place.size) }];
-    let mut all_parts = Vec::with_capacity(entries.len());
-    for entry in &entries {
+    Ok((place.offset, entries, Run { first, count: geometry.clusters(place.size) }))
+}
+
+/// The table of each bitmap. No cluster may be in two of them, or among the directory's `own`.
+fn read_tables(meta: &Meta, entries: &[Entry], own: Run) -> Result<Vec<Vec<Part>>> {
+    let corrupt = |why: String| corrupt(meta, &why);
+    let geometry = meta.geometry();
+    let file_len = meta.storage.len()?;
+    let mut runs = vec![own];
+    let mut tables = Vec::with_capacity(entries.len());
+    for entry in entries {
         // The contents of one that is in use count for nothing, and its table may be anything.
         if entry.in_use() {
-            all_parts.push(Vec::new());
+            tables.push(Vec::new());
             runs.extend(table::runs(entry, &[], geometry));
             continue;
         }
         let wrong = |why: String| {
             corrupt(format!("bitmap '{}': {why}", String::from_utf8_lossy(&entry.name)))
         };
-        let table = table::read(storage, entry)?;
+        let table = table::read(&*meta.storage, entry)?;
         let parts = table::decode(&table, geometry, file_len).map_err(wrong)?;
         runs.extend(table::runs(entry, &parts, geometry));
-        all_parts.push(parts);
+        tables.push(parts);
     }
     check_apart(runs).map_err(corrupt)?;
-    let data = all_parts.iter().flatten().filter(|part| matches!(part, Part::Data(_))).count();
+    let data = tables.iter().flatten().filter(|part| matches!(part, Part::Data(_))).count();
     if geometry.bytes_of(to_u64(data)) > MAX_READ {
         return Err(corrupt(format!("they have {data} data clusters, which is too much to read")));
     }
+    Ok(tables)
+}
+
+/// The bitmaps whose use is known here.
+fn read_contents(
+    meta: &Meta,
+    entries: &[Entry],
+    tables: Vec<Vec<Part>>,
+) -> Result<Vec<Arc<Bitmap>>> {
     let mut bitmaps = Vec::new();
     let mut memory = 0;
-    for (entry, parts) in entries.iter().zip(all_parts) {
+    for (entry, parts) in entries.iter().zip(tables) {
         let Some(name) = entry.usable_name() else {
             tracing::warn!(
-                image = storage.name(),
+                image = meta.storage.name(),
                 "bitmap '{}' is left alone: what it is for is not known here",
                 String::from_utf8_lossy(&entry.name)
             );
@@ -132,7 +156,7 @@ fn read(meta: &Meta) -> Result<Option<(Directory, Vec<Arc<Bitmap>>)>> {
         memory += bitmap.with_bits(|bits| read_bits(meta, &parts, bits, MAX_MEMORY - memory))?;
         bitmaps.push(Arc::new(bitmap));
     }
-    Ok(Some((Directory { entries, offset: place.offset }, bitmaps)))
+    Ok(bitmaps)
 }
 
 /// Refuses clusters that are there twice: loading would take as long, and as much memory, as such

@@ -182,42 +182,9 @@ fn header(plan: &options::Plan, layout: &Layout, data_file: Option<&str>) -> Res
     out.extend([0; 12]);
     debug_assert_eq!(out.len(), V2_HEADER_LENGTH);
     if v3 {
-        let mut bits = 0;
-        for (set, bit) in [
-            (data_file.is_some(), incompatible::DATA_FILE),
-            (plan.compression != Compression::Zlib, incompatible::COMPRESSION),
-            (plan.extended_l2, incompatible::EXTENDED_L2),
-        ] {
-            bits |= if set { bit } else { 0 };
-        }
-        out.extend(bits.to_be_bytes());
-        out.extend((if plan.lazy_refcounts { LAZY_REFCOUNTS } else { 0 }).to_be_bytes());
-        out.extend((if plan.data_file_raw { RAW_EXTERNAL } else { 0 }).to_be_bytes());
-        out.extend(plan.refcount_order.to_be_bytes());
-        out.extend(HEADER_LENGTH.to_be_bytes());
-        out.push(match plan.compression {
-            Compression::Zlib => 0,
-            Compression::Zstd => 1,
-        });
-        out.extend([0; 7]);
+        add_version_3_fields(&mut out, plan, data_file.is_some());
     }
-    let mut extend = |kind: u32, data: &[u8]| {
-        out.extend(kind.to_be_bytes());
-        out.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
-        out.extend(data);
-        out.resize(out.len().next_multiple_of(8), 0);
-    };
-    if let Some(format) = &plan.backing_fmt {
-        extend(extension::BACKING_FORMAT, format.as_bytes());
-    }
-    if let Some(name) = data_file {
-        extend(DATA_FILE_EXTENSION, name.as_bytes());
-    }
-    // Its table would fill the whole header of an image with the smallest clusters.
-    if v3 && plan.cluster_bits > 9 {
-        extend(extension::FEATURE_NAMES, &feature_names());
-    }
-    extend(0, &[]);
+    add_extensions(&mut out, plan, data_file);
     if !backing.is_empty() {
         let at = out.len();
         out[8..16].copy_from_slice(&to_u64(at).to_be_bytes());
@@ -234,6 +201,49 @@ fn header(plan: &options::Plan, layout: &Layout, data_file: Option<&str>) -> Res
     }
     out.resize(to_usize(layout.cluster_size()), 0);
     Ok(out)
+}
+
+/// What version 3 has behind the fields of version 2.
+fn add_version_3_fields(out: &mut Vec<u8>, plan: &options::Plan, external: bool) {
+    let mut bits = 0;
+    for (set, bit) in [
+        (external, incompatible::DATA_FILE),
+        (plan.compression != Compression::Zlib, incompatible::COMPRESSION),
+        (plan.extended_l2, incompatible::EXTENDED_L2),
+    ] {
+        bits |= if set { bit } else { 0 };
+    }
+    out.extend(bits.to_be_bytes());
+    out.extend((if plan.lazy_refcounts { LAZY_REFCOUNTS } else { 0 }).to_be_bytes());
+    out.extend((if plan.data_file_raw { RAW_EXTERNAL } else { 0 }).to_be_bytes());
+    out.extend(plan.refcount_order.to_be_bytes());
+    out.extend(HEADER_LENGTH.to_be_bytes());
+    out.push(match plan.compression {
+        Compression::Zlib => 0,
+        Compression::Zstd => 1,
+    });
+    out.extend([0; 7]);
+}
+
+/// The extensions, with their end mark.
+fn add_extensions(out: &mut Vec<u8>, plan: &options::Plan, data_file: Option<&str>) {
+    let mut extend = |kind: u32, data: &[u8]| {
+        out.extend(kind.to_be_bytes());
+        out.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+        out.extend(data);
+        out.resize(out.len().next_multiple_of(8), 0);
+    };
+    if let Some(format) = &plan.backing_fmt {
+        extend(extension::BACKING_FORMAT, format.as_bytes());
+    }
+    if let Some(name) = data_file {
+        extend(DATA_FILE_EXTENSION, name.as_bytes());
+    }
+    // Its table would fill the whole header of an image with the smallest clusters.
+    if plan.version == Version::V3 && plan.cluster_bits > 9 {
+        extend(extension::FEATURE_NAMES, &feature_names());
+    }
+    extend(0, &[]);
 }
 
 /// The names of all feature bits, for programs that do not know them: kind, bit, name.

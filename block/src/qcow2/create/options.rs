@@ -111,96 +111,97 @@ impl CreateOptions {
     /// # Errors
     /// QEMU's texts.
     pub(super) fn check(&self, external: bool) -> Result<Plan> {
-        let refuse = |text: &str| Err(Error::Invalid(text.to_owned()));
-        let version = self.version.unwrap_or_default();
-        let v2 = version == Version::V2;
-        let extended_l2 = self.extended_l2.unwrap_or(false);
-        let compression = self.compression_type.unwrap_or(Compression::Zlib);
-        let mut preallocation = self.preallocation.unwrap_or_default();
-        let data_file_raw = self.data_file_raw.unwrap_or(false);
-        let lazy_refcounts = self.lazy_refcounts.unwrap_or(false);
-        let refcount_bits = self.refcount_bits.unwrap_or(16);
-        let backing_file = self.backing_file.clone().filter(|name| !name.is_empty());
-        if self.encrypt.is_some() {
-            return refuse("Encryption ('encrypt') of qcow2 images is not supported");
-        }
-        if !self.size.is_multiple_of(512) {
-            return refuse("Image size must be a multiple of 512 bytes");
-        }
-        if self.size > i64::MAX as u64 {
-            return refuse("The image size is larger than a file can be");
-        }
-        let cluster_size = self.cluster_size.unwrap_or(65536);
-        if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
-            return refuse("Cluster size must be a power of two between 512 and 2048k");
-        }
-        if extended_l2 && v2 {
-            return refuse(
-                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
-            );
-        }
-        if extended_l2 && cluster_size < 16384 {
-            return refuse(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-            );
-        }
-        if maps(preallocation) && backing_file.is_some() && !extended_l2 {
-            return refuse(
-                "Backing file and preallocation can only be used at the same time if extended_l2 is on",
-            );
-        }
-        if self.backing_fmt.is_some() && backing_file.is_none() {
-            return refuse("Backing format cannot be used without backing file");
-        }
-        if backing_file.as_ref().is_some_and(|name| name.len() > MAX_BACKING_NAME as usize) {
-            return refuse("Backing file name too long");
-        }
-        if lazy_refcounts && v2 {
-            return refuse(
-                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
-            );
-        }
-        if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
-            return refuse("Refcount width must be a power of two and may not exceed 64 bits");
-        }
-        if refcount_bits != 16 && v2 {
-            return refuse(
-                "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
-            );
-        }
-        if data_file_raw && !external {
-            return refuse("data-file-raw requires data-file");
-        }
-        if data_file_raw && backing_file.is_some() {
-            return refuse("Backing file and data-file-raw cannot be used at the same time");
-        }
-        if external && v2 {
-            return refuse(
-                "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
-            );
-        }
-        if compression != Compression::Zlib && v2 {
-            return refuse(
-                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)",
-            );
-        }
-        if data_file_raw && !maps(preallocation) {
-            // The data file is the disk whatever the tables say, so they must say all of it.
-            preallocation = Preallocation::Metadata;
-        }
-        Ok(Plan {
+        let mut plan = Plan {
             size: self.size,
-            version,
-            cluster_bits: cluster_size.trailing_zeros(),
-            refcount_order: refcount_bits.trailing_zeros(),
-            backing_file,
+            version: self.version.unwrap_or_default(),
+            cluster_bits: self.cluster_size().trailing_zeros(),
+            refcount_order: self.refcount_bits().trailing_zeros(),
+            backing_file: self.backing_file.clone().filter(|name| !name.is_empty()),
             backing_fmt: self.backing_fmt.clone(),
-            lazy_refcounts,
-            preallocation,
+            lazy_refcounts: self.lazy_refcounts.unwrap_or(false),
+            preallocation: self.preallocation.unwrap_or_default(),
             external,
-            data_file_raw,
-            extended_l2,
-            compression,
-        })
+            data_file_raw: self.data_file_raw.unwrap_or(false),
+            extended_l2: self.extended_l2.unwrap_or(false),
+            compression: self.compression_type.unwrap_or(Compression::Zlib),
+        };
+        if let Some(text) = self.broken_rule(&plan) {
+            return Err(Error::Invalid(text.to_owned()));
+        }
+        if plan.data_file_raw && !maps(plan.preallocation) {
+            // The data file is the disk whatever the tables say, so they must say all of it.
+            plan.preallocation = Preallocation::Metadata;
+        }
+        Ok(plan)
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.cluster_size.unwrap_or(65536)
+    }
+
+    fn refcount_bits(&self) -> u32 {
+        self.refcount_bits.unwrap_or(16)
+    }
+
+    /// The first of QEMU's rules that is broken, as QEMU says it.
+    fn broken_rule(&self, plan: &Plan) -> Option<&'static str> {
+        let (cluster_size, refcount_bits) = (self.cluster_size(), self.refcount_bits());
+        let v2 = plan.version == Version::V2;
+        let backing = plan.backing_file.as_deref();
+        let rules = [
+            (self.encrypt.is_some(), "Encryption ('encrypt') of qcow2 images is not supported"),
+            (!plan.size.is_multiple_of(512), "Image size must be a multiple of 512 bytes"),
+            (plan.size > i64::MAX as u64, "The image size is larger than a file can be"),
+            (
+                !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size),
+                "Cluster size must be a power of two between 512 and 2048k",
+            ),
+            (
+                plan.extended_l2 && v2,
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ),
+            (
+                plan.extended_l2 && cluster_size < 16384,
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ),
+            (
+                maps(plan.preallocation) && backing.is_some() && !plan.extended_l2,
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on",
+            ),
+            (
+                plan.backing_fmt.is_some() && backing.is_none(),
+                "Backing format cannot be used without backing file",
+            ),
+            (
+                backing.is_some_and(|name| name.len() > MAX_BACKING_NAME as usize),
+                "Backing file name too long",
+            ),
+            (
+                plan.lazy_refcounts && v2,
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ),
+            (
+                !refcount_bits.is_power_of_two() || refcount_bits > 64,
+                "Refcount width must be a power of two and may not exceed 64 bits",
+            ),
+            (
+                refcount_bits != 16 && v2,
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+            ),
+            (plan.data_file_raw && !plan.external, "data-file-raw requires data-file"),
+            (
+                plan.data_file_raw && backing.is_some(),
+                "Backing file and data-file-raw cannot be used at the same time",
+            ),
+            (
+                plan.external && v2,
+                "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ),
+            (
+                plan.compression != Compression::Zlib && v2,
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ),
+        ];
+        rules.into_iter().find_map(|(broken, text)| broken.then_some(text))
     }
 }

@@ -38,16 +38,13 @@ pub(in crate::qcow2) struct Create<'a> {
 impl<'a> Create<'a> {
     /// Starts a new snapshot.
     pub(crate) fn begin(image: &'a Qcow2, new: &NewSnapshot) -> Result<Self> {
-        begin_change(image)?;
-        let mut meta = image.meta();
-        if to_u64(meta.snapshots.len()) >= u64::from(MAX_SNAPSHOTS) {
-            meta.changing = false;
-            return Err(Error::NotSupported(format!(
+        begin_change(image, |meta| match to_u64(meta.snapshots.len()) < MAX_SNAPSHOTS.into() {
+            true => Ok(()),
+            false => Err(Error::NotSupported(format!(
                 "Image '{}' has {MAX_SNAPSHOTS} snapshots already",
                 meta.storage.name()
-            )));
-        }
-        drop(meta);
+            ))),
+        })?;
         Ok(Self {
             image,
             new: new.clone(),

@@ -24,21 +24,13 @@ pub(in crate::qcow2) struct Delete<'a> {
 impl<'a> Delete<'a> {
     /// Starts the deletion of snapshot `id`.
     pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
-        begin_change(image)?;
-        let load = || {
-            let meta = image.meta();
-            let entry = find(&meta, id)?;
-            check_unread(&meta, &entry)?;
-            let l1 = load_l1(&meta, &entry)?;
+        let (entry, l1) = begin_change(image, |meta| {
+            let entry = find(meta, id)?;
+            check_unread(meta, &entry)?;
+            let l1 = load_l1(meta, &entry)?;
             Ok((entry, l1))
-        };
-        match load() {
-            Ok((entry, l1)) => Ok(Self { image, entry, l1, switch: None, stage: Stage::Begun }),
-            Err(e) => {
-                image.meta().changing = false;
-                Err(e)
-            }
-        }
+        })?;
+        Ok(Self { image, entry, l1, switch: None, stage: Stage::Begun })
     }
 }
 

@@ -58,8 +58,8 @@ impl Stage {
     }
 }
 
-/// Starts a change: one at a time for an image.
-fn begin_change(image: &Qcow2) -> Result<()> {
+/// Starts a change of what `load` finds, if it does: one at a time for an image.
+fn begin_change<T>(image: &Qcow2, load: impl FnOnce(&Meta) -> Result<T>) -> Result<T> {
     image.mark_bitmaps_left()?;
     let mut meta = image.meta();
     if image.geometry.external {
@@ -76,8 +76,9 @@ fn begin_change(image: &Qcow2) -> Result<()> {
             meta.storage.name()
         )));
     }
+    let loaded = load(&meta)?;
     meta.changing = true;
-    Ok(())
+    Ok(loaded)
 }
 
 /// Finds a snapshot by its id.

@@ -79,33 +79,25 @@ pub(in crate::qcow2) struct Revert<'a> {
 impl<'a> Revert<'a> {
     /// Starts going back to snapshot `id`.
     pub(crate) fn begin(image: &'a Qcow2, id: &str) -> Result<Self> {
-        begin_change(image)?;
-        let load = || {
-            let meta = image.meta();
-            let entry = find(&meta, id)?;
-            let l1 = load_l1(&meta, &entry)?;
+        let (entry, l1) = begin_change(image, |meta| {
+            let entry = find(meta, id)?;
+            let l1 = load_l1(meta, &entry)?;
             let count = meta.geometry().l1_entries(entry.info.disk_size);
             let mut l1 = tree::plain_entries(&l1, count);
             // A table without entries would have no place.
             l1.resize(l1.len().max(1), 0);
             Ok((entry, l1))
-        };
-        match load() {
-            Ok((entry, l1)) => Ok(Self {
-                image,
-                entry,
-                l1,
-                taken: false,
-                run: None,
-                old: None,
-                shown: false,
-                stage: Stage::Begun,
-            }),
-            Err(e) => {
-                image.meta().changing = false;
-                Err(e)
-            }
-        }
+        })?;
+        Ok(Self {
+            image,
+            entry,
+            l1,
+            taken: false,
+            run: None,
+            old: None,
+            shown: false,
+            stage: Stage::Begun,
+        })
     }
 
     /// Switches the active disk, on disk first. The caller holds the whole disk exclusively.
