@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use block::graph::{ExternalSnapshot, Overlay};
-use block::{Attachment, Graph, Node, ReadBuf, User, WriteBuf};
+use block::{Attachment, Graph, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
 use crate::common::{self, Random, create, have_qemu_img, path, qemu_img};

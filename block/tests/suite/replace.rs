@@ -6,7 +6,7 @@ use std::thread;
 
 use block::graph::Step;
 use block::queue::{OwnedBufs, Queue, Request};
-use block::{Graph, Link, Node, Perm, Permissions, ReadBuf, User, WriteBuf};
+use block::{Graph, Link, Perm, Permissions, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
 
 use crate::common::{self, Random, create, have_qemu_img, path};
