@@ -1,8 +1,11 @@
 //! What QMP tells of a node: `BlockDeviceInfo` and `ImageInfo`, with QMP's member names.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::Graph;
 use crate::Result;
 use crate::bitmap::BitmapInfo;
 use crate::node::Node;
@@ -12,6 +15,9 @@ use crate::snapshot::SnapshotInfo;
 /// Most images that are told of one in the other: parsers of JSON refuse to go much deeper, and as each
 /// node tells of all below it, the answer would grow with the square of the chain.
 const MOST_NESTED: usize = 200;
+
+/// Most images that one answer about all nodes tells of within others.
+const MOST_IN_ALL: usize = 10_000;
 
 /// `BlockDeviceInfo`: an element of query-named-block-nodes, and `inserted` of query-block.
 #[derive(Debug, Clone, Serialize)]
@@ -104,7 +110,8 @@ pub struct ImageInfo {
     /// Backing format as the image has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_filename_format: Option<String>,
-    /// The backing image. Below the 200th there is none; `backing_file_depth` counts all.
+    /// The backing image. Below the 200th there is none, and where all nodes are told of together none
+    /// once 10000 have been; `backing_file_depth` counts all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_image: Option<Box<ImageInfo>>,
 }
@@ -138,9 +145,38 @@ fn stored_json(bitmap: &StoredBitmap) -> Value {
     json!({"name": bitmap.name, "granularity": bitmap.granularity, "flags": flags})
 }
 
+impl ImageInfo {
+    /// How many images it tells of below its own.
+    fn nested(&self) -> usize {
+        std::iter::successors(self.backing_image.as_deref(), |info| info.backing_image.as_deref())
+            .count()
+    }
+}
+
+impl Graph {
+    /// What QMP tells of all nodes, the newest first.
+    ///
+    /// # Errors
+    /// A file cannot be looked at.
+    pub fn infos(&self, flat: bool) -> Result<Vec<NodeInfo>> {
+        let mut left = MOST_IN_ALL;
+        let info = |node: &Arc<Node>| {
+            let info = node.info_with(flat, left)?;
+            left -= info.image.nested();
+            Ok(info)
+        };
+        self.list().iter().map(info).collect()
+    }
+}
+
 impl Node {
     /// What QMP tells of the node; `flat` leaves out the images below.
     pub fn info(&self, flat: bool) -> Result<NodeInfo> {
+        self.info_with(flat, MOST_NESTED)
+    }
+
+    /// As [`Node::info`], with `most` images below at most.
+    fn info_with(&self, flat: bool, most: usize) -> Result<NodeInfo> {
         let flags = self.details().flags;
         let backing_file = self.backing().map(|b| b.filename());
         Ok(NodeInfo {
@@ -162,7 +198,7 @@ impl Node {
             cache: CacheInfo { writeback: true, direct: flags.direct, no_flush: flags.no_flush },
             write_threshold: 0,
             dirty_bitmaps: self.bitmaps().infos(),
-            image: self.image_info(flat)?,
+            image: self.image_info(if flat { 0 } else { most.min(MOST_NESTED) })?,
         })
     }
 
@@ -177,9 +213,8 @@ impl Node {
         depth
     }
 
-    /// With the images below, unless `flat`.
-    fn image_info(&self, flat: bool) -> Result<ImageInfo> {
-        let most = if flat { 0 } else { MOST_NESTED };
+    /// With `most` of the images below.
+    fn image_info(&self, most: usize) -> Result<ImageInfo> {
         let below = std::iter::successors(self.backing(), |node| node.backing()).take(most);
         let below: Vec<_> = below.map(|node| node.own_info()).collect::<Result<_>>()?;
         let mut info = self.own_info()?;

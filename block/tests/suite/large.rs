@@ -217,6 +217,16 @@ fn long_chain() {
     assert_eq!(info.backing_file_depth, IMAGES as u64 - 1);
     let images_told = std::iter::successors(Some(&info.image), |i| i.backing_image.as_deref());
     assert_eq!(images_told.count(), 201);
+    // All nodes told of together tell of no more than 10000 within others, whatever the chain's length.
+    let infos = graph.infos(false).unwrap();
+    assert_eq!(infos.len(), 2 * IMAGES);
+    let told = infos.iter().map(|info| {
+        let below = info.image.backing_image.as_deref();
+        std::iter::successors(below, |image| image.backing_image.as_deref()).count()
+    });
+    assert_eq!(told.sum::<usize>(), 10_000);
+    let deepest = infos.iter().map(|info| info.backing_file_depth).max();
+    assert_eq!(deepest, Some(IMAGES as u64 - 1));
 
     let mut expected = contents(IMAGES);
     assert!(common::read_all(&*node.format()) == expected);

@@ -245,14 +245,8 @@ impl Blocks {
 
     /// The nodes, newest first. `flat` leaves out what their images say of backing images.
     fn named_nodes(&self, flat: bool) -> Answer {
-        self.graph
-            .list()
-            .iter()
-            .map(|node| {
-                let info = node.info(flat).map_err(failed)?;
-                serde_json::to_value(info).map_err(|error| text(error.to_string()))
-            })
-            .collect()
+        let infos = self.graph.infos(flat).map_err(failed)?;
+        serde_json::to_value(infos).map_err(|error| text(error.to_string()))
     }
 
     /// Ends all exports, then makes every image durable and tells it that it is closed. Nobody else

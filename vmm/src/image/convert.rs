@@ -58,7 +58,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
     let keeps = args.target_format == "raw" && is_device(&args.target);
     let to = Target { node: &target, blank: !args.no_create && !keeps };
     watched(args.quiet, |progress| match args.compress {
-        true => copy_compressed(&*source, &target, progress),
+        true => copy_compressed(&*source, to, progress),
         false => copy(&*source, to, progress),
     })
     .map_err(of(&args.target))?;
@@ -167,8 +167,12 @@ fn copy(source: &dyn DiskRead, target: Target<'_>, progress: &Progress) -> block
 }
 
 /// Copies by clusters, each compressed on its own.
-fn copy_compressed(source: &dyn DiskRead, target: &Node, progress: &Progress) -> block::Result<()> {
-    let (size, format) = (source.size(), target.format());
+fn copy_compressed(
+    source: &dyn DiskRead,
+    target: Target<'_>,
+    progress: &Progress,
+) -> block::Result<()> {
+    let (size, format) = (source.size(), target.node.format());
     progress.add_total(size);
     let cluster = format.compressed_cluster().unwrap_or(CHUNK);
     let mut buffer = vec![0; usize::try_from(cluster).unwrap_or(1 << 16)];
@@ -180,6 +184,7 @@ fn copy_compressed(source: &dyn DiskRead, target: &Node, progress: &Progress) ->
         if let Some(first) = status.first().filter(|first| first.zero && first.len >= n) {
             let whole =
                 if first.len == size - at { first.len } else { first.len / cluster * cluster };
+            target.zero(at, whole, progress)?;
             progress.advance(whole);
             at += whole;
             continue;
@@ -188,9 +193,11 @@ fn copy_compressed(source: &dyn DiskRead, target: &Node, progress: &Progress) ->
         source.read(at, &[ReadBuf::new(part)])?;
         if part.iter().any(|byte| *byte != 0) {
             format.write_compressed(at, &[WriteBuf::new(part)])?;
+        } else {
+            target.zero(at, n, progress)?;
         }
         progress.advance(n);
         at += n;
     }
-    target.flush()
+    target.node.flush()
 }
