@@ -58,7 +58,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<u8> {
     let keeps = args.target_format == "raw" && is_device(&args.target);
     let to = Target { node: &target, blank: !args.no_create && !keeps };
     watched(args.quiet, |progress| match args.compress {
-        true => copy_compressed(&*source, to, progress),
+        true => copy_compressed(&*source, &target, progress),
         false => copy(&*source, to, progress),
     })
     .map_err(of(&args.target))?;
@@ -167,12 +167,8 @@ fn copy(source: &dyn DiskRead, target: Target<'_>, progress: &Progress) -> block
 }
 
 /// Copies by clusters, each compressed on its own.
-fn copy_compressed(
-    source: &dyn DiskRead,
-    target: Target<'_>,
-    progress: &Progress,
-) -> block::Result<()> {
-    let (size, format) = (source.size(), target.node.format());
+fn copy_compressed(source: &dyn DiskRead, target: &Node, progress: &Progress) -> block::Result<()> {
+    let (size, format) = (source.size(), target.format());
     progress.add_total(size);
     let cluster = format.compressed_cluster().unwrap_or(CHUNK);
     let mut buffer = vec![0; usize::try_from(cluster).unwrap_or(1 << 16)];
@@ -184,7 +180,6 @@ fn copy_compressed(
         if let Some(first) = status.first().filter(|first| first.zero && first.len >= n) {
             let whole =
                 if first.len == size - at { first.len } else { first.len / cluster * cluster };
-            target.zero(at, whole, progress)?;
             progress.advance(whole);
             at += whole;
             continue;
@@ -193,11 +188,9 @@ fn copy_compressed(
         source.read(at, &[ReadBuf::new(part)])?;
         if part.iter().any(|byte| *byte != 0) {
             format.write_compressed(at, &[WriteBuf::new(part)])?;
-        } else {
-            target.zero(at, n, progress)?;
         }
         progress.advance(n);
         at += n;
     }
-    target.node.flush()
+    target.flush()
 }
