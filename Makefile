@@ -5,9 +5,10 @@
 # make fuzz    the fuzzers, SECONDS=60 each, side by side
 # make loom    the block engine's own synchronisation, in every order of threads
 # make soak    random sequences of saves, loads, deletions and kills for an hour: SOAK_SECONDS, SOAK_SEED
+# make fault-test  every step of saves, loads and deletions fails, or is the process's last
 # make space-test  a thousand rounds of saves and deletions on one image file
 # make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
-.PHONY: all demo test check lint bench fuzz loom crash-test soak space-test guest clean
+.PHONY: all demo test check lint bench fuzz loom crash-test soak fault-test space-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -55,6 +56,11 @@ soak:
 	@scripts/setup.sh test
 	cargo build --package vmm --locked
 	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --package tardigrade-tests --locked --test soak -- --nocapture
+
+fault-test:
+	@scripts/setup.sh test
+	cargo build --package vmm --locked
+	IO_FAULTS=all cargo test --package tardigrade-tests --locked --test io_faults --test kill_points -- --nocapture
 
 space-test:
 	@scripts/setup.sh test

@@ -9,6 +9,7 @@
 //! | [`daemon`] | a storage daemon, ours or QEMU's |
 //! | [`disk`] | images, made and judged by `qemu-img` |
 //! | [`events`] | QMP events, told in short |
+//! | [`faults`] | a program whose reads, writes and flushes of files fail when a test wants it |
 //! | [`counter`] | a guest of a few instructions that counts, for jobs that are refused |
 //! | [`vmstate`] | finding and damaging the VM state in an image |
 //! | [`checkpoint`] | a booted guest in a checkpoint that all tests share |
@@ -16,6 +17,7 @@
 //! | [`process`] | waiting for a process and its files |
 //! | [`pty`] | a terminal for the program |
 //! | [`refusal`] | command lines that the program must refuse |
+//! | [`site`] | a guest whose host fails, or whose process is killed, at any step of a job |
 //! | [`require`] | what a test needs of the host, and what happens without it |
 //!
 //! Helpers panic with what went wrong: they are the tests' hands.
@@ -29,6 +31,7 @@ pub mod counter;
 pub mod daemon;
 pub mod disk;
 pub mod events;
+pub mod faults;
 pub mod full;
 pub mod pattern;
 pub mod process;
@@ -36,6 +39,7 @@ pub mod pty;
 pub mod refusal;
 pub mod require;
 pub mod seccomp;
+pub mod site;
 pub mod vm;
 pub mod vmstate;
 

@@ -1,6 +1,7 @@
 //! Processes that the kernel refuses something, as on hosts that are locked down.
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -22,6 +23,22 @@ const NO_USERFAULTFD: [libc::sock_filter; 8] = [
     unless_equal_skip(USERFAULTFD_IOC_NEW, 1),
     ret(libc::SECCOMP_RET_ERRNO | EPERM),
     ret(libc::SECCOMP_RET_ALLOW),
+];
+
+/// What [`listen`] is asked about: all calls by which files are read, written and flushed, apart from io_uring.
+const FILE_CALLS: [libc::c_long; 12] = [
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
 ];
 
 /// Where the number of the system call is in seccomp_data, and its second argument's low half.
@@ -63,15 +80,62 @@ pub fn refuse_userfaultfd(command: &mut Command) {
     unsafe { command.pre_exec(|| install(NO_USERFAULTFD)) };
 }
 
-/// Puts a program in force for this process and those it becomes.
-fn install<const N: usize>(mut filter: [libc::sock_filter; N]) -> io::Result<()> {
-    #[allow(clippy::cast_possible_truncation, reason = "programs have a few instructions")]
-    let program = libc::sock_fprog { len: N as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: this call takes numbers only.
-    let no_new = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    if no_new != 0 {
+/// Has the file calls of this process, and of those it becomes, wait for an answer of whoever reads the
+/// descriptor. For a child between fork and exec: nothing is allocated and no lock taken.
+///
+/// # Errors
+/// The kernel's.
+pub fn listen() -> io::Result<OwnedFd> {
+    let mut filter = ask_about_file_calls();
+    let program = program_of(&mut filter);
+    no_new_privileges()?;
+    // A signal does not end the wait once the call is known to the other side, or it would come twice.
+    let flags =
+        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    let (call, mode) = (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER);
+    // SAFETY: `program` and the instructions it points to live until the call is over.
+    let fd = unsafe { libc::syscall(call, mode, flags, &raw const program) };
+    let fd = RawFd::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
         return Err(io::Error::last_os_error());
     }
+    // SAFETY: the descriptor was just made, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "numbers of calls are small"
+)]
+fn ask_about_file_calls() -> [libc::sock_filter; 2 * FILE_CALLS.len() + 2] {
+    let mut filter = [ret(libc::SECCOMP_RET_ALLOW); 2 * FILE_CALLS.len() + 2];
+    filter[0] = load(NUMBER);
+    for (at, call) in FILE_CALLS.iter().enumerate() {
+        filter[2 * at + 1] = unless_equal_skip(*call as u32, 1);
+        filter[2 * at + 2] = ret(libc::SECCOMP_RET_USER_NOTIF);
+    }
+    filter
+}
+
+fn program_of(filter: &mut [libc::sock_filter]) -> libc::sock_fprog {
+    #[allow(clippy::cast_possible_truncation, reason = "programs have a few instructions")]
+    libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() }
+}
+
+/// Without which only root may put a filter in force.
+fn no_new_privileges() -> io::Result<()> {
+    // SAFETY: this call takes numbers only.
+    match unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Puts a program in force for this process and those it becomes.
+fn install<const N: usize>(mut filter: [libc::sock_filter; N]) -> io::Result<()> {
+    let program = program_of(&mut filter);
+    no_new_privileges()?;
     // SAFETY: `program` and the instructions it points to live until the call is over.
     let set =
         unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::agent::Agent;
 use crate::disk::Disk;
+use crate::faults::{Faults, Supervisor};
 use crate::process::{Awaited, Watch, wait_for_end};
 use crate::repo;
 use crate::seccomp;
@@ -40,12 +41,25 @@ pub struct VmSpec {
     env: Vec<(String, PathBuf)>,
     disks: Vec<Disk>,
     without_userfaultfd: bool,
+    supervised: bool,
 }
 
 impl VmSpec {
     /// A machine of which nothing is said.
     pub fn bare() -> Self {
-        Self { args: Vec::new(), env: Vec::new(), disks: Vec::new(), without_userfaultfd: false }
+        Self {
+            args: Vec::new(),
+            env: Vec::new(),
+            disks: Vec::new(),
+            without_userfaultfd: false,
+            supervised: false,
+        }
+    }
+
+    /// With [`Vm::faults`].
+    pub fn supervised(mut self) -> Self {
+        self.supervised = true;
+        self
     }
 
     /// On a host that refuses userfaultfd.
@@ -116,6 +130,7 @@ impl VmSpec {
         if self.without_userfaultfd {
             seccomp::refuse_userfaultfd(&mut command);
         }
+        let supervisor = self.supervised.then(|| Supervisor::of(&mut command));
         let child = command
             .args(&self.args)
             .envs(self.env.iter().cloned())
@@ -126,7 +141,9 @@ impl VmSpec {
             .stderr(log)
             .spawn()
             .unwrap();
-        let mut vm = Vm { child, dir, qmp_path: qmp, serial_path: serial, next_job: 0 };
+        let faults = supervisor.map(Supervisor::start);
+        let (qmp_path, serial_path) = (qmp, serial);
+        let mut vm = Vm { child, faults, dir, qmp_path, serial_path, next_job: 0 };
         vm.wait_for_sockets(&mut sockets);
         vm
     }
@@ -147,6 +164,7 @@ impl VmSpec {
 /// A running machine; killed when dropped.
 pub struct Vm {
     child: Child,
+    faults: Option<Faults>,
     dir: TempDir,
     qmp_path: PathBuf,
     serial_path: PathBuf,
@@ -175,6 +193,11 @@ impl Vm {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// What makes its file calls fail, of a machine that is [`VmSpec::supervised`].
+    pub fn faults(&self) -> &Faults {
+        self.faults.as_ref().expect("the machine is not supervised")
     }
 
     /// The QMP socket.

@@ -9,11 +9,13 @@
 //! | [`image`] | the guest as an ELF file, with page tables and descriptor tables |
 //! | [`monitor`] | calls of the guest's routines |
 //! | [`registers`] | all registers of a vCPU at once |
+//! | [`chains`] | vCPUs that count on disk and in memory, and notice what is not of one moment |
 //! | [`apic`] | interrupts, and the start of other vCPUs |
 //! | [`virtio`] | a driver for virtio-blk that can do wrong |
 //! | [`writer`] | a vCPU that writes to a disk all the time and knows what must be there |
 
 pub mod apic;
+pub mod chains;
 pub mod image;
 pub mod layout;
 pub mod monitor;

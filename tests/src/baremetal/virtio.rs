@@ -277,7 +277,7 @@ impl<'a> Driver<'a> {
     pub fn done(&mut self) -> u8 {
         let wanted = self.available;
         let index = |word: u64| word >> 16 & 0xffff;
-        self.monitor.wait_word(USED, |word| index(word) == u64::from(wanted));
+        self.monitor.wait_word(self.shift + USED, |word| index(word) == u64::from(wanted));
         self.monitor.bytes(REQUEST_STATUS, 1)[0]
     }
 
