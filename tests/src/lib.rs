@@ -6,8 +6,10 @@
 //! | [`agent`] | the guest's agent, asked over the serial port |
 //! | [`baremetal`] | a guest without a kernel, told over the serial port what to do |
 //! | [`busy`] | a machine whose guest writes its disks all the time, and jobs beside that |
+//! | [`cli`] | the program run to its end |
 //! | [`daemon`] | a storage daemon, ours or QEMU's |
 //! | [`disk`] | images, made and judged by `qemu-img` |
+//! | [`full`] | a host that is out of space |
 //! | [`events`] | QMP events, told in short |
 //! | [`faults`] | a program whose reads, writes and flushes of files fail when a test wants it |
 //! | [`counter`] | a guest of a few instructions that counts, for jobs that are refused |
@@ -18,6 +20,7 @@
 //! | [`pty`] | a terminal for the program |
 //! | [`refusal`] | command lines that the program must refuse |
 //! | [`site`] | a guest whose host fails, or whose process is killed, at any step of a job |
+//! | [`seccomp`] | processes that the kernel refuses something |
 //! | [`require`] | what a test needs of the host, and what happens without it |
 //!
 //! Helpers panic with what went wrong: they are the tests' hands.
@@ -27,6 +30,7 @@ pub mod agent;
 pub mod baremetal;
 pub mod busy;
 pub mod checkpoint;
+pub mod cli;
 pub mod counter;
 pub mod daemon;
 pub mod disk;

@@ -7,46 +7,19 @@ use std::time::Duration;
 
 use qmp::client::Client;
 use serde_json::{Value, json};
-use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
-use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine_with_disk, monitor};
+use tardigrade_tests::baremetal::chains::Chains;
+use tardigrade_tests::baremetal::layout::FREE;
+use tardigrade_tests::baremetal::virtio::DISK_COUNT;
+use tardigrade_tests::baremetal::{Monitor, machine_with_disk, monitor};
 use tardigrade_tests::disk::{Disk, qemu_img};
 use tardigrade_tests::events;
 use tardigrade_tests::require;
 use tardigrade_tests::vm::Vm;
 
 const DISK: &[&str] = &["disk0"];
-/// The word that ends the chains.
-const STOP: u64 = SCRATCH + 0x8000;
 
 fn disk(dir: &Path) -> Disk {
     Disk { path: dir.join("disk0.qcow2"), format: "qcow2" }
-}
-
-/// Lets vCPU 1 count on the disk and vCPU 2 in `pages` pages of memory.
-fn start_chains(guest: &mut Monitor, pages: u64) {
-    for vcpu in 1..=2 {
-        apic::start_vcpu(guest, vcpu);
-    }
-    guest.poke(STOP, 0);
-    Driver::start(guest).prepare_chain();
-    guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
-    guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, pages, STOP]);
-    go_on(guest, pages);
-}
-
-/// Waits until every page and the disk were looked at and written.
-fn go_on(guest: &mut Monitor, pages: u64) {
-    let (memory, disk) = (guest.peek(FREE), guest.peek(DISK_COUNT));
-    guest.wait_word(FREE, |now| now > memory + 2 * pages);
-    guest.wait_word(DISK_COUNT, |now| now > disk + 2);
-}
-
-/// Ends the chains, which found nothing wrong.
-fn stop_chains(guest: &mut Monitor) {
-    guest.poke(STOP, 1);
-    assert_eq!(guest.answer_of(1), 0, "the disk is not of the same moment as memory");
-    assert_eq!(guest.answer_of(2), 0, "a page is not of the same moment as the others");
 }
 
 /// Runs a save to its end; gives the job.
@@ -72,12 +45,12 @@ fn every_checkpoint_of_a_guest_that_writes_all_the_time_is_one_instant() {
     if !require::kvm() {
         return;
     }
-    const PAGES: u64 = 3000;
+    const CHAINS: Chains = Chains { pages: 3000 };
     let dir = tempfile::tempdir().unwrap();
     let spec = machine_with_disk(dir.path(), "64M", 3);
     let mut vm = spec.start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest, PAGES);
+    CHAINS.start(&mut guest);
     let tags: Vec<String> = (0..8).map(|n| format!("t{n}")).collect();
     for (n, tag) in tags.iter().enumerate() {
         let job = save(&vm, tag, if n % 4 == 3 { "stop" } else { "live" });
@@ -89,23 +62,23 @@ fn every_checkpoint_of_a_guest_that_writes_all_the_time_is_one_instant() {
     }
     for n in [3, 0, 7, 1, 6, 2, 5, 4] {
         vm.load(&tags[n], DISK);
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
         // A checkpoint of a branch is built upon the one that was loaded.
         let branch = format!("{}-branch", tags[n]);
         assert_eq!(save(&vm, &branch, "live")["x-incremental"], true);
         vm.delete(&tags[n], DISK);
         vm.load(&branch, DISK);
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
     }
-    stop_chains(&mut guest);
+    CHAINS.stop(&mut guest);
     let stats = vm.qmp().execute("x-query-checkpoint-stats", json!({})).unwrap();
     assert!(stats["saves"].as_u64().unwrap() >= 16, "{stats}");
     vm.quit();
     disk(dir.path()).check();
     let vm = spec.args(&["--loadvm", "t6-branch"]).start();
     let mut guest = Monitor::connect(vm.serial_path());
-    go_on(&mut guest, PAGES);
-    stop_chains(&mut guest);
+    CHAINS.go_on(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
 }
 
@@ -114,20 +87,20 @@ fn a_guest_that_dirties_more_than_can_be_copied_is_saved_all_the_same() {
     if !require::kvm() {
         return;
     }
-    const PAGES: u64 = 14000;
+    const CHAINS: Chains = Chains { pages: 14000 };
     let dir = tempfile::tempdir().unwrap();
     let mut vm = machine_with_disk(dir.path(), "64M", 3).start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest, PAGES);
+    CHAINS.start(&mut guest);
     for tag in ["a", "b"] {
         save(&vm, tag, "live");
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
     }
     for tag in ["a", "b", "a"] {
         vm.load(tag, DISK);
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
     }
-    stop_chains(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
     disk(dir.path()).check();
 }
@@ -206,19 +179,19 @@ fn a_machine_killed_at_any_moment_of_a_live_save_has_its_earlier_checkpoints() {
     if !require::kvm() {
         return;
     }
-    const PAGES: u64 = 6000;
+    const CHAINS: Chains = Chains { pages: 6000 };
     let dir = tempfile::tempdir().unwrap();
     let spec = machine_with_disk(dir.path(), "64M", 3);
     let mut vm = spec.start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest, PAGES);
+    CHAINS.start(&mut guest);
     vm.save("good", DISK);
     vm.quit();
     let revive = spec.clone().args(&["--loadvm", "good"]);
     for moment in 0..6 {
         let vm = revive.start();
         let mut guest = Monitor::connect(vm.serial_path());
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
         let mut qmp = vm.qmp();
         let mut arguments = events::target("doomed", DISK);
         arguments["job-id"] = json!("doomed");
@@ -243,8 +216,8 @@ fn a_machine_killed_at_any_moment_of_a_live_save_has_its_earlier_checkpoints() {
         if qemu_img(&["snapshot", "-l", &path]).contains("doomed") {
             let vm = spec.clone().args(&["--loadvm", "doomed"]).start();
             let mut guest = Monitor::connect(vm.serial_path());
-            go_on(&mut guest, PAGES);
-            stop_chains(&mut guest);
+            CHAINS.go_on(&mut guest);
+            CHAINS.stop(&mut guest);
             let mut vm = vm;
             vm.delete("doomed", DISK);
             vm.quit();
@@ -252,8 +225,8 @@ fn a_machine_killed_at_any_moment_of_a_live_save_has_its_earlier_checkpoints() {
     }
     let vm = revive.start();
     let mut guest = Monitor::connect(vm.serial_path());
-    go_on(&mut guest, PAGES);
-    stop_chains(&mut guest);
+    CHAINS.go_on(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
 }
 
@@ -262,11 +235,11 @@ fn a_live_save_that_is_cancelled_leaves_the_guest_and_the_disk_as_they_were() {
     if !require::kvm() {
         return;
     }
-    const PAGES: u64 = 6000;
+    const CHAINS: Chains = Chains { pages: 6000 };
     let dir = tempfile::tempdir().unwrap();
     let mut vm = machine_with_disk(dir.path(), "64M", 3).start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest, PAGES);
+    CHAINS.start(&mut guest);
     save(&vm, "good", "live");
     let mut cancelled = 0;
     for n in 0..12 {
@@ -293,17 +266,17 @@ fn a_live_save_that_is_cancelled_leaves_the_guest_and_the_disk_as_they_were() {
             assert_eq!(job["error"], Value::Null, "{}", vm.stderr());
             vm.load(&id, DISK);
         }
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
     }
     assert!(cancelled > 0);
     // What the cancelled saves had taken is in this one.
     save(&vm, "last", "live");
-    go_on(&mut guest, PAGES);
+    CHAINS.go_on(&mut guest);
     for tag in ["last", "good"] {
         vm.load(tag, DISK);
-        go_on(&mut guest, PAGES);
+        CHAINS.go_on(&mut guest);
     }
-    stop_chains(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
     disk(dir.path()).check();
 }
@@ -344,12 +317,12 @@ fn resets_in_the_middle_of_saves(moments: [(&str, &str, usize); 3]) {
     if !require::kvm() {
         return;
     }
-    const PAGES: u64 = 14000;
+    const CHAINS: Chains = Chains { pages: 14000 };
     let dir = tempfile::tempdir().unwrap();
     let mut vm = machine_with_disk(dir.path(), "64M", 3).start();
     let mut guest = monitor(&vm);
     let saved = moments.map(|(tag, event, skip)| {
-        start_chains(&mut guest, PAGES);
+        CHAINS.start(&mut guest);
         let before = save_with_a_reset_in_the_middle(&vm, tag, event, skip);
         guest.wait_started();
         (tag, before)
@@ -358,13 +331,13 @@ fn resets_in_the_middle_of_saves(moments: [(&str, &str, usize); 3]) {
         let (tag, before) = saved[at];
         vm.load(tag, DISK);
         if before {
-            go_on(&mut guest, PAGES);
+            CHAINS.go_on(&mut guest);
         } else {
             assert_eq!(guest.peek(FREE), 0, "{tag}: memory of before the reset");
-            start_chains(&mut guest, PAGES);
+            CHAINS.start(&mut guest);
         }
     }
-    stop_chains(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
     disk(dir.path()).check();
 }

@@ -3,34 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 use tardigrade_tests::baremetal::layout::FREE;
 use tardigrade_tests::baremetal::{machine, machine_with_disk, monitor};
+use tardigrade_tests::cli::{fail, succeed};
 use tardigrade_tests::disk::{Disk, qemu_img};
 use tardigrade_tests::require;
-use tardigrade_tests::vm::{Vm, VmSpec, binary};
+use tardigrade_tests::vm::{Vm, VmSpec};
 
 const DISK: &[&str] = &["disk0"];
 const MIB: u64 = 1 << 20;
-
-fn run(args: &[&str]) -> Output {
-    Command::new(binary()).args(args).output().unwrap()
-}
-
-fn succeed(args: &[&str]) -> String {
-    let output = run(args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "tardigrade {args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn fail(args: &[&str]) -> String {
-    let output = run(args);
-    assert_eq!(output.status.code(), Some(1), "tardigrade {args:?} did not fail");
-    String::from_utf8(output.stderr).unwrap()
-}
 
 /// The first column of a drawn tree, without its header.
 fn drawn(list: &str) -> Vec<String> {

@@ -3,28 +3,12 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use tardigrade_tests::checkpoint::{Booted, TAG};
+use tardigrade_tests::cli::{fail, succeed};
 use tardigrade_tests::vm::binary;
 use tardigrade_tests::{repo, require};
-
-fn run(args: &[&str]) -> Output {
-    Command::new(binary()).args(args).output().unwrap()
-}
-
-fn succeed(args: &[&str]) -> String {
-    let output = run(args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "tardigrade {args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn fail(args: &[&str]) -> String {
-    let output = run(args);
-    assert_eq!(output.status.code(), Some(1), "tardigrade {args:?} did not fail");
-    String::from_utf8(output.stderr).unwrap()
-}
 
 #[test]
 fn a_checkpoint_is_saved_listed_loaded_and_deleted_from_the_shell() {

@@ -6,9 +6,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
-use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine, monitor};
+use tardigrade_tests::baremetal::chains::Chains;
+use tardigrade_tests::baremetal::layout::FREE;
+use tardigrade_tests::baremetal::{Monitor, machine, monitor};
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::events;
 use tardigrade_tests::require;
@@ -16,10 +16,8 @@ use tardigrade_tests::vm::{Vm, VmSpec, binary};
 
 const DISK: &[&str] = &["disk0"];
 const MIB: u64 = 1 << 20;
-/// The word that ends the chains.
-const STOP: u64 = SCRATCH + 0x8000;
 /// Pages of memory that a chain counts in. They are alike, and shrink to next to nothing.
-const PAGES: u64 = 3000;
+const CHAINS: Chains = Chains { pages: 3000 };
 
 fn disk(dir: &Path) -> Disk {
     Disk { path: dir.join("disk0.qcow2"), format: "qcow2" }
@@ -30,32 +28,6 @@ fn zstd_machine(dir: &Path, vcpus: u8) -> VmSpec {
     let path = dir.join("disk0.qcow2");
     let disk = Disk::create(path, "qcow2", &["compression_type=zstd"], "16M");
     machine(dir, "64M", vcpus).disk(&disk)
-}
-
-/// Lets vCPU 1 count on the disk and vCPU 2 in memory.
-fn start_chains(guest: &mut Monitor) {
-    for vcpu in 1..=2 {
-        apic::start_vcpu(guest, vcpu);
-    }
-    guest.poke(STOP, 0);
-    Driver::start(guest).prepare_chain();
-    guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
-    guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, PAGES, STOP]);
-    go_on(guest);
-}
-
-/// Waits until every page and the disk were looked at and written.
-fn go_on(guest: &mut Monitor) {
-    let (memory, disk) = (guest.peek(FREE), guest.peek(DISK_COUNT));
-    guest.wait_word(FREE, |now| now > memory + 2 * PAGES);
-    guest.wait_word(DISK_COUNT, |now| now > disk + 2);
-}
-
-/// Ends the chains, which found nothing wrong.
-fn stop_chains(guest: &mut Monitor) {
-    guest.poke(STOP, 1);
-    assert_eq!(guest.answer_of(1), 0, "the disk is not of the same moment as memory");
-    assert_eq!(guest.answer_of(2), 0, "a page is not of the same moment as the others");
 }
 
 /// Starts a save; gives what is told of the job in the end, its error included.
@@ -92,32 +64,32 @@ fn compressed_checkpoints_of_a_guest_that_writes_all_the_time_are_one_instant_ea
     let spec = zstd_machine(dir.path(), 3);
     let mut vm = spec.start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest);
+    CHAINS.start(&mut guest);
     let tags: Vec<String> = (0..6).map(|n| format!("t{n}")).collect();
     for (n, tag) in tags.iter().enumerate() {
         saved(&vm, tag, if n == 2 { "none" } else { "zstd" });
-        go_on(&mut guest);
+        CHAINS.go_on(&mut guest);
     }
     for n in [3, 0, 5, 1, 2, 4] {
         // The second load of each is a rewind.
         for _ in 0..2 {
             vm.load(&tags[n], DISK);
-            go_on(&mut guest);
+            CHAINS.go_on(&mut guest);
         }
         let branch = format!("{}-branch", tags[n]);
         saved(&vm, &branch, if n % 2 == 0 { "zstd" } else { "none" });
         vm.delete(&tags[n], DISK);
         vm.load(&branch, DISK);
-        go_on(&mut guest);
+        CHAINS.go_on(&mut guest);
     }
-    stop_chains(&mut guest);
+    CHAINS.stop(&mut guest);
     vm.quit();
     disk(dir.path()).check();
     for mode in ["lazy", "eager"] {
         let vm = spec.clone().args(&["--loadvm", "t4-branch", "--load-mode", mode]).start();
         let mut guest = Monitor::connect(vm.serial_path());
-        go_on(&mut guest);
-        stop_chains(&mut guest);
+        CHAINS.go_on(&mut guest);
+        CHAINS.stop(&mut guest);
         vm.quit();
     }
     disk(dir.path()).check();
@@ -168,12 +140,12 @@ fn a_compressed_save_that_is_cancelled_or_killed_leaves_the_checkpoints_before_i
     let spec = zstd_machine(dir.path(), 3);
     let mut vm = spec.start();
     let mut guest = monitor(&vm);
-    start_chains(&mut guest);
+    CHAINS.start(&mut guest);
     saved(&vm, "first", "zstd");
     let mut cancelled = 0;
     for n in 0..6 {
         let tag = format!("c{n}");
-        go_on(&mut guest);
+        CHAINS.go_on(&mut guest);
         let job = save(&vm, &tag, "zstd", || {
             // It may be over already.
             let _ = vm.qmp().execute("job-cancel", json!({ "id": tag }));
@@ -184,7 +156,7 @@ fn a_compressed_save_that_is_cancelled_or_killed_leaves_the_checkpoints_before_i
     }
     assert!(cancelled > 0);
     vm.load("first", DISK);
-    go_on(&mut guest);
+    CHAINS.go_on(&mut guest);
     drop(guest);
     vm.save("second", DISK);
     save_and_kill(vm);
@@ -197,8 +169,8 @@ fn a_compressed_save_that_is_cancelled_or_killed_leaves_the_checkpoints_before_i
     for tag in ["first", "second"] {
         let vm = spec.clone().args(&["--loadvm", tag]).start();
         let mut guest = Monitor::connect(vm.serial_path());
-        go_on(&mut guest);
-        stop_chains(&mut guest);
+        CHAINS.go_on(&mut guest);
+        CHAINS.stop(&mut guest);
         vm.quit();
     }
     disk.check();

@@ -121,6 +121,12 @@ fn fragile_spec(dir: &Path, fragile: &Fragile) -> VmSpec {
     machine(dir, "32M", 1).disk_with(&fragile.disk, "", ",rerror=stop,werror=stop")
 }
 
+fn start_fragile(dir: &Path) -> (Fragile, Vm) {
+    let fragile = Fragile::new(dir);
+    let vm = fragile_spec(dir, &fragile).start();
+    (fragile, vm)
+}
+
 #[test]
 fn a_checkpoint_of_a_machine_that_an_error_stopped_has_the_request_that_waits() {
     if !require::kvm() {
@@ -179,10 +185,8 @@ fn a_reset_of_a_machine_that_an_error_stopped_forgets_the_request() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let fragile = Fragile::new(dir.path());
-    let vm = fragile_spec(dir.path(), &fragile).start();
-    let mut qmp = vm.qmp();
-    let mut guest = monitor(&vm);
+    let (fragile, vm) = start_fragile(dir.path());
+    let (mut qmp, mut guest) = (vm.qmp(), monitor(&vm));
     let mut driver = Driver::start(&mut guest);
     fragile.damage();
     driver.begin_transfer(0, 0);
@@ -207,10 +211,8 @@ fn a_machine_that_an_error_stopped_can_be_quit_while_a_request_waits() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let fragile = Fragile::new(dir.path());
-    let vm = fragile_spec(dir.path(), &fragile).start();
-    let mut qmp = vm.qmp();
-    let mut guest = monitor(&vm);
+    let (fragile, vm) = start_fragile(dir.path());
+    let (mut qmp, mut guest) = (vm.qmp(), monitor(&vm));
     fragile.damage();
     Driver::start(&mut guest).begin_transfer(1, 7);
     wait_stopped(&vm, &mut qmp);

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use qmp::client::Client;
 use serde_json::{Value, json};
+use tardigrade_tests::agent::Agent;
 use tardigrade_tests::checkpoint::Booted;
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::events::story;
-use tardigrade_tests::vm::{CMDLINE, VmSpec};
+use tardigrade_tests::vm::{CMDLINE, Vm, VmSpec};
 use tardigrade_tests::{pattern, repo, require};
 
 /// A boot takes long where guest kernel mode is interpreted and other tests run.
@@ -126,9 +127,23 @@ fn two_vcpus_use_disks_of_every_kind_and_no_reboot_ends_the_machine() {
     let mut qmp = vm.qmp();
     let mut agent = vm.agent();
     agent.wait_ready();
+    check_identities(&vm, &mut agent);
+    write_and_read_disks(&mut agent);
+
+    // The agent's reboot unmounts, the kernel's flushes.
+    agent.ask("reboot");
+    let shutdown = wait_for(&mut qmp, "SHUTDOWN");
+    assert_eq!(shutdown["data"], json!({ "guest": true, "reason": "guest-reset" }));
+    assert_eq!(vm.wait().code(), Some(0), "{}", vm.stderr());
+
+    check_disks(&disk, &raw, &read_only);
+}
+
+/// vCPUs and disks are what was asked for, on the host and as the guest's kernel sees them.
+fn check_identities(vm: &Vm, agent: &mut Agent) {
     let cpus = agent.fields("cpus");
     assert_eq!((cpus["online"].as_str(), cpus["mask"].as_str()), ("2", "0x3"));
-    let threads = qmp.execute("query-cpus-fast", json!({})).unwrap();
+    let threads = vm.qmp().execute("query-cpus-fast", json!({})).unwrap();
     let threads = threads.as_array().unwrap().iter().map(|cpu| cpu["thread-id"].as_u64().unwrap());
     for (index, thread) in threads.enumerate() {
         let name = std::fs::read_to_string(format!("/proc/{}/task/{thread}/comm", vm.pid()));
@@ -146,10 +161,15 @@ fn two_vcpus_use_disks_of_every_kind_and_no_reboot_ends_the_machine() {
     let queues =
         ["0", "1"].map(|queue| agent.ask(&format!("read-text /sys/block/vda/mq/{queue}/cpu_list")));
     assert_eq!(queues, ["0", "1"], "each vCPU has a queue of its own");
+}
 
+/// Bytes from where, and how many, are written to each disk: across cluster borders too.
+const PIECES: [(usize, usize); 4] =
+    [(512, 512), (65_024, 1024), (1 << 20, 1 << 20), (5 << 20, 192 << 10)];
+
+fn write_and_read_disks(agent: &mut Agent) {
     // Written in pieces from 512 bytes to 1 MiB, some across cluster borders, each read back.
-    let pieces = [(512, 512), (65_024, 1024), (1 << 20, 1 << 20), (5 << 20, 192 << 10)];
-    for (offset, length) in pieces {
+    for (offset, length) in PIECES {
         for device in ["vda", "vdb"] {
             agent.ask(&format!("pattern {device} {offset} {length} 9"));
             agent.ask(&format!("verify {device} {offset} {length} 9"));
@@ -182,16 +202,13 @@ fn two_vcpus_use_disks_of_every_kind_and_no_reboot_ends_the_machine() {
     agent.ask("mkfs vdb");
     agent.ask("mount vdb");
     agent.ask("write-file /mnt/file 30000 4");
+}
 
-    // The agent's reboot unmounts, the kernel's flushes.
-    agent.ask("reboot");
-    let shutdown = wait_for(&mut qmp, "SHUTDOWN");
-    assert_eq!(shutdown["data"], json!({ "guest": true, "reason": "guest-reset" }));
-    assert_eq!(vm.wait().code(), Some(0), "{}", vm.stderr());
-
+/// The images have what [`write_and_read_disks`] wrote.
+fn check_disks(disk: &Disk, raw: &Disk, read_only: &Disk) {
     disk.check();
     let mut expected = vec![0; 64 << 20];
-    for (offset, length) in pieces {
+    for (offset, length) in PIECES {
         expected[offset..][..length].copy_from_slice(&pattern::bytes(9, offset as u64, length));
     }
     expected[1 << 20..][..64 << 10].fill(0);

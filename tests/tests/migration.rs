@@ -7,16 +7,13 @@ use std::time::Duration;
 
 use qmp::client::Client;
 use serde_json::{Value, json};
-use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
-use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine_with_disk, monitor};
+use tardigrade_tests::baremetal::chains::Chains;
+use tardigrade_tests::baremetal::{Monitor, machine_with_disk, monitor};
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{Vm, VmSpec};
 
-/// The word that ends the chains.
-const STOP: u64 = SCRATCH + 0x8000;
-const PAGES: u64 = 2000;
+const CHAINS: Chains = Chains { pages: 2000 };
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Bench {
@@ -43,14 +40,7 @@ impl Bench {
     fn start(&self) -> (Vm, Monitor) {
         let vm = self.spec.start();
         let mut guest = monitor(&vm);
-        for vcpu in 1..=2 {
-            apic::start_vcpu(&mut guest, vcpu);
-        }
-        guest.poke(STOP, 0);
-        Driver::start(&mut guest).prepare_chain();
-        guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
-        guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, PAGES, STOP]);
-        go_on(&mut guest);
+        CHAINS.start(&mut guest);
         (vm, guest)
     }
 
@@ -63,25 +53,11 @@ impl Bench {
     }
 }
 
-/// Waits until every page and the disk were looked at and written.
-fn go_on(guest: &mut Monitor) {
-    let (memory, disk) = (guest.peek(FREE), guest.peek(DISK_COUNT));
-    guest.wait_word(FREE, |now| now > memory + 2 * PAGES);
-    guest.wait_word(DISK_COUNT, |now| now > disk + 2);
-}
-
-/// Ends the chains, which found nothing wrong.
-fn stop_chains(guest: &mut Monitor) {
-    guest.poke(STOP, 1);
-    assert_eq!(guest.answer_of(1), 0, "the disk is not of the same moment as memory");
-    assert_eq!(guest.answer_of(2), 0, "a page is not of the same moment as the others");
-}
-
 /// The machine goes on with all it had.
 fn goes_on(vm: &Vm) {
     let mut guest = Monitor::connect(vm.serial_path());
-    go_on(&mut guest);
-    stop_chains(&mut guest);
+    CHAINS.go_on(&mut guest);
+    CHAINS.stop(&mut guest);
 }
 
 fn with_events(vm: &Vm) -> Client {
@@ -156,7 +132,7 @@ fn a_guest_goes_on_from_a_file_and_from_a_command_with_its_disk() {
         assert_eq!(told, ["setup", "active", "STOP", "device", "completed"]);
         assert_eq!(vm.status(), "postmigrate");
         let info = qmp.execute("query-migrate", json!({})).unwrap();
-        assert!(info["ram"]["normal"].as_u64().unwrap() > PAGES, "{info}");
+        assert!(info["ram"]["normal"].as_u64().unwrap() > CHAINS.pages, "{info}");
         assert_eq!(info["ram"]["remaining"], 0);
         // The disk is the target's before the source has ended.
         let target = bench.incoming(&from);
@@ -166,7 +142,7 @@ fn a_guest_goes_on_from_a_file_and_from_a_command_with_its_disk() {
         assert!(error.contains("Failed to get"), "{error}");
         vm.quit();
         let mut guest = Monitor::connect(target.serial_path());
-        go_on(&mut guest);
+        CHAINS.go_on(&mut guest);
         vm = target;
     }
     goes_on(&vm);
@@ -203,7 +179,7 @@ fn a_guest_goes_from_process_to_process_and_can_be_saved_there() {
         assert_eq!(wait_for(&mut there, "completed"), ["setup", "active", "RESUME", "completed"]);
         vm.quit();
         vm = target;
-        go_on(&mut Monitor::connect(vm.serial_path()));
+        CHAINS.go_on(&mut Monitor::connect(vm.serial_path()));
         vm.save(&format!("t{n}"), &["disk0"]);
     }
     vm.load("t0", &["disk0"]);
@@ -233,7 +209,7 @@ fn after_a_failure_or_a_cancel_the_guest_goes_on_as_before() {
         wait_for(&mut qmp, "failed");
         let info = qmp.execute("query-migrate", json!({})).unwrap();
         assert!(info["error-desc"].as_str().is_some_and(|text| !text.is_empty()), "{info}");
-        go_on(&mut guest);
+        CHAINS.go_on(&mut guest);
         assert_eq!(vm.status(), "running");
     }
     // In the middle: the command reads nothing.
@@ -244,7 +220,7 @@ fn after_a_failure_or_a_cancel_the_guest_goes_on_as_before() {
     assert!(refused.contains("There's a migration process in progress"), "{refused}");
     let save = json!({ "job-id": "j", "tag": "x", "vmstate": "disk0", "devices": ["disk0"] });
     qmp.execute("snapshot-save", save).unwrap_err();
-    go_on(&mut guest);
+    CHAINS.go_on(&mut guest);
     qmp.execute("migrate_cancel", json!({})).unwrap();
     let told = wait_for(&mut qmp, "cancelled");
     assert!(told.ends_with(&["cancelling".to_owned(), "cancelled".to_owned()]), "{told:?}");
@@ -254,7 +230,7 @@ fn after_a_failure_or_a_cancel_the_guest_goes_on_as_before() {
     wait_for(&mut qmp, "device");
     qmp.execute("migrate_cancel", json!({})).unwrap();
     wait_for(&mut qmp, "cancelled");
-    go_on(&mut guest);
+    CHAINS.go_on(&mut guest);
     // What was taken from the dirty pages has come back.
     vm.save("after", &["disk0"]);
     vm.load("after", &["disk0"]);
@@ -277,7 +253,7 @@ fn a_peer_that_goes_away_and_a_disk_in_use_are_failures() {
     qmp.execute("migrate", json!({ "uri": bench.uri("unix", "s") })).unwrap();
     drop(listener.accept().unwrap());
     wait_for(&mut qmp, "failed");
-    go_on(&mut guest);
+    CHAINS.go_on(&mut guest);
     // A job works on the disk until it is told to end.
     let mirror = json!({ "job-id": "m", "device": "disk0", "target": "to", "sync": "full" });
     let to = Disk::qcow2(bench.path("to.qcow2"), "16M");
@@ -290,15 +266,15 @@ fn a_peer_that_goes_away_and_a_disk_in_use_are_failures() {
     wait_for(&mut qmp, "failed");
     let info = qmp.execute("query-migrate", json!({})).unwrap();
     assert!(info["error-desc"].as_str().unwrap().contains("is busy"), "{info}");
-    go_on(&mut guest);
+    CHAINS.go_on(&mut guest);
     qmp.execute("job-cancel", json!({ "id": "m" })).unwrap();
     qmp.wait_event(PATIENCE, |event| event["data"]["status"] == "null").unwrap();
     // A stream that is kept: the guest goes on here, too.
     qmp.execute("migrate", json!({ "uri": bench.uri("file", "f") })).unwrap();
     wait_for(&mut qmp, "completed");
     qmp.execute("cont", json!({})).unwrap();
-    go_on(&mut guest);
-    stop_chains(&mut guest);
+    CHAINS.go_on(&mut guest);
+    CHAINS.stop(&mut guest);
     drop(guest);
     vm.quit();
     bench.check();

@@ -14,21 +14,19 @@ use std::time::{Duration, Instant};
 
 use qmp::client::Client;
 use serde_json::{Value, json};
-use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
-use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine, monitor};
+use tardigrade_tests::baremetal::chains::Chains;
+use tardigrade_tests::baremetal::layout::SCRATCH;
+use tardigrade_tests::baremetal::{Monitor, machine, monitor};
 use tardigrade_tests::disk::{Disk, qemu_img};
 use tardigrade_tests::events::target;
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{Vm, VmSpec};
 
 const DISK: &[&str] = &["disk0"];
-/// The word that would end the chains.
-const STOP: u64 = SCRATCH + 0x8000;
 /// The word that tells checkpoints apart.
 const MARK: u64 = SCRATCH + 0x8100;
-/// Pages of memory that a chain counts in.
-const PAGES: u64 = 3000;
+/// What the guest does all the time.
+const CHAINS: Chains = Chains { pages: 3000 };
 /// Steps where nobody says how many.
 const STEPS: u64 = 30;
 /// Checkpoints at most.
@@ -92,7 +90,7 @@ impl Soak {
             self.tell("boot", "");
             let vm = self.spec.start();
             let mut guest = monitor(&vm);
-            start_chains(&mut guest);
+            CHAINS.start(&mut guest);
             self.vm = Some((vm, guest));
             return self.set_mark();
         };
@@ -120,7 +118,7 @@ impl Soak {
         let forks = [fork.start(), fork.start()];
         for vm in &forks {
             let mut guest = Monitor::connect(vm.serial_path());
-            go_on(&mut guest);
+            CHAINS.go_on(&mut guest);
             assert_eq!(guest.peek(MARK), mark, "another checkpoint was forked");
         }
         forks.into_iter().for_each(Vm::quit);
@@ -146,7 +144,7 @@ impl Soak {
     fn go_on(&mut self) {
         let mark = self.mark;
         let guest = self.guest();
-        go_on(guest);
+        CHAINS.go_on(guest);
         assert_eq!(guest.peek(MARK), mark, "the guest is of another checkpoint");
     }
 
@@ -270,7 +268,7 @@ impl Soak {
         let guest = self.guest();
         guest.wait_started();
         guest.tsc();
-        start_chains(guest);
+        CHAINS.start(guest);
         self.set_mark();
     }
 
@@ -354,27 +352,6 @@ fn concluded(qmp: &mut Client, id: &str) -> Option<String> {
     let jobs = qmp.execute("query-jobs", json!({})).unwrap();
     let job = jobs.as_array().unwrap().iter().find(|job| job["id"] == id).unwrap().clone();
     job["error"].as_str().map(str::to_owned)
-}
-
-/// Lets vCPU 1 count on the disk and vCPU 2 in memory.
-fn start_chains(guest: &mut Monitor) {
-    for vcpu in 1..=2 {
-        apic::start_vcpu(guest, vcpu);
-    }
-    guest.poke(STOP, 0);
-    // The disk may have the number of an earlier start.
-    let mut driver = Driver::start(guest);
-    driver.prepare_chain();
-    guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
-    guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, PAGES, STOP]);
-    go_on(guest);
-}
-
-/// Waits until every page and the disk were looked at and written.
-fn go_on(guest: &mut Monitor) {
-    let (memory, disk) = (guest.peek(FREE), guest.peek(DISK_COUNT));
-    guest.wait_word(FREE, |now| now > memory + 2 * PAGES);
-    guest.wait_word(DISK_COUNT, |now| now > disk + 2);
 }
 
 fn number(variable: &str) -> Option<u64> {

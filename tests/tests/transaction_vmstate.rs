@@ -7,16 +7,13 @@ use std::time::Duration;
 
 use qmp::client::Client;
 use serde_json::{Value, json};
-use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
-use tardigrade_tests::baremetal::virtio::{DISK_COUNT, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, apic, machine, monitor};
+use tardigrade_tests::baremetal::chains::Chains;
+use tardigrade_tests::baremetal::{Monitor, machine, monitor};
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::vm::Vm;
 use tardigrade_tests::{events, require};
 
-/// The word that ends the chains.
-const STOP: u64 = SCRATCH + 0x8000;
-const PAGES: u64 = 2000;
+const CHAINS: Chains = Chains { pages: 2000 };
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Machine {
@@ -32,31 +29,19 @@ impl Machine {
         let disks: Vec<Disk> = (0..disks).map(|n| Disk::qcow2(path(n), "16M")).collect();
         let vm = disks.iter().fold(machine(dir, "64M", 3), |spec, disk| spec.disk(disk)).start();
         let mut guest = monitor(&vm);
-        for vcpu in 1..=2 {
-            apic::start_vcpu(&mut guest, vcpu);
-        }
-        guest.poke(STOP, 0);
-        Driver::start(&mut guest).prepare_chain();
-        guest.start_on(1, Routine::DiskChain, &[STOP, SCRATCH]);
-        guest.start_on(2, Routine::User, &[Routine::Chain as u64, FREE, PAGES, STOP]);
-        let mut machine = Self { vm, guest, disks };
-        machine.goes_on();
-        machine
+        CHAINS.start(&mut guest);
+        Self { vm, guest, disks }
     }
 
     /// Waits until every page and the disk were looked at and written.
     fn goes_on(&mut self) {
-        let (memory, disk) = (self.guest.peek(FREE), self.guest.peek(DISK_COUNT));
-        self.guest.wait_word(FREE, |now| now > memory + 2 * PAGES);
-        self.guest.wait_word(DISK_COUNT, |now| now > disk + 2);
+        CHAINS.go_on(&mut self.guest);
     }
 
     /// Ends the machine; the guest found nothing wrong.
     fn finish(mut self) -> Vec<Disk> {
         self.goes_on();
-        self.guest.poke(STOP, 1);
-        assert_eq!(self.guest.answer_of(1), 0, "the disk is not of the same moment as memory");
-        assert_eq!(self.guest.answer_of(2), 0, "a page is not of the same moment as the others");
+        CHAINS.stop(&mut self.guest);
         self.vm.quit();
         self.disks.iter().for_each(Disk::check);
         self.disks
