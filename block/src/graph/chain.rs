@@ -31,8 +31,16 @@ impl Graph {
         names.collect()
     }
 
+    /// Refuses a node that is the backing file of another.
+    pub(crate) fn check_no_overlay(&self, node: &str) -> Result<()> {
+        self.state().check_no_overlay(node)
+    }
+
     /// Refuses a node that another one is over.
-    pub(crate) fn check_root(&self, node: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// One is; QEMU's text.
+    pub fn check_root(&self, node: &str) -> Result<()> {
         let state = self.state();
         if state.users_of(node).any(|edge| matches!(edge.parent, Parent::Node(_))) {
             return Err(Error::Invalid("Need a root block node".to_owned()));

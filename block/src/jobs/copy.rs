@@ -135,6 +135,8 @@ impl Copier {
     /// Makes a range of the target read as zeroes, where it does not: saying so again could take
     /// space for tables.
     fn zero(&self, range: &Range<u64>, way: Way) -> Result<()> {
+        // A backing file that the image names, and that is not open now, may be below it later.
+        let alone = self.target.recorded_backing().is_none();
         let mut start = range.start;
         while start < range.end {
             let ask = |format: &dyn Format| format.block_status(start, range.end - start);
@@ -146,7 +148,8 @@ impl Copier {
             for extent in list {
                 let len = extent.len.min(range.end - start);
                 // What the target only reads as zeroes from below it is its own afterwards.
-                if !(extent.zero && extent.depth <= 1) && len > 0 {
+                let own = extent.depth == 1 || (extent.depth == 0 && alone);
+                if !(extent.zero && own) && len > 0 {
                     self.write_zeroes(start, len, way)?;
                 }
                 start += len;

@@ -157,10 +157,14 @@ impl Qcow2 {
         self.data.write_zeroes(start, end - start, wish != Wish::Keep)
     }
 
-    /// Where a cluster stays as it is, whether that is what was wished for.
-    fn as_it_is(&self, old: &Cluster, set: u32, wish: Wish) -> Option<bool> {
+    /// Where a cluster stays as it is, whether that is what was wished for. Where the image names a
+    /// backing file (`named`) that is not open, zeroes are said all the same: whoever opens the image by
+    /// its own names reads them then. Version 2 cannot say it.
+    fn as_it_is(&self, old: &Cluster, set: u32, wish: Wish, named: bool) -> Option<bool> {
         let geometry = self.geometry;
-        let bare = self.backing().is_none();
+        let v3 = geometry.version >= 3;
+        let alone = self.backing().is_none();
+        let bare = alone && !(v3 && named);
         let every = set == mask(0..geometry.subclusters());
         let has_host = old.mapping.run(geometry).is_some();
         let stays = wish == Wish::Keep || self.no_unref.is_some();
@@ -173,7 +177,7 @@ impl Qcow2 {
         // A part of a compressed cluster cannot be zero on its own.
         let part = !every && matches!(old.mapping, Mapping::Compressed { .. });
         // Version 2 over a backing file: a discarded cluster reads as before.
-        let shows_backing = geometry.version < 3 && !bare;
+        let shows_backing = !v3 && !alone;
         (part || shows_backing).then_some(wish == Wish::Discard)
     }
 
@@ -191,7 +195,8 @@ impl Qcow2 {
         let geometry = self.geometry;
         let old = meta.cluster(guest)?;
         let set = mask(geometry.touched(guest, len));
-        if let Some(done) = self.as_it_is(&old, set, wish) {
+        let named = meta.header.backing_file.is_some();
+        if let Some(done) = self.as_it_is(&old, set, wish, named) {
             return Ok(done);
         }
         let v3 = geometry.version >= 3;

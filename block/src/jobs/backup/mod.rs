@@ -91,9 +91,11 @@ impl Backup {
         let occupied = source.occupy("backup")?;
         // Writes of the guest may go to the target's backing file, so they are let; another size is not.
         let shared = Perm::all() - Perm::RESIZE;
+        // QEMU uses the target through a filter, which it cannot make then.
+        let unusable = |error| Error::Invalid(format!("Could not create node: {error}"));
         let attached = [
             graph.attach(&options.source, User::unnamed(Perm::CONSISTENT_READ, shared))?,
-            graph.attach(&options.target, User::unnamed(Perm::WRITE, shared))?,
+            graph.attach(&options.target, User::unnamed(Perm::WRITE, shared)).map_err(unusable)?,
         ];
         let size = source.size();
         if size != target.size() {

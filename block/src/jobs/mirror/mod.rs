@@ -101,12 +101,14 @@ impl Mirror {
         }
         let target = find(&options.target)?;
         options.check()?;
+        target.check_no_job()?;
+        // What is over it would read something else from the first write on.
+        graph.check_no_overlay(&options.target)?;
         if Arc::ptr_eq(&source, &target) {
             return Err(Error::Invalid("Can't mirror node into itself".to_owned()));
         }
         options.check_replaces(graph, &source)?;
         graph.check_no_format_above(&options.target)?;
-        target.check_no_job()?;
         let claim = graph.claim(&[&options.source, &options.target], "mirror")?;
         // The target is not what it is to be before the end: nobody else uses it.
         let (read, write) = (Perm::CONSISTENT_READ, Perm::WRITE);

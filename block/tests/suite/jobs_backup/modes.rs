@@ -44,6 +44,31 @@ fn a_top_backup_has_what_the_image_has_and_with_its_backing_file_is_the_moment()
 }
 
 #[test]
+fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_open() {
+    if !have_qemu_img("backup to an image without its backing file") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = base(dir.path());
+    for sync in [Sync::Top, Sync::Full] {
+        let (source, target) = (over(&base, "s.qcow2", ""), over(&base, "t.qcow2", ""));
+        write_over(&source);
+        let graph = Graph::new();
+        let s = add(&graph, "s", &source, &json!({}));
+        let expected = contents(&s);
+        let t = add(&graph, "t", &target, &json!({"backing": null}));
+        let mut backup = Backup::new(&graph, options(sync)).unwrap();
+        // Writes copy, too.
+        put(&s, 3 << 20, &[9; 1000]);
+        finish(&mut backup, &Control::default()).unwrap();
+        drop((backup, s, t));
+        drop(graph);
+        check(&target);
+        assert!(qemu_contents(dir.path(), &target, None) == expected, "{sync:?}");
+    }
+}
+
+#[test]
 fn a_target_over_its_source_shows_the_moment_for_as_long_as_the_job_is_there() {
     if !have_qemu_img("fleecing") {
         return;

@@ -137,3 +137,36 @@ fn a_target_replaces_what_is_below_a_filter() {
     assert_eq!([bytes[0], bytes[70_000], bytes[200_000]], [7, 8, 9]);
     assert_eq!(contents(&user.node()), bytes);
 }
+
+#[test]
+fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_open() {
+    if !have_qemu_img("mirror to an image without its backing file") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = base(dir.path());
+    for (sync, copy_mode) in [
+        (Sync::Top, CopyMode::Background),
+        (Sync::Full, CopyMode::Background),
+        (Sync::Full, CopyMode::WriteBlocking),
+    ] {
+        let (source, target) = (over(&base, "s.qcow2", ""), over(&base, "t.qcow2", ""));
+        write_over(&source);
+        let graph = Graph::new();
+        let s = add(&graph, "s", &source, &json!({}));
+        let t = add(&graph, "t", &target, &json!({"backing": null}));
+        let mirror = MirrorOptions { copy_mode, ..options(sync) };
+        let mut mirror = Mirror::new(&graph, mirror).unwrap();
+        thread::scope(|scope| {
+            let Ready { control, job, .. } = until_ready(scope, &mut mirror);
+            s.write_zeroes(64 << 10, 64 << 10, false).unwrap();
+            control.cancel(false);
+            job.join().unwrap().unwrap();
+        });
+        let expected = contents(&s);
+        drop((mirror, s, t));
+        drop(graph);
+        check(&target);
+        assert!(qemu_contents(dir.path(), &target, None) == expected, "{sync:?}, {copy_mode:?}");
+    }
+}

@@ -39,3 +39,25 @@ fn what_cannot_be_mirrored_is_refused_and_leaves_everything_as_it_was() {
     drop(graph.attach_export("t", true).unwrap());
     graph.remove("t").unwrap();
 }
+
+#[test]
+fn what_another_image_is_over_is_no_target() {
+    if !have_qemu_img("mirror below an overlay") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = base(dir.path());
+    let overlay = over(&base, "o.qcow2", "");
+    let graph = Graph::new();
+    let size = std::fs::metadata(raw(dir.path(), "s.raw")).unwrap().len();
+    add(&graph, "s", &dir.path().join("s.raw"), &json!({}));
+    let below = add(&graph, "t", &base, &json!({}));
+    assert_eq!(below.size(), size);
+    let expected = contents(&below);
+    drop(below);
+    // Nobody uses it: no permission keeps the job off.
+    let above = add(&graph, "o", &overlay, &json!({"backing": "t"}));
+    let error = error_of(Mirror::new(&graph, options(Sync::Full)));
+    assert_eq!(error, "Node 't' is busy: node is used as backing hd of 'o'");
+    assert!(contents(&above) == expected);
+}

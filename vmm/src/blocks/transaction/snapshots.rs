@@ -60,6 +60,7 @@ impl<'a> InternalSnapshot<'a> {
         let (Some(node), Some(format)) = (node, self.format) else {
             return Err(qmp::Error::no_node(device));
         };
+        self.blocks.graph().check_root(device).map_err(failed)?;
         self.blocks.graph().check_unclaimed(device).map_err(failed)?;
         if node.read_only() {
             return Err(text(format!("Device '{device}' is read only")));
@@ -154,13 +155,11 @@ impl Blocks {
         let InternalSnapshotDeleteArguments { device, id, name } = arguments;
         let node: Arc<Node> =
             self.graph().get(device).ok_or_else(|| qmp::Error::no_node(device))?;
+        self.graph().check_root(device).map_err(failed)?;
         self.graph().check_unclaimed(device).map_err(failed)?;
         let (id, name) = (id.as_deref(), name.as_deref());
         if id.is_none() && name.is_none() {
             return Err(text("Name or id must be provided"));
-        }
-        if node.read_only() {
-            return Err(text(format!("Device '{device}' is read only")));
         }
         let format = node.format();
         let found = format.snapshots().into_iter().find(|snapshot| {
@@ -173,6 +172,9 @@ impl Blocks {
                 name.unwrap_or("null")
             )));
         };
+        if node.read_only() {
+            return Err(text(format!("Device '{device}' is read only")));
+        }
         let mut change = format.delete_snapshot(&snapshot.id).map_err(failed)?;
         let deleted = change.prepare().and_then(|()| change.publish());
         if let Err(error) = deleted {
