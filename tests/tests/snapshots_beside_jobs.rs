@@ -82,3 +82,66 @@ fn nobody_snapshots_or_reverts_a_disk_that_is_streamed_or_committed() {
         Disk { path: dir.path().join(name), format: "qcow2" }.check();
     }
 }
+
+/// Has `to` become the same as `from`; it is ready.
+fn mirror(qmp: &mut qmp::client::Client, id: &str, from: &str, to: &str) {
+    let arguments = json!({ "job-id": id, "device": from, "target": to, "sync": "full" });
+    qmp.execute("blockdev-mirror", arguments).unwrap();
+    let ready =
+        |event: &Value| event["event"] == "BLOCK_JOB_READY" && event["data"]["device"] == id;
+    qmp.wait_event(PATIENCE, ready).unwrap();
+}
+
+fn complete(vm: &Vm, id: &str) {
+    gone(vm, id, |qmp| {
+        qmp.execute("job-complete", json!({ "id": id })).unwrap();
+    });
+}
+
+#[test]
+fn a_disk_whose_place_another_took_is_neither_saved_nor_gone_back_to_as_the_guests() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::qcow2(dir.path().join("disk0.qcow2"), "16M");
+    let target = Disk::qcow2(dir.path().join("target.qcow2"), "16M");
+    let kernel = dir.path().join("counter.elf");
+    // A save that takes a while.
+    std::fs::write(&kernel, counter::kernel(128 << 20)).unwrap();
+    let kernel = kernel.display().to_string();
+    let mut vm = VmSpec::new("256M", 1).args(&["--kernel", &kernel]).disk(&disk).start();
+    let mut qmp = vm.qmp();
+    let node = json!({ "driver": "qcow2", "node-name": "target",
+        "file": { "driver": "file", "filename": target.path } });
+    qmp.execute("blockdev-add", node).unwrap();
+    mirror(&mut qmp, "m", "disk0", "target");
+    let save = json!({ "job-id": "s", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
+    qmp.execute("snapshot-save", save).unwrap();
+    qmp.execute("job-pause", json!({ "id": "s" })).unwrap();
+    let is = |event: &Value, status: &str| {
+        event["data"]["id"] == "s" && event["data"]["status"] == status
+    };
+    qmp.wait_event(PATIENCE, |event| is(event, "paused")).unwrap();
+    complete(&vm, "m");
+    qmp.execute("job-resume", json!({ "id": "s" })).unwrap();
+    qmp.wait_event(PATIENCE, |event| is(event, "concluded")).unwrap();
+    let jobs = qmp.execute("query-jobs", json!({})).unwrap();
+    let error = jobs[0]["error"].as_str().unwrap();
+    assert!(error.contains("were 'disk0' when the job began and are 'target' now"), "{error}");
+    qmp.execute("job-dismiss", json!({ "id": "s" })).unwrap();
+
+    vm.save("t", &["target"]);
+    // From here on it would be gone back to by the short way.
+    vm.load("t", &["target"]);
+    mirror(&mut qmp, "n", "target", "disk0");
+    complete(&vm, "n");
+    let error = vm.job("snapshot-load", "t", &["target"]).unwrap_err();
+    assert!(error.contains("'disk0'") && error.contains("'target'"), "{error}");
+    assert_eq!(vm.status(), "running");
+    vm.save("u", &["disk0"]);
+    vm.load("u", &["disk0"]);
+    vm.quit();
+    disk.check();
+    target.check();
+}

@@ -17,6 +17,7 @@ use super::Controller;
 use super::hot::Hot;
 use super::snapshot_jobs::Current;
 use super::work::{Outcome, Target, Task, WorkError};
+use crate::machine::recorded;
 use crate::machine::state::MachineState;
 use crate::memory::dirty_log::Protect;
 
@@ -24,6 +25,8 @@ use crate::memory::dirty_log::Protect;
 pub struct Rewind {
     /// What was asked for.
     target: Target,
+    /// The machine's disks.
+    disks: Vec<String>,
     base: Base,
     state: MachineState,
     rewinder: Rewinder,
@@ -33,9 +36,15 @@ pub struct Rewind {
 }
 
 impl Rewind {
-    /// A checkpoint that RAM is based on.
-    pub fn new(target: Target, base: Base, state: MachineState, rewinder: Rewinder) -> Self {
-        Self { target, base, state, rewinder, count: 0, hot: Hot::default() }
+    /// A checkpoint that RAM is based on, of a machine with these disks.
+    pub fn new(
+        target: Target,
+        disks: Vec<String>,
+        base: Base,
+        state: MachineState,
+        rewinder: Rewinder,
+    ) -> Self {
+        Self { target, disks, base, state, rewinder, count: 0, hot: Hot::default() }
     }
 
     /// Its vCPUs and devices.
@@ -69,6 +78,10 @@ impl Controller {
     fn is_last_load(&mut self, target: &Target) -> bool {
         let Some(rewind) = &self.rewind else { return false };
         if rewind.target != *target || self.machine.tracker().base() != Some(&rewind.base) {
+            return false;
+        }
+        // Another node may have taken a disk's place: then the guest wrote there.
+        if rewind.disks != recorded::disks(&self.machine) {
             return false;
         }
         let graph = self.blocks.graph();

@@ -34,6 +34,18 @@ pub fn describe(machine: &Machine) -> MachineConfig {
     }
 }
 
+/// Names of the nodes that the disks of `machine` are now, in the order of their slots.
+pub fn disks(machine: &Machine) -> Vec<String> {
+    let disks = machine.devices().virtio().filter_map(VirtioSlot::disk);
+    disks.map(|(node, _)| node.name().to_owned()).collect()
+}
+
+/// The same of a machine as it was described.
+pub fn disks_of(config: &MachineConfig) -> Vec<String> {
+    let disks = config.devices.iter().filter_map(|device| device.disk.as_ref());
+    disks.map(|disk| disk.node.clone()).collect()
+}
+
 fn path_text(path: Option<&Path>) -> String {
     path.map(|path| path.display().to_string()).unwrap_or_default()
 }

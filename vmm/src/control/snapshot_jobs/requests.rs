@@ -12,6 +12,7 @@ use crate::control::Controller;
 use crate::control::pauses::nanoseconds;
 use crate::control::work::{Freeze, Frozen, Loaded, Tracked, WorkError, WorkMessage};
 use crate::machine::missing::Missing;
+use crate::machine::recorded;
 use crate::machine::state::MachineState;
 use crate::memory::dirty_log::Protect;
 
@@ -20,8 +21,8 @@ impl Controller {
     pub(in crate::control) fn work_message(&mut self, message: WorkMessage) {
         // Whoever asked waits for the answer, so it is there to receive it.
         match message {
-            WorkMessage::Freeze { purpose, reply } => {
-                let _ = reply.send(self.freeze(&purpose));
+            WorkMessage::Freeze { purpose, disks, reply } => {
+                let _ = reply.send(self.freeze(&purpose, &disks));
             }
             WorkMessage::Track { reply } => {
                 let _ = reply.send(self.track());
@@ -92,18 +93,35 @@ impl Controller {
         Ok(())
     }
 
-    fn freeze(&mut self, purpose: &Freeze) -> Result<Frozen, WorkError> {
+    fn freeze(&mut self, purpose: &Freeze, disks: &[String]) -> Result<Frozen, WorkError> {
         if self.ending {
             return Err(WorkError::Cancelled);
         }
-        match purpose {
+        self.check_disks(disks)?;
+        let frozen = match purpose {
             Freeze::Save => self.freeze_to_save(RunState::SaveVm),
             Freeze::Migrate => {
                 self.migration_stops();
                 self.freeze_to_save(RunState::FinishMigrate)
             }
             Freeze::Load(state) => self.freeze_to_load(state),
+        }?;
+        // Once more: from here on the guest writes to none of them, whatever takes whose place.
+        self.check_disks(disks)?;
+        Ok(frozen)
+    }
+
+    /// A mirror's target, a commit's base or an overlay may have taken a disk's place since the job began:
+    /// what the job knows as the disk is not what the guest has written since.
+    fn check_disks(&self, known: &[String]) -> Result<(), WorkError> {
+        let now = recorded::disks(&self.machine);
+        if now == known {
+            return Ok(());
         }
+        let (known, now) = (known.join("', '"), now.join("', '"));
+        Err(WorkError::Failed(format!(
+            "The machine's disks were '{known}' when the job began and are '{now}' now: try again"
+        )))
     }
 
     /// A save begins.

@@ -13,6 +13,7 @@ use super::{Freeze, IO_THREADS, Loaded, Outcome, Target, WorkContext, WorkError,
 use crate::control::mailbox::Mailbox;
 use crate::control::rewind::Rewind;
 use crate::machine::missing::Missing;
+use crate::machine::recorded;
 use crate::machine::state::{MachineState, Shape};
 use crate::memory;
 
@@ -36,7 +37,8 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let disks = disks.show()?;
     let (base, rewinder) = (revival.base(), Rewinder::new(&revival.checkpoint));
     let lineage = revival.lineage();
-    let rewind = Rewind::new(target.clone(), base, revival.state.clone(), rewinder);
+    let disks_now = recorded::disks_of(&context.config);
+    let rewind = Rewind::new(target.clone(), disks_now, base, revival.state.clone(), rewinder);
     let loaded = Box::new(Loaded { rewind, missing });
     let restored = context.ask(|reply| WorkMessage::Restore { loaded, reply });
     if restored.is_ok() {

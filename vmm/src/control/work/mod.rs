@@ -50,6 +50,7 @@ use super::rewind::Rewind;
 use crate::blocks::Blocks;
 use crate::checkpoints::CurrentLineage;
 use crate::machine::missing::Missing;
+use crate::machine::recorded;
 use crate::machine::state::{MachineState, Shape};
 
 /// Threads that move RAM. More do not help one disk.
@@ -190,6 +191,8 @@ pub enum WorkMessage {
     Freeze {
         /// Why.
         purpose: Freeze,
+        /// The machine's disks as the job knows them.
+        disks: Vec<String>,
         /// Gets the state the guest was stopped in.
         reply: Sender<Result<Frozen, WorkError>>,
     },
@@ -322,7 +325,8 @@ impl WorkContext {
     }
 
     fn freeze(&self, purpose: Freeze) -> Result<Frozen, WorkError> {
-        self.ask(|reply| WorkMessage::Freeze { purpose, reply })
+        let disks = recorded::disks_of(&self.config);
+        self.ask(|reply| WorkMessage::Freeze { purpose, disks, reply })
     }
 
     /// Reads what an earlier load has left in its image, guest running.

@@ -12,6 +12,7 @@ use super::{
     WorkError, WorkMessage,
 };
 use crate::control::rewind::Rewind;
+use crate::machine::recorded;
 use crate::machine::state::MachineState;
 
 /// Bytes after which another round of copying, guest running, gains nothing.
@@ -207,7 +208,9 @@ impl Running<'_> {
         info!("saved {report:?}");
         context.lineage.set(Lineage::at(stamp, ancestors.stamps()));
         let target = target.clone();
-        let rewind = rewinder.map(|r| Box::new(Rewind::new(target, base.clone(), state, r)));
+        let disks = recorded::disks_of(&context.config);
+        let rewind = |rewinder| Rewind::new(target, disks, base.clone(), state, rewinder);
+        let rewind = rewinder.map(|rewinder| Box::new(rewind(rewinder)));
         context.send(WorkMessage::Saved { base, report, rewind });
         Ok(())
     }
