@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use crate::error::host_words;
 use crate::preallocation::Preallocation;
 use crate::storage::{FileOptions, FileStorage, Storage};
 use crate::{Error, Progress, Result};
@@ -25,12 +26,6 @@ pub struct FileCreateOptions {
     pub nocow: Option<bool>,
 }
 
-/// The host's words for an error, without its number.
-fn words(e: &std::io::Error) -> String {
-    let text = e.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
-}
-
 /// Makes an empty file, or empties one that nobody uses, and opens it with QEMU's image locks.
 ///
 /// # Errors
@@ -39,7 +34,9 @@ pub fn create_file(path: impl AsRef<Path>, nocow: bool) -> Result<FileStorage> {
     let path = path.as_ref();
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(
-            |e| Error::Invalid(format!("Could not create '{}': {}", path.display(), words(&e))),
+            |e| {
+                Error::Invalid(format!("Could not create '{}': {}", path.display(), host_words(&e)))
+            },
         )?;
     let storage = FileStorage::open(path, FileOptions::default())?;
     storage.set_len(0)?;

@@ -2,6 +2,12 @@
 
 use std::io;
 
+/// The host's words for an error, without Rust's "(os error N)": clients compare texts with QEMU's.
+pub fn host_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 /// The result of a block operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -9,7 +15,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file could not be opened.
-    #[error("Could not open '{filename}': {source}")]
+    #[error("Could not open '{filename}': {}", host_words(source))]
     Open {
         /// The file's path as the user gave it.
         filename: String,
@@ -51,7 +57,7 @@ pub enum Error {
     #[error("{0}")]
     Invalid(String),
     /// The host refused a read, write, flush or discard.
-    #[error("{operation} at offset {offset:#x} of '{filename}' failed: {source}")]
+    #[error("{operation} at offset {offset:#x} of '{filename}' failed: {}", host_words(source))]
     Io {
         /// "read", "write", "flush", "discard", ...
         operation: &'static str,

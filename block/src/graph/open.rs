@@ -253,7 +253,9 @@ impl<'a> Opener<'a> {
                 Some(below.map_err(|error| of_overlay(error, &file))?)
             }
             (Backing::Node(NodeRef::Name(name)), _) => {
-                Some(self.find(name).cloned().ok_or_else(|| not_found(name))?)
+                let missing =
+                    || Error::Invalid(format!("Could not open backing file: {}", not_found(name)));
+                Some(self.find(name).cloned().ok_or_else(missing)?)
             }
             (Backing::Node(NodeRef::Inline(options)), _) => {
                 Some(self.open(options, flags.of_backing(), Some(&name))?)

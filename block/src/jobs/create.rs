@@ -69,6 +69,10 @@ impl Operation for Create {
             Options::Qcow2 { file, data_file, options } => {
                 // Before any file is touched.
                 options.validate(data_file.is_some())?;
+                if data_file.as_ref() == Some(file) {
+                    let text = "'file' and 'data-file' of an image have to be two files".to_owned();
+                    return Err(Error::Invalid(text));
+                }
                 let file = Place::take(&self.graph, file)?;
                 let data = data_file.as_ref().map(|data| Place::take(&self.graph, data));
                 let data = data.transpose()?;

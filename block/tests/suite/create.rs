@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use block::jobs::{Control, Create, Operation as _};
 use block::qcow2::create::{CreateOptions, create};
 use block::{FileCreateOptions, Preallocation, Progress, create_file, create_raw};
 use serde_json::{Value, json};
@@ -44,6 +45,27 @@ fn qemu_option(name: &str, value: &Value) -> String {
     };
     let name = if name == "version" { "compat".to_owned() } else { name.replace('-', "_") };
     format!("{name}={text}")
+}
+
+#[test]
+fn an_image_is_not_its_own_data_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, data) = (dir.path().join("file"), dir.path().join("data"));
+    let graph = std::sync::Arc::new(block::Graph::new());
+    for (name, path) in [("f", &file), ("d", &data)] {
+        std::fs::write(path, "what was there").unwrap();
+        graph.add(&json!({"driver": "file", "node-name": name, "filename": path})).unwrap();
+    }
+    let run = |options: Value| {
+        let mut operation = Create::new(&graph, options.as_object().unwrap().clone()).unwrap();
+        operation.run(&Control::default()).map_err(|error| error.to_string())
+    };
+    let options =
+        |data: &str| json!({"driver": "qcow2", "size": 1 << 20, "file": "f", "data-file": data});
+    let error = run(options("f")).unwrap_err();
+    assert_eq!(error, "'file' and 'data-file' of an image have to be two files");
+    assert_eq!(std::fs::read(&file).unwrap(), b"what was there");
+    run(options("d")).unwrap();
 }
 
 #[test]

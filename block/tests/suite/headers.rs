@@ -359,6 +359,6 @@ fn files_that_are_no_images_say_what_was_found() {
         .add_text("driver=qcow2,node-name=d,file.driver=file,file.filename=/no/such/file")
         .err()
         .unwrap();
-    let text = "Could not open '/no/such/file': No such file or directory (os error 2)";
+    let text = "Could not open '/no/such/file': No such file or directory";
     assert_eq!(error.to_string(), text);
 }

@@ -180,9 +180,12 @@ impl Report {
     }
 }
 
-/// Two digits after the point, rounded to the nearest.
+/// Two digits after the point, rounded to the nearest; what is between two goes to the even one, as printf does.
 fn percent(part: u64, whole: u64) -> String {
-    let hundredths = (u128::from(part) * 20_000 / u128::from(whole)).div_ceil(2);
+    let (part, whole) = (u128::from(part) * 10_000, u128::from(whole));
+    let (down, rest) = (part / whole, part % whole * 2);
+    let up = rest > whole || (rest == whole && down % 2 == 1);
+    let hundredths = down + u128::from(up);
     format!("{}.{:02}", hundredths / 100, hundredths % 100)
 }
 
@@ -195,6 +198,8 @@ mod tests {
         assert_eq!(percent(1, 3), "33.33");
         assert_eq!(percent(2, 3), "66.67");
         assert_eq!(percent(16, 16384), "0.10");
+        assert_eq!(percent(32, 1024), "3.12");
+        assert_eq!(percent(96, 1024), "9.38");
         assert_eq!(percent(5, 5), "100.00");
         assert_eq!(percent(0, 5), "0.00");
     }
