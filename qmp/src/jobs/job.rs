@@ -159,6 +159,11 @@ impl Job {
             self.progress = work.progress();
             self.report = work.report();
         }
+        if !is_block(self.kind) && self.status != JobStatus::Aborting {
+            // What had nothing to count is done all the same.
+            let all = self.progress.0.max(self.progress.1).max(1);
+            self.progress = (all, all);
+        }
         self.group = None;
         if is_block(self.kind) && self.started {
             self.tell(&self.end_event(), sink);
@@ -181,9 +186,11 @@ impl Job {
         Error::job_verb(&self.id, self.status.as_str(), verb.as_str())
     }
 
-    /// Done so far, and the sum.
+    /// Done so far, and the sum. Jobs that are not about blocks count from 0 of 1, as QEMU's, until they know
+    /// their sum: clients divide by it.
     fn numbers(&self) -> (i64, i64) {
         let (current, total) = self.work.as_ref().map_or(self.progress, |work| work.progress());
+        let total = if is_block(self.kind) { total } else { total.max(1) };
         let clamp = |number| i64::try_from(number).unwrap_or(i64::MAX);
         (clamp(current), clamp(total))
     }

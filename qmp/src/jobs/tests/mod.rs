@@ -176,6 +176,23 @@ fn a_job_that_fails_shows_its_error_in_the_list_and_keeps_its_progress() {
 }
 
 #[test]
+fn work_that_has_nothing_to_count_is_one_of_one_when_it_is_done() {
+    for kind in [JobType::Create, JobType::SnapshotDelete] {
+        let mut f = Fixture::running(kind, AutoFlags::of(kind));
+        let progress = |f: &Fixture| {
+            let info = f.jobs.get("j").unwrap();
+            (info.current_progress, info.total_progress)
+        };
+        assert_eq!(progress(&f), (0, 1));
+        f.jobs.finish("j", Outcome::Success).unwrap();
+        assert_eq!(progress(&f), (1, 1), "{kind:?}");
+    }
+    // The length of a block job is that of what it copies, and that may be nothing.
+    let f = Fixture::running(JobType::Backup, MANUAL);
+    assert_eq!(f.jobs.get("j").unwrap().total_progress, 0);
+}
+
+#[test]
 fn a_block_job_disappears_by_itself() {
     let mut f = Fixture::running(JobType::Backup, AutoFlags::of(JobType::Backup));
     f.jobs.finish("j", Outcome::Success).unwrap();
@@ -318,7 +335,7 @@ fn the_list_is_newest_first_with_the_wire_names() {
     assert_eq!(ids, ["c", "b", "a"]);
     let expected = serde_json::json!({
         "id": "a", "type": "snapshot-delete", "status": "created",
-        "current-progress": 0, "total-progress": 0,
+        "current-progress": 0, "total-progress": 1,
     });
     assert_eq!(serde_json::to_value(f.jobs.get("a").unwrap()).unwrap(), expected);
 }
