@@ -8,7 +8,7 @@ use std::time::Duration;
 use qmp::client::Client;
 use serde_json::{Value, json};
 use tardigrade_tests::baremetal::chains::Chains;
-use tardigrade_tests::baremetal::{Monitor, machine_with_disk, monitor};
+use tardigrade_tests::baremetal::{Monitor, machine, machine_with_disk, monitor};
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{Vm, VmSpec};
@@ -147,6 +147,33 @@ fn a_guest_goes_on_from_a_file_and_from_a_command_with_its_disk() {
     }
     goes_on(&vm);
     vm.quit();
+    bench.check();
+}
+
+#[test]
+fn nodes_may_have_other_names_where_a_guest_arrives() {
+    if !require::kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (vm, guest) = bench.start();
+    drop(guest);
+    let mut qmp = with_events(&vm);
+    unlimited(&mut qmp);
+    let uri = bench.uri("file", "stream");
+    qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+    wait_for(&mut qmp, "completed");
+    vm.quit();
+    let disk = format!(
+        "driver=qcow2,node-name=other,file.driver=file,file.filename={}",
+        bench.path("disk0.qcow2").display()
+    );
+    let args = ["--blockdev", &disk, "--device", "virtio-blk-device,drive=other"];
+    let target = machine(bench.dir.path(), "64M", 3).args(&args).args(&["--incoming", &uri]);
+    let target = target.start();
+    wait_for_end(&target, "completed");
+    goes_on(&target);
+    target.quit();
     bench.check();
 }
 

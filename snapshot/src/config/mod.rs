@@ -197,6 +197,20 @@ impl Differences {
 }
 
 impl MachineConfig {
+    /// As [`MachineConfig::differences`] for a machine that comes as a stream: its disks are those at the same
+    /// places, by whatever names. Only in images is something found by a node's name.
+    pub fn differences_from_stream(&self, saved: &Self) -> Vec<Difference> {
+        let mut saved = saved.clone();
+        for device in &mut saved.devices {
+            let here = self.devices.iter().find(|here| here.is_at(device));
+            let disks = (&mut device.disk, here.and_then(|here| here.disk.as_ref()));
+            if let (Some(there), Some(here)) = disks {
+                there.node.clone_from(&here.node);
+            }
+        }
+        self.differences(&saved)
+    }
+
     /// How this machine differs from a saved one, in the module's terms; empty if it does not.
     pub fn differences(&self, saved: &Self) -> Vec<Difference> {
         let mut out = Differences::default();

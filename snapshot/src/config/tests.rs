@@ -65,6 +65,17 @@ fn differing(change: impl FnOnce(&mut MachineConfig)) -> Vec<(String, bool)> {
     differences.iter().map(|d| (d.to_string(), d.is_blocking())).collect()
 }
 
+#[test]
+fn a_stream_has_its_disks_by_place_and_an_image_by_name() {
+    let mut here = machine();
+    here.devices[0].disk.as_mut().unwrap().node = "other".to_owned();
+    assert!(here.differences(&machine())[0].is_blocking());
+    assert_eq!(here.differences_from_stream(&machine()), []);
+    here.devices[0].disk.as_mut().unwrap().size += 512;
+    here.devices.pop();
+    assert_eq!(here.differences_from_stream(&machine()).len(), 2);
+}
+
 fn refused(text: &str) -> Vec<(String, bool)> {
     vec![(text.to_owned(), true)]
 }

@@ -75,8 +75,11 @@ fn read(
     let ends = input.get_ref().ends();
     let mut stream = StreamReader::open(input)?;
     let (saved, about) = (&stream.config().machine, &stream.config().about);
-    let (blocking, told): (Vec<_>, Vec<_>) =
-        context.config.differences(saved).into_iter().partition(|one| one.is_blocking());
+    let (blocking, told): (Vec<_>, Vec<_>) = context
+        .config
+        .differences_from_stream(saved)
+        .into_iter()
+        .partition(|one| one.is_blocking());
     if !blocking.is_empty() {
         let texts: Vec<_> = blocking.iter().map(ToString::to_string).collect();
         let text = format!("the stream is of another machine: {}", texts.join("; "));
