@@ -139,7 +139,9 @@ fn a_transaction_without_a_job_id_is_answered_when_all_is_written() {
     let mut qmp = machine.vm.qmp();
     let state = action("x-vmstate-save", json!({"node": "disk0", "tag": "t"}));
     // A snapshot of another name is at the same moment, and no part of the checkpoint.
-    transaction(&mut qmp, &[snapshot(1, "t"), state, snapshot(2, "apart")]).unwrap();
+    // That of the node with the state is the checkpoint's own.
+    let disks = [snapshot(0, "t"), snapshot(1, "t"), state, snapshot(2, "apart")];
+    transaction(&mut qmp, &disks).unwrap();
     assert_eq!(machine.tags(), [["t"], ["t"], ["apart"]]);
     assert_eq!(qmp.execute("query-jobs", json!({})).unwrap(), json!([]));
     let jobs = qmp.take_events();

@@ -46,7 +46,10 @@ fn split(actions: &[TransactionAction]) -> Result<Parts<'_>, WorkError> {
         match action {
             TransactionAction::VmstateSave(_) => {}
             TransactionAction::InternalSnapshot(snapshot) if snapshot.name == state.tag => {
-                joined.push(snapshot.device.clone());
+                // The checkpoint makes the one of the node that keeps the state anyway.
+                if snapshot.device != state.node {
+                    joined.push(snapshot.device.clone());
+                }
             }
             other => others.push(other.clone()),
         }
