@@ -16,39 +16,58 @@ use crate::machine::devices::VirtioSlot;
 use crate::version;
 use words::Line;
 
-/// A command: its names, as QEMU's errors give them, and how many words it takes.
+/// A command: its names, as QEMU's errors give them, how many words it takes, and what `help` says.
 struct Spec {
     names: &'static str,
     least: usize,
     most: usize,
+    words: &'static str,
+    about: &'static str,
 }
 
-const fn spec(names: &'static str, least: usize, most: usize) -> Spec {
-    Spec { names, least, most }
+const fn spec(
+    names: &'static str,
+    (least, most): (usize, usize),
+    words: &'static str,
+    about: &'static str,
+) -> Spec {
+    Spec { names, least, most, words, about }
 }
+
+const NONE: (usize, usize) = (0, 0);
 
 const COMMANDS: &[Spec] = &[
-    spec("block_set_io_throttle", 0, 7),
-    spec("cont|c", 0, 0),
-    spec("delvm", 1, 1),
-    spec("loadvm", 1, 1),
-    spec("quit|q", 0, 0),
-    spec("savevm", 0, 1),
-    spec("stop|s", 0, 0),
-    spec("system_powerdown", 0, 0),
-    spec("system_reset", 0, 0),
+    spec(
+        "block_set_io_throttle",
+        (0, 7),
+        "device bps bps_rd bps_wr iops iops_rd iops_wr",
+        "change I/O throttle limits for a block drive",
+    ),
+    spec("cont|c", NONE, "", "resume emulation"),
+    spec("delvm", (1, 1), "tag", "delete a checkpoint"),
+    spec("help|?", (0, usize::MAX), "[cmd]", "show the help"),
+    spec("loadvm", (1, 1), "tag", "take the machine back to a checkpoint"),
+    spec("quit|q", NONE, "", "end the machine"),
+    spec("savevm", (0, 1), "[tag]", "save a checkpoint; one of that name is replaced"),
+    spec("stop|s", NONE, "", "stop emulation"),
+    spec("system_powerdown", NONE, "", "send system power down event"),
+    spec("system_reset", NONE, "", "reset the system"),
 ];
 
 const INFO: &[Spec] = &[
-    spec("block", 0, 3),
-    spec("cpus", 0, 0),
-    spec("kvm", 0, 0),
-    spec("name", 0, 0),
-    spec("snapshots", 0, 0),
-    spec("status", 0, 0),
-    spec("uuid", 0, 0),
-    spec("version", 0, 0),
+    spec("block", (0, 3), "[-n] [-v] [device]", "show the disks, or all nodes"),
+    spec("cpus", NONE, "", "show the vCPUs"),
+    spec("kvm", NONE, "", "show KVM information"),
+    spec("name", NONE, "", "show the machine's name"),
+    spec("snapshots", NONE, "", "show the checkpoints on the disks"),
+    spec("status", NONE, "", "show the current VM status (running|paused)"),
+    spec("uuid", NONE, "", "show the machine's UUID"),
+    spec("version", NONE, "", "show the version"),
 ];
+
+/// Not one of [`COMMANDS`]: what is wrong with its words is told where it runs.
+const QEMU_IO: Spec =
+    spec("qemu-io", (2, 3), "[-d] device \"command\"", "run an I/O command on a node or a device");
 
 impl Controller {
     /// Runs a line and answers with its output, perhaps later.
@@ -99,6 +118,7 @@ impl Controller {
             }
             ("block_set_io_throttle", _) => self.throttle_line(&line.words),
             ("info", Some(what)) => self.info(what, &line.words[1..]),
+            ("help" | "?", _) => help(&line.words),
             _ => unknown(&line.command),
         };
         request.reply.value(&text.replace('\n', "\r\n"));
@@ -188,7 +208,7 @@ fn refusal(line: &Line) -> Option<String> {
     let (specs, name, words) = match line.command.as_str() {
         "info" => match line.words.split_first() {
             Some((what, rest)) => (INFO, what.as_str(), rest),
-            None => return Some(help()),
+            None => return Some(help(&["info".to_owned()]).replace('\n', "\r\n")),
         },
         command => (COMMANDS, command, &line.words[..]),
     };
@@ -219,8 +239,31 @@ fn misuse(names: &str, wrong: &str, typed: &str) -> String {
     format!("{names}: {wrong}\r\nTry \"help {typed}\" for more information\r\n")
 }
 
-fn help() -> String {
-    INFO.iter().map(|spec| format!("info {}\r\n", spec.names)).collect()
+/// A line for each command, for one, or for each or one of `info`, as QEMU's.
+fn help(words: &[String]) -> String {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let named = |spec: &&Spec, name: &str| spec.names.split('|').any(|own| own == name);
+    let commands = || COMMANDS.iter().chain(std::iter::once(&QEMU_IO));
+    let text = |prefix: &str, specs: Vec<&Spec>| {
+        specs.iter().fold(String::new(), |out, spec| {
+            out + &format!("{prefix}{} {} -- {}\n", spec.names, spec.words, spec.about)
+        })
+    };
+    let found = match words[..] {
+        ["info"] => text("info ", INFO.iter().collect()),
+        ["info", what, ..] => text("info ", INFO.iter().filter(|spec| named(spec, what)).collect()),
+        [name, ..] => text("", commands().filter(|spec| named(spec, name)).collect()),
+        [] => {
+            let mut all: Vec<&Spec> = commands().collect();
+            all.sort_by_key(|spec| spec.names);
+            text("", all) + "info [subcommand] -- show various information about the system state\n"
+        }
+    };
+    match words.split_first() {
+        Some((&"info", [what, ..])) if found.is_empty() => unknown(&format!("info {what}")),
+        Some((name, _)) if found.is_empty() => unknown(name),
+        _ => found,
+    }
 }
 
 fn unknown(command: &str) -> String {
