@@ -37,7 +37,7 @@ pub(super) fn host_file(
     host_device: bool,
     flags: &mut Flags,
 ) -> Result<FileStorage> {
-    check_kind(filename, host_device)?;
+    check_name(filename, host_device)?;
     let options = file_options(*flags, how);
     match FileStorage::open_unlocked(filename, options) {
         Err(Error::Open { source, .. })
@@ -67,28 +67,29 @@ pub(super) fn file_options(flags: Flags, (locking, aio): (Locking, Aio)) -> File
     }
 }
 
-/// Whether a file is of a kind that the driver takes, in QEMU's words. Opening looks again at what it got.
-fn check_kind(filename: &str, host_device: bool) -> Result<()> {
+/// What can be told of a file by its name. Opening refuses what is no file for the `file` driver.
+fn check_name(filename: &str, host_device: bool) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let driver = if host_device { "host_device" } else { "file" };
     if filename.is_empty() {
         return Err(Error::Invalid(format!("The '{driver}' block driver requires a file name")));
     }
+    if !host_device {
+        return Ok(());
+    }
     let failed = |source| Error::Open { filename: filename.to_owned(), source };
     let kind = std::fs::metadata(filename).map_err(failed)?.file_type();
-    let (fits, wanted) = match host_device {
-        true => {
-            (kind.is_block_device() || kind.is_char_device(), "either a character or block device")
-        }
-        // What a block device holds is the same by either driver.
-        false => (kind.is_file() || kind.is_block_device(), "a regular file"),
-    };
-    match fits {
-        true => Ok(()),
-        false => {
-            Err(Error::Invalid(format!("'{driver}' driver requires '{filename}' to be {wanted}")))
-        }
+    if kind.is_block_device() {
+        return Ok(());
     }
+    if kind.is_char_device() {
+        return Err(Error::NotSupported(format!(
+            "'{filename}' is a character device; disks are regular files and block devices"
+        )));
+    }
+    Err(Error::Invalid(format!(
+        "'host_device' driver requires '{filename}' to be either a character or block device"
+    )))
 }
 
 /// The protocol node of a host file.

@@ -64,7 +64,8 @@ impl FileStorage {
         let file = open_file(path, options, 0).map_err(failed)?;
         let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(failed(io::Error::other("neither a regular file nor a block device")));
+            let text = format!("'file' driver requires '{name}' to be a regular file");
+            return Err(Error::Invalid(text));
         }
         sys::set_blocking(file.as_fd()).map_err(failed)?;
         // The path may lead to another file by now, which nobody locked.
