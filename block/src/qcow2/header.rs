@@ -129,7 +129,7 @@ fn corrupt(filename: &str, reason: String) -> Error {
     Error::Corrupt { filename: filename.to_owned(), reason }
 }
 
-fn unsupported(filename: &str, what: String) -> Error {
+fn unsupported(filename: &str, what: &str) -> Error {
     Error::NotSupported(format!("Image '{filename}' {what}"))
 }
 
@@ -141,7 +141,7 @@ fn features(fixed: &[u8; 112], version: u32, at: usize) -> u64 {
 /// Checks the fields that all others depend on. Returns the geometry and the length of the header.
 fn geometry(fixed: &[u8; 112], name: &str, file_len: u64) -> Result<(Geometry, u32)> {
     let corrupt = |reason| corrupt(name, reason);
-    let unsupported = |what| unsupported(name, what);
+    let unsupported = |what: String| unsupported(name, &what);
     let version = get_u32(fixed, 4);
     if !(2..=3).contains(&version) {
         return Err(unsupported(format!(
@@ -197,7 +197,7 @@ impl Header {
         storage.read_at(0, &[ReadBuf::new(&mut fixed)])?;
         check_magic(storage.name(), &fixed, file_len)?;
         let corrupt = |reason| corrupt(storage.name(), reason);
-        let unsupported = |what| unsupported(storage.name(), what);
+        let unsupported = |what: String| unsupported(storage.name(), &what);
         let (geometry, header_length) = geometry(&fixed, storage.name(), file_len)?;
         let mut header = Self::of_fields(&fixed, geometry, header_length);
         header.check_tables(file_len).map_err(corrupt)?;
