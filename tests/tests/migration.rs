@@ -168,7 +168,7 @@ fn nodes_may_have_other_names_where_a_guest_arrives() {
         "driver=qcow2,node-name=other,file.driver=file,file.filename={}",
         bench.path("disk0.qcow2").display()
     );
-    let args = ["--blockdev", &disk, "--device", "virtio-blk-device,drive=other"];
+    let args = ["--blockdev", &disk, "--device", "virtio-blk-device,drive=other,serial=disk0"];
     let target = machine(bench.dir.path(), "64M", 3).args(&args).args(&["--incoming", &uri]);
     let target = target.start();
     wait_for_end(&target, "completed");
