@@ -32,7 +32,7 @@ pub mod throttle;
 mod together;
 
 pub use create_file::{FileCreateOptions, create_file, create_raw};
-pub use error::{Error, Result};
+pub use error::{Error, Result, host_words};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo, User};
 pub use iobuf::{ReadBuf, WriteBuf};

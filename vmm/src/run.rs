@@ -113,6 +113,8 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
         fork.keep_overlays();
     }
     blocks.lineage().set(lineage);
+    let to_main = mailbox.clone();
+    blocks.on_resize(move || to_main.send(Message::DiskSize));
     let controller = Controller::new(Parts {
         machine,
         blocks,

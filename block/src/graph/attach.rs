@@ -24,8 +24,8 @@ impl User {
     /// A guest's disk: `id` is its name or its path. Others may write only if it was said that the
     /// guest knows of it (`share-rw`).
     pub fn device(id: &str, writable: bool, share_rw: bool) -> Self {
-        // Not RESIZE, unlike in QEMU: a guest is not told of another size.
-        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+        // The guest is told of another size.
+        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED | Perm::RESIZE;
         shared.set(Perm::WRITE, share_rw);
         let permissions = Permissions { used: used(writable), shared };
         Self {
@@ -156,12 +156,15 @@ impl Graph {
     /// block_resize: gives a disk another size, in bytes. Requests wait meanwhile.
     ///
     /// # Errors
-    /// There is no such node, a user of it relies on its size, or the image cannot be resized.
+    /// There is no such node, a user of it relies on its size, a job works on it or a snapshot of it is
+    /// being made, or the image cannot be resized.
     pub fn resize(&self, name: &str, size: u64) -> Result<()> {
         self.state().check_unclaimed(name)?;
         self.state().check_no_overlay(name)?;
         let user = self.attach(name, User::unnamed(Perm::RESIZE, Perm::all()))?;
-        user.node().resize(size, Preallocation::Off, &Progress::default())
+        let node = user.node();
+        let _alone = node.occupy_alone("resize")?;
+        node.resize(size, Preallocation::Off, &Progress::default())
     }
 
     /// What can be said of an export before it is made.

@@ -58,10 +58,11 @@ impl Node {
     /// the node may go on.
     ///
     /// # Errors
-    /// A job takes away what is below the node; with QEMU's text.
+    /// A job takes away what is below the node, or replaces it or its size; with QEMU's text.
     pub fn begin_save(self: &Arc<Self>) -> Result<Saving> {
         let mut list = self.jobs.list();
-        match list.jobs.iter().find(|(_, job)| *job == STREAM) {
+        let alone = list.alone;
+        match list.jobs.iter().find(|(_, job)| alone || *job == STREAM) {
             Some((_, job)) => Err(self.busy(job)),
             None => {
                 list.saves += 1;
@@ -95,14 +96,15 @@ impl Node {
         }
     }
 
-    /// As [`Node::occupy`], for who replaces all of the contents.
+    /// As [`Node::occupy`], for who replaces all of the contents, or the size.
     ///
     /// # Errors
-    /// A job works on the node; with QEMU's text.
+    /// A job works on the node, or a snapshot of it is being made; with QEMU's text.
     pub fn occupy_alone(self: &Arc<Self>, job: &'static str) -> Result<Occupied> {
         let mut list = self.jobs.list();
         match list.jobs.first() {
             Some((_, other)) => Err(self.busy(other)),
+            None if list.saves > 0 => Err(self.busy("snapshot-save")),
             None => {
                 list.alone = true;
                 Ok(list.add(self, job))

@@ -44,7 +44,7 @@ fn with_fault(base: &Base, dir: &Path, operation: &Operation, fault: Fault) -> b
         }
         Err(e) => {
             let text = e.to_string();
-            let errno = std::io::Error::from_raw_os_error(fault.errno).to_string();
+            let errno = block::host_words(&std::io::Error::from_raw_os_error(fault.errno));
             assert!(text.contains(&errno) && text.contains("'memory"), "{case}: {text}");
             assert!(text.contains("failed"), "{case}: {text}");
         }
@@ -91,7 +91,7 @@ fn repair(base: &Base, dir: &Path, host: &Host, sample: bool, case: &str) {
 
 /// Opening fails with each of its requests, and works again afterwards.
 fn open_with_faults(base: &Base, errno: i32, faults: &AtomicU64) {
-    let words = std::io::Error::from_raw_os_error(errno).to_string();
+    let words = block::host_words(&std::io::Error::from_raw_os_error(errno));
     for at in 0.. {
         let host = Host::new(base.files.clone());
         host.set_fault(Some(Fault { at, errno, lasting: false }));
@@ -206,7 +206,7 @@ fn each_fault(
 ) -> u64 {
     let mut faults = 0;
     for errno in [libc::EIO, libc::ENOSPC] {
-        let words = std::io::Error::from_raw_os_error(errno).to_string();
+        let words = block::host_words(&std::io::Error::from_raw_os_error(errno));
         for at in 0.. {
             let host = make();
             host.set_fault(Some(Fault { at, errno, lasting: false }));

@@ -221,7 +221,7 @@ fn try_one(
     }
     let text = result.unwrap_err().to_string();
     if let Kind::Errno(errno) = fault.kind {
-        let words = std::io::Error::from_raw_os_error(errno).to_string();
+        let words = block::host_words(&std::io::Error::from_raw_os_error(errno));
         assert!(text.contains(&words) && text.contains(".qcow2'"), "{case}: {text}");
     }
     // Adding a bitmap is done when what fails is its being stored. A fault that lasts may keep the bitmaps from

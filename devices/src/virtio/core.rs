@@ -284,6 +284,18 @@ impl VirtioCore {
         self.worker.look()
     }
 
+    /// What the configuration space tells may have changed: if it has, the driver is told.
+    pub(super) fn refresh_config(&mut self) {
+        if !self.device.refresh_config() {
+            return;
+        }
+        self.config_generation = self.config_generation.wrapping_add(1);
+        // No notification before the driver is ready (section 3.1.1).
+        if self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
+            self.signals.config_changed();
+        }
+    }
+
     fn take_positions(&mut self, positions: &Positions) {
         for (queue, position) in self.queues.iter_mut().zip(positions) {
             if let Some(position) = position {
@@ -316,6 +328,8 @@ impl VirtioCore {
             .map_err(|source| Error::State { device: self.device.name().to_owned(), source })?;
         self.pause()?;
         self.worker.deactivate()?;
+        // The guest with this state was told it, or has not asked yet.
+        self.device.refresh_config();
         self.status = state.status & DRIVER_STATUS;
         self.driver_features = state.driver_features;
         self.config_generation = state.config_generation;
@@ -330,7 +344,10 @@ impl VirtioCore {
     /// Whether the state fits this device; the queues to run, if it was running.
     fn check(&self, state: &VirtioState) -> std::result::Result<Option<RunningQueues>, StateError> {
         StateError::unless_equal("device type", &state.device_type, &self.device.device_type())?;
-        self.device.check_state(&state.device)?;
+        // At power-on nobody has been told anything.
+        if state.status != 0 {
+            self.device.check_state(&state.device)?;
+        }
         StateError::unless_equal("number of queues", &state.queues.len(), &self.queues.len())?;
         for (saved, present) in state.queues.iter().zip(&self.queues) {
             StateError::unless_equal("largest queue size", &saved.max_size, &present.max_size)?;

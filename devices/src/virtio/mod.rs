@@ -52,6 +52,11 @@ pub trait VirtioDevice: Send {
     /// The configuration space. Reads beyond its end give zeroes; none of it is writable.
     fn config(&self) -> &[u8];
 
+    /// Has the configuration space tell what is so now; whether it told something else before.
+    fn refresh_config(&mut self) -> bool {
+        false
+    }
+
     /// What serves the device's requests, on a thread of its own. Called once.
     ///
     /// # Errors

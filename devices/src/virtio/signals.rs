@@ -26,6 +26,11 @@ impl Signals {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
 
+    /// Tells the driver to read the configuration space again (section 2.3).
+    pub(super) fn config_changed(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
     /// Sets DEVICE_NEEDS_RESET and tells the driver, which must have set DRIVER_OK (section 2.1.2).
     pub(super) fn needs_reset_now(&self) {
         self.needs_reset.store(true, Ordering::Release);

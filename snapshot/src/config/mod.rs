@@ -226,6 +226,22 @@ impl MachineConfig {
     }
 }
 
+impl CheckpointConfig {
+    /// What of the machine `here` is not as it was, for a load from images: as
+    /// [`MachineConfig::differences`], but the disks that belong to the checkpoint go back to the sizes they
+    /// had then.
+    pub fn differences(&self, here: &MachineConfig) -> Vec<Difference> {
+        let mut here = here.clone();
+        let disks = here.devices.iter_mut().filter_map(|device| device.disk.as_mut());
+        for disk in disks {
+            if let Some(saved) = self.nodes.iter().find(|saved| saved.node == disk.node) {
+                disk.size = saved.size;
+            }
+        }
+        here.differences(&self.machine)
+    }
+}
+
 /// Devices are the same device if they are at the same address: that is all the guest knows.
 fn compare_devices(saved: &[DeviceConfig], here: &[DeviceConfig], out: &mut Differences) {
     for device in saved {

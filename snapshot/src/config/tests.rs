@@ -207,6 +207,19 @@ fn checkpoint(machine: MachineConfig, about: About) -> CheckpointConfig {
     CheckpointConfig { machine, nodes, about }
 }
 
+#[test]
+fn disks_of_the_checkpoint_may_have_another_size_now_and_others_may_not() {
+    let saved = checkpoint(machine(), About::default());
+    let mut here = machine();
+    here.devices[0].disk.as_mut().unwrap().size = 2 << 30;
+    assert_eq!(saved.differences(&here), []);
+    here.devices[1].disk.as_mut().unwrap().size = 2 << 30;
+    let differences = saved.differences(&here);
+    assert_eq!(differences.len(), 1);
+    assert!(differences[0].is_blocking());
+    assert!(differences[0].to_string().contains("'disk1' at 0xd0001000, disk size"));
+}
+
 fn golden(version: u32, bytes: &[u8]) -> Section {
     let name = SectionName::new(CONFIG_KIND, 0);
     Section { name, version, bytes: bytes.to_vec() }

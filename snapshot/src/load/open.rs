@@ -37,15 +37,16 @@ impl Checkpoint {
         Ok(Self { nodes: found, vmstate: 0, tag, area, config, stored: OnceLock::new() })
     }
 
-    /// Every node of the checkpoint is there with its size, and no other.
+    /// Every node of the checkpoint is there with a snapshot of its size, and no other. Which size it
+    /// has now is of no account: it goes back to that one.
     fn check_disks(&self) -> Result<(), LoadError> {
         let mut reasons = Vec::new();
         for saved in &self.config.nodes {
             let here = self.nodes.iter().find(|n| n.node.name() == saved.node);
-            match here.map(|found| found.format.size()) {
+            match here.map(|found| found.snapshot.disk_size) {
                 None => reasons.push(format!("'{}' belongs to it and is not given", saved.node)),
                 Some(size) if size != saved.size => reasons.push(format!(
-                    "'{}' has {}, in the checkpoint {}",
+                    "'{}' has a snapshot of {}, in the checkpoint {}",
                     saved.node,
                     human(size),
                     human(saved.size)

@@ -21,7 +21,7 @@ impl Checkpoint {
         machine: &MachineConfig,
         ram: &GuestMemory,
     ) -> Result<Vec<Difference>, LoadError> {
-        let differences = machine.differences(&self.config.machine);
+        let differences = self.config.differences(machine);
         let (differences, notes): (Vec<_>, Vec<_>) =
             differences.into_iter().partition(Difference::is_blocking);
         if !differences.is_empty() {

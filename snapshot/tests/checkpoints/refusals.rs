@@ -114,7 +114,7 @@ fn snapshots_of_two_saves_with_one_tag_are_not_one_checkpoint() {
 }
 
 #[test]
-fn a_disk_missing_extra_or_resized_is_named() {
+fn a_disk_missing_extra_or_of_a_snapshot_of_another_size_is_named() {
     let machine = Machine::new(65536);
     machine.save("t").unwrap();
     assert_eq!(
@@ -130,10 +130,13 @@ fn a_disk_missing_extra_or_resized_is_named() {
         open_error(&nodes, "d0", "t"),
         "Snapshot 't' is of other disks: 'd2' does not belong to it"
     );
+    // It goes back to the size it had.
     machine.images[1].disk().data.resize(8192, 0);
+    Checkpoint::open(&machine.nodes, "d0", "t").unwrap();
+    machine.images[1].disk().snapshots[0].info.disk_size = 8192;
     assert_eq!(
         open_error(&machine.nodes, "d0", "t"),
-        "Snapshot 't' is of other disks: 'd1' has 8 KiB, in the checkpoint 4 KiB"
+        "Snapshot 't' is of other disks: 'd1' has a snapshot of 8 KiB, in the checkpoint 4 KiB"
     );
 }
 

@@ -17,7 +17,7 @@ pub mod jobs;
 pub mod transaction;
 pub mod worker;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use block::Graph;
 use qmp::schema::{
@@ -40,6 +40,7 @@ pub struct Blocks {
     exports: Exports,
     jobs: JobList,
     lineage: Arc<CurrentLineage>,
+    resized: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// Whether a command is for [`Blocks::execute`].
@@ -94,7 +95,20 @@ impl Blocks {
             });
         });
         let exports = Exports::new(Arc::clone(&graph), events.clone());
-        Self { graph, exports, jobs: JobList::new(events), lineage: Arc::default() }
+        Self {
+            graph,
+            exports,
+            jobs: JobList::new(events),
+            lineage: Arc::default(),
+            resized: OnceLock::new(),
+        }
+    }
+
+    /// `hook` is called after each block_resize that was made, on the thread that made it. The first
+    /// one given counts.
+    pub fn on_resize(&self, hook: impl Fn() + Send + Sync + 'static) {
+        // There is one machine.
+        let _ = self.resized.set(Box::new(hook));
     }
 
     /// The nodes.
@@ -240,6 +254,9 @@ impl Blocks {
         let size = u64::try_from(arguments.size)
             .map_err(|_| qmp::Error::out_of_range("size", "a >0 size"))?;
         self.graph.resize(name, size).map_err(failed)?;
+        if let Some(tell) = self.resized.get() {
+            tell();
+        }
         done()
     }
 

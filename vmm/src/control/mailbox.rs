@@ -33,6 +33,8 @@ pub enum Message {
         /// What failed, and what is done about it.
         failure: Failure,
     },
+    /// A disk may have another size.
+    DiskSize,
     /// Of the RAM that is missing after a lazy load.
     Missing {
         /// Which load: [`crate::machine::missing::Missing::id`].

@@ -216,6 +216,7 @@ impl Controller {
         match message {
             Message::Work(message) => self.work_message(message),
             Message::Disk { slot, failure } => self.disk_failed(slot, &failure),
+            Message::DiskSize => self.machine.devices().refresh_config(),
             Message::Missing { id, notice } => self.missing_notice(id, notice),
             Message::GuestPowerOff => self.shutdown(true, ShutdownCause::GuestShutdown),
             Message::GuestReset | Message::Vcpu(VcpuEvent::TripleFault) => self.guest_reset(),

@@ -195,8 +195,7 @@ impl IoErrors {
                 Ordering::Acquire,
             );
         }
-        let words = std::io::Error::from_raw_os_error(errno).to_string();
-        let reason = words.split(" (os error").next().unwrap_or_default().to_owned();
+        let reason = ::block::host_words(&std::io::Error::from_raw_os_error(errno));
         let round = self.seen.load(Ordering::Acquire);
         (self.sink)(Failure { write, action, no_space, reason, round });
         action

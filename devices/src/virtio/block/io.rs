@@ -3,6 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ::block::queue::{Completion, Op, OwnedBufs, Queue};
@@ -32,10 +33,9 @@ pub(super) struct Shared {
 }
 
 /// What a disk is.
-#[derive(Clone, Copy)]
 pub(super) struct Disk<'a> {
     /// In sectors.
-    pub(super) capacity: u64,
+    pub(super) capacity: Arc<AtomicU64>,
     pub(super) serial: &'a str,
     /// Requests of all its queues, of a driver that keeps to the rules.
     pub(super) most: usize,
@@ -56,8 +56,8 @@ pub(super) struct BlockHandler {
     throttled: Throttled<::block::queue::Request>,
     /// See [`Disk::most`].
     most: usize,
-    /// In sectors.
-    capacity: u64,
+    /// In sectors; the device changes it.
+    capacity: Arc<AtomicU64>,
     serial: [u8; SERIAL_SIZE],
     /// The driver knows no flush: every write must be durable when it completes.
     write_through: bool,
@@ -159,7 +159,7 @@ impl BlockHandler {
             if !range.flags_are_known(discard) {
                 return Err(Failure::Unsupported);
             }
-            let Extent { offset, len } = range.extent(self.capacity).ok_or(Failure::IoError)?;
+            let Extent { offset, len } = range.extent(self.capacity()).ok_or(Failure::IoError)?;
             if len == 0 {
                 continue;
             }
@@ -179,13 +179,17 @@ impl BlockHandler {
         if self.link.node().read_only() { Err(Failure::IoError) } else { Ok(()) }
     }
 
+    fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Acquire)
+    }
+
     /// The part of the disk that the data is for.
     fn extent(&self, sector: u64, data: &SegmentList) -> Result<Extent, Failure> {
         let len = data.len();
         if len > MAX_REQUEST_BYTES {
             return Err(Failure::IoError);
         }
-        Extent::new(sector, len, self.capacity).ok_or(Failure::IoError)
+        Extent::new(sector, len, self.capacity()).ok_or(Failure::IoError)
     }
 
     /// The segments as buffers.

@@ -21,6 +21,7 @@ pub use state::BlockState;
 pub use throttled::IoThrottle;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -71,7 +72,8 @@ pub struct BlockDevice {
     name: String,
     link: ::block::Link,
     options: BlockOptions,
-    capacity: u64,
+    /// In sectors, as the guest is told; the thread that serves requests reads it too.
+    capacity: Arc<AtomicU64>,
     read_only: bool,
     config: Vec<u8>,
     presence: Presence,
@@ -81,7 +83,8 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// A disk over the node, as large and as writable as it is now.
+    /// A disk over the node, as writable as it is now. Another size is followed by
+    /// [`VirtioDevice::refresh_config`].
     pub fn new(
         link: impl Into<::block::Link>,
         options: BlockOptions,
@@ -94,14 +97,14 @@ impl BlockDevice {
         if !(1..=MAX_QUEUES).contains(&options.num_queues) {
             return Err(OptionsError::NumQueues(options.num_queues));
         }
-        let capacity = node.size() / SECTOR_SIZE;
+        let capacity = sectors(&node);
         let read_only = node.read_only();
         Ok(Self {
             config: config::space(capacity, options.num_queues, read_only),
             name: node.name().to_owned(),
             link,
             options,
-            capacity,
+            capacity: Arc::new(AtomicU64::new(capacity)),
             read_only,
             presence: Presence::default(),
             counters: Arc::default(),
@@ -142,7 +145,7 @@ impl BlockDevice {
 
     fn block_state(&self) -> BlockState {
         BlockState {
-            capacity: self.capacity,
+            capacity: self.capacity.load(Ordering::Acquire),
             read_only: self.read_only,
             serial: self.options.serial.clone(),
         }
@@ -182,6 +185,15 @@ impl VirtioDevice for BlockDevice {
         &self.config
     }
 
+    fn refresh_config(&mut self) -> bool {
+        let capacity = sectors(&self.link.node());
+        if self.capacity.swap(capacity, Ordering::AcqRel) == capacity {
+            return false;
+        }
+        self.config = config::space(capacity, self.options.num_queues, self.read_only);
+        true
+    }
+
     fn handler(&self) -> ::block::Result<Box<dyn QueueHandler>> {
         let shared = io::Shared {
             counters: Arc::clone(&self.counters),
@@ -189,7 +201,8 @@ impl VirtioDevice for BlockDevice {
             throttle: Arc::clone(&self.throttle),
         };
         let most = usize::from(QUEUE_SIZE) * usize::from(self.options.num_queues);
-        let disk = io::Disk { capacity: self.capacity, serial: &self.options.serial, most };
+        let capacity = Arc::clone(&self.capacity);
+        let disk = io::Disk { capacity, serial: &self.options.serial, most };
         let (link, presence) = (self.link.clone(), self.presence.clone());
         Ok(Box::new(io::BlockHandler::new(link, disk, presence, shared)?))
     }
@@ -202,8 +215,15 @@ impl VirtioDevice for BlockDevice {
         let DeviceState::Block(saved) = state else {
             return StateError::unless_equal("device", &state.kind(), &self.state().kind());
         };
-        StateError::unless_equal("capacity in sectors", &saved.capacity, &self.capacity)?;
+        // Of the disk as it is, which may have gone back to another size just now.
+        let capacity = sectors(&self.link.node());
+        StateError::unless_equal("capacity in sectors", &saved.capacity, &capacity)?;
         StateError::unless_equal("read-only", &saved.read_only, &self.read_only)?;
         StateError::unless_equal("serial", &saved.serial, &self.options.serial)
     }
+}
+
+/// Whole sectors of a disk.
+fn sectors(node: &::block::Node) -> u64 {
+    node.size() / SECTOR_SIZE
 }

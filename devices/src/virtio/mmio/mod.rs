@@ -120,6 +120,11 @@ impl MmioTransport {
         self.core.look()
     }
 
+    /// The disk behind the device may have another size: if it has, the driver is told.
+    pub fn refresh_config(&mut self) {
+        self.core.refresh_config();
+    }
+
     /// What to save; only of a paused device.
     pub fn state(&self) -> Result<MmioState> {
         Ok(MmioState {

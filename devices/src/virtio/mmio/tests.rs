@@ -1,3 +1,4 @@
+mod config;
 mod hostile;
 mod lifecycle;
 mod registers;

@@ -160,6 +160,11 @@ impl DeviceSet {
         self.virtio.iter().filter_map(|slot| slot.errors.as_ref()).for_each(|e| e.begin_round());
     }
 
+    /// Tells the guest of disks that have another size.
+    pub fn refresh_config(&self) {
+        self.virtio.iter().for_each(|slot| slot.lock().refresh_config());
+    }
+
     /// The state of the paused devices.
     pub fn capture(&self) -> Result<DeviceStates, Error> {
         let mut virtio = Vec::with_capacity(self.virtio.len());
