@@ -69,13 +69,15 @@ impl Operation for Create {
             Options::Qcow2 { file, data_file, options } => {
                 // Before any file is touched.
                 options.validate(data_file.is_some())?;
-                if data_file.as_ref() == Some(file) {
-                    let text = "'file' and 'data-file' of an image have to be two files".to_owned();
-                    return Err(Error::Invalid(text));
-                }
                 let file = Place::take(&self.graph, file)?;
                 let data = data_file.as_ref().map(|data| Place::take(&self.graph, data));
                 let data = data.transpose()?;
+                if let Some(data) = &data
+                    && file.is_same_file(data)?
+                {
+                    let text = "'file' and 'data-file' of an image have to be two files".to_owned();
+                    return Err(Error::Invalid(text));
+                }
                 for place in [Some(&file), data.as_ref()].into_iter().flatten() {
                     // No header of an image that was there is to pass for the new one's.
                     place.storage().set_len(0)?;
@@ -121,6 +123,14 @@ impl Place {
             _ => Err(Error::Invalid(
                 "An image's file is the name of a node, or driver 'file' and a filename".to_owned(),
             )),
+        }
+    }
+
+    /// Whether both are one file of the host, by whatever nodes and names.
+    fn is_same_file(&self, other: &Self) -> Result<bool> {
+        match (self.storage().file(), other.storage().file()) {
+            (Some(file), Some(other)) => file.is_same_file(other),
+            _ => Ok(false),
         }
     }
 

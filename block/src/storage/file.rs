@@ -143,6 +143,18 @@ impl FileStorage {
         &self.path
     }
 
+    /// Whether both are one file of the host, by whatever names.
+    ///
+    /// # Errors
+    /// The host does not tell.
+    pub(crate) fn is_same_file(&self, other: &Self) -> Result<bool> {
+        let identity = |storage: &Self| {
+            let metadata = storage.file.metadata();
+            metadata.map(|m| (m.dev(), m.ino())).map_err(|e| storage.error("stat", 0, e))
+        };
+        Ok(identity(self)? == identity(other)?)
+    }
+
     /// How it was opened.
     pub fn options(&self) -> &FileOptions {
         &self.options

@@ -52,8 +52,11 @@ fn an_image_is_not_its_own_data_file() {
     let dir = tempfile::tempdir().unwrap();
     let (file, data) = (dir.path().join("file"), dir.path().join("data"));
     let graph = std::sync::Arc::new(block::Graph::new());
-    for (name, path) in [("f", &file), ("d", &data)] {
-        std::fs::write(path, "what was there").unwrap();
+    let link = dir.path().join("link");
+    std::fs::write(&file, "what was there").unwrap();
+    std::fs::write(&data, "what was there").unwrap();
+    std::fs::hard_link(&file, &link).unwrap();
+    for (name, path) in [("f", &file), ("d", &data), ("again", &file), ("link", &link)] {
         graph.add(&json!({"driver": "file", "node-name": name, "filename": path})).unwrap();
     }
     let run = |options: Value| {
@@ -62,9 +65,11 @@ fn an_image_is_not_its_own_data_file() {
     };
     let options =
         |data: &str| json!({"driver": "qcow2", "size": 1 << 20, "file": "f", "data-file": data});
-    let error = run(options("f")).unwrap_err();
-    assert_eq!(error, "'file' and 'data-file' of an image have to be two files");
-    assert_eq!(std::fs::read(&file).unwrap(), b"what was there");
+    for same in ["f", "again", "link"] {
+        let error = run(options(same)).unwrap_err();
+        assert_eq!(error, "'file' and 'data-file' of an image have to be two files", "{same}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"what was there");
+    }
     run(options("d")).unwrap();
 }
 

@@ -105,20 +105,11 @@ impl AddressSpec {
     }
 
     fn bind_error(&self, source: &std::io::Error) -> qmp::Error {
-        let why = why(source);
+        let why = block::host_words(source);
         match self {
             Self::Unix(path) => text(format!("Failed to bind socket to {path}: {why}")),
             Self::Inet { .. } => text(format!("Failed to find an available port: {why}")),
         }
-    }
-}
-
-/// The host's words without Rust's "(os error N)".
-fn why(error: &std::io::Error) -> String {
-    let all = error.to_string();
-    match all.split_once(" (os error") {
-        Some((words, _)) => words.to_owned(),
-        None => all,
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Stdio};
 
+use block::host_words;
 use rustix::event::PollFlags;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -15,7 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use super::address::Address;
 use super::command::Running;
 use super::connect::try_connect;
-use super::output::{is_transient, nonblocking, without_number};
+use super::output::{is_transient, nonblocking};
 use super::wait::Stopper;
 
 /// What a stream can be read from once somebody is there.
@@ -65,7 +66,7 @@ pub fn prepare(address: &Address) -> Result<Prepared, String> {
     match address {
         Address::File { path, offset } => {
             let failed = |error: io::Error| {
-                format!("Could not open '{}': {}", path.display(), without_number(&error))
+                format!("Could not open '{}': {}", path.display(), host_words(&error))
             };
             let mut options = OpenOptions::new();
             options.read(true).custom_flags(libc::O_NONBLOCK);
@@ -86,7 +87,7 @@ pub fn prepare(address: &Address) -> Result<Prepared, String> {
         }
         Address::Unix(path) => {
             let failed = |error: io::Error| {
-                format!("Failed to bind socket to {}: {}", path.display(), without_number(&error))
+                format!("Failed to bind socket to {}: {}", path.display(), host_words(&error))
             };
             let listener = bind(path).map_err(failed)?;
             Ok(Prepared::Socket(Waiting { listener, path: path.clone() }))

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStdin, Stdio};
 
+use block::host_words;
 use rustix::event::PollFlags;
 
 use super::address::Address;
@@ -61,9 +62,8 @@ pub fn prepare(address: &Address) -> Result<Prepared, String> {
 }
 
 fn file(path: &Path, offset: u64) -> Result<File, String> {
-    let failed = |error: io::Error| {
-        format!("Could not create '{}': {}", path.display(), without_number(&error))
-    };
+    let failed =
+        |error: io::Error| format!("Could not create '{}': {}", path.display(), host_words(&error));
     // Not blocking: a FIFO that nobody reads is an error.
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NONBLOCK);
@@ -88,7 +88,7 @@ impl Output {
             Prepared::Command(command, input) => Kind::Command(command, Some(input)),
             Prepared::Socket(path) => {
                 let failed = |error: io::Error| {
-                    format!("Failed to connect to '{}': {}", path.display(), without_number(&error))
+                    format!("Failed to connect to '{}': {}", path.display(), host_words(&error))
                 };
                 Kind::Socket(connect(&path, &stopper).map_err(failed)?)
             }
@@ -199,10 +199,4 @@ pub(super) fn is_transient(error: &io::Error) -> bool {
 pub(super) fn nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(fd)?;
     Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
-}
-
-/// The text alone, as C programs have it.
-pub(super) fn without_number(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
