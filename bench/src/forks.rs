@@ -26,6 +26,9 @@ const START: u64 = 16 * MIB;
 
 /// Measures, and adds a table.
 pub(crate) fn measure(dir: &Path, report: &mut Report) {
+    if !tardigrade_tests::require::kvm() {
+        return;
+    }
     let image = dir.join("forks.qcow2");
     make_base(dir, &image);
     for count in COUNTS {

@@ -4,7 +4,7 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`, `forks`, `tracking` or `group`; or `rewind` or `live` and sizes.
+//! only; or `snapshots`, `forks`, `tracking` or `group`; or `machines`, `rewind` or `live` and sizes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -49,19 +49,14 @@ fn main() {
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
         [what, sizes @ ..] if what == "live" => live::measure(sizes, &dir, &mut report),
         [what, sizes @ ..] if what == "rewind" => rewind::measure(sizes, &dir, &mut report),
+        [what, sizes @ ..] if what == "machines" => machines(sizes, &dir, &mut report),
         [what] if what == "tracking" => tracking::measure(&dir, &mut report),
         [what] if what == "group" => group::measure(&dir, &mut report),
         [what] if what == "snapshots" => snapshots::measure(&dir, &mut report),
-        [what] if what == "forks" => {
-            if tardigrade_tests::require::kvm() {
-                forks::measure(&dir, &mut report);
-            }
-        }
+        [what] if what == "forks" => forks::measure(&dir, &mut report),
         _ => {
-            if tardigrade_tests::require::kvm() {
-                machines(&args, &dir, &mut report);
-                forks::measure(&dir, &mut report);
-            }
+            machines(&args, &dir, &mut report);
+            forks::measure(&dir, &mut report);
             live::measure(&args, &dir, &mut report);
             tracking::measure(&dir, &mut report);
             group::measure(&dir, &mut report);
@@ -78,6 +73,9 @@ fn main() {
 
 /// Checkpoints and start of machines.
 fn machines(args: &[String], dir: &Path, report: &mut Report) {
+    if !tardigrade_tests::require::kvm() {
+        return;
+    }
     let given: Vec<u64> = args.iter().filter_map(|arg| arg.parse().ok()).collect();
     let sizes = if given.is_empty() { SIZES.to_vec() } else { given };
     let programs = programs(report);
