@@ -34,6 +34,25 @@ type Place = (Option<Kind>, u64);
 /// How long a fault lasts: one call, or until somebody mends the host.
 const LASTS: [u64; 2] = [1, u64::MAX];
 
+/// Has the job that made `calls` fail at a sample of them, with faults that last as long as each of [`LASTS`].
+fn fail_at_places(
+    site: &mut Site,
+    calls: &[Call],
+    sample: usize,
+    mut fail: impl FnMut(&mut Site, Place, u64),
+) {
+    for (n, place) in places(calls, sample).into_iter().enumerate() {
+        for times in LASTS {
+            fail(site, place, times);
+        }
+        // A new process has nothing in memory: it goes by what the images hold.
+        if n % 8 == 7 {
+            site.kill();
+            site.start(KEPT);
+        }
+    }
+}
+
 /// How often which kind of call has failed.
 #[derive(Default)]
 struct Tally(BTreeMap<String, u32>);
@@ -157,16 +176,9 @@ fn saves_fail(disks: usize, sample: usize) {
     assert_eq!(end, End::Done);
     assert_eq!(site.job("snapshot-delete", NEW), End::Done);
     let mut tally = Tally::default();
-    for (n, place) in places(&calls, sample).into_iter().enumerate() {
-        for times in LASTS {
-            save_fails(&mut site, place, times, &mut tally);
-        }
-        // The images are looked at by others, too.
-        if n % 8 == 7 {
-            site.kill();
-            site.start(KEPT);
-        }
-    }
+    fail_at_places(&mut site, &calls, sample, |site, place, times| {
+        save_fails(site, place, times, &mut tally);
+    });
     tally.tell(&format!("saves of {disks} disks with {} changes", calls.len()));
     site.finish();
 }
@@ -225,15 +237,9 @@ fn deletions_fail(disks: usize, sample: usize) {
     let (end, calls) = site.watched(plan(CHANGES, None), "snapshot-delete", NEW);
     assert_eq!(end, End::Done);
     let mut tally = Tally::default();
-    for (n, place) in places(&calls, sample).into_iter().enumerate() {
-        for times in LASTS {
-            delete_fails(&mut site, place, times, &mut tally);
-        }
-        if n % 8 == 7 {
-            site.kill();
-            site.start(KEPT);
-        }
-    }
+    fail_at_places(&mut site, &calls, sample, |site, place, times| {
+        delete_fails(site, place, times, &mut tally);
+    });
     tally.tell(&format!("deletions on {disks} disks with {} changes", calls.len()));
     site.finish();
 }
@@ -296,15 +302,9 @@ fn loads_fail(disks: usize, sample: usize) {
         site.go_on();
         let (end, calls) = site.watched(plan(kinds, None), "snapshot-load", NEW);
         assert_eq!(end, End::Done);
-        for (n, place) in places(&calls, sample).into_iter().enumerate() {
-            for times in LASTS {
-                load_fails(&mut site, kinds, place, times, &mut tally);
-            }
-            if n % 8 == 7 {
-                site.kill();
-                site.start(KEPT);
-            }
-        }
+        fail_at_places(&mut site, &calls, sample, |site, place, times| {
+            load_fails(site, kinds, place, times, &mut tally);
+        });
         println!("{} calls, {kinds:?}", calls.len());
     }
     tally.tell(&format!("loads of {disks} disks"));

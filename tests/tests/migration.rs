@@ -44,6 +44,19 @@ impl Bench {
         (vm, guest)
     }
 
+    /// A guest with its chains at work goes to a file of that name and its process ends; gives the file's URI.
+    fn migrate_to_file(&self, name: &str) -> String {
+        let uri = self.uri("file", name);
+        let (vm, guest) = self.start();
+        drop(guest);
+        let mut qmp = with_events(&vm);
+        unlimited(&mut qmp);
+        qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+        wait_for(&mut qmp, "completed");
+        vm.quit();
+        uri
+    }
+
     fn incoming(&self, uri: &str) -> Vm {
         self.spec.clone().args(&["--incoming", uri]).start()
     }
@@ -156,14 +169,7 @@ fn nodes_may_have_other_names_where_a_guest_arrives() {
         return;
     }
     let bench = Bench::new();
-    let (vm, guest) = bench.start();
-    drop(guest);
-    let mut qmp = with_events(&vm);
-    unlimited(&mut qmp);
-    let uri = bench.uri("file", "stream");
-    qmp.execute("migrate", json!({ "uri": uri })).unwrap();
-    wait_for(&mut qmp, "completed");
-    vm.quit();
+    let uri = bench.migrate_to_file("stream");
     let disk = format!(
         "driver=qcow2,node-name=other,file.driver=file,file.filename={}",
         bench.path("disk0.qcow2").display()
@@ -313,13 +319,7 @@ fn a_damaged_stream_ends_the_process_with_the_reason_and_the_disk_untouched() {
         return;
     }
     let bench = Bench::new();
-    let (vm, guest) = bench.start();
-    drop(guest);
-    let mut qmp = with_events(&vm);
-    unlimited(&mut qmp);
-    qmp.execute("migrate", json!({ "uri": bench.uri("file", "good") })).unwrap();
-    wait_for(&mut qmp, "completed");
-    vm.quit();
+    let good_uri = bench.migrate_to_file("good");
     let good = bench.path("good");
     let length = std::fs::metadata(&good).unwrap().len();
     let image = std::fs::read(bench.path("disk0.qcow2")).unwrap();
@@ -348,7 +348,7 @@ fn a_damaged_stream_ends_the_process_with_the_reason_and_the_disk_untouched() {
     let stderr = incoming("exec:yes", &bench.spec);
     assert!(stderr.contains("this is no migration stream"), "{stderr}");
     let other = bench.spec.clone().args(&["--device", "virtio-rng-device"]);
-    let stderr = incoming(&bench.uri("file", "good"), &other);
+    let stderr = incoming(&good_uri, &other);
     assert!(stderr.contains("the stream is of another machine"), "{stderr}");
     assert_eq!(std::fs::read(bench.path("disk0.qcow2")).unwrap(), image);
 
@@ -361,7 +361,7 @@ fn a_damaged_stream_ends_the_process_with_the_reason_and_the_disk_untouched() {
     assert_eq!(target.status(), "inmigrate");
     target.quit();
     // And the good one is still good.
-    let target = bench.spec.clone().args(&["-S", "--incoming", &bench.uri("file", "good")]).start();
+    let target = bench.spec.clone().args(&["-S", "--incoming", &good_uri]).start();
     wait_for_end(&target, "completed");
     assert_eq!(target.status(), "paused");
     target.qmp().execute("cont", json!({})).unwrap();

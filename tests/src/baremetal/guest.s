@@ -437,6 +437,7 @@ write_dr:
 # of virtio.rs, with a chain that reads at descriptor 0 and one that writes at 3. Gives 0, or 1 where
 # disk and memory disagree, or 2 after an error of the disk.
 disk_chain:
+    mov r8d, 0xd0000000
 1:  cmp qword ptr [rdi], 0
     jne 2f
     xor ecx, ecx
@@ -458,7 +459,8 @@ disk_chain:
 4:  mov eax, 2
     ret
 
-# Makes the chain at descriptor cx available and waits until it is used; equal if it went well.
+# Makes the chain at descriptor cx available to the device with registers at r8 and waits until it is used;
+# equal if it went well.
 disk_request:
     movzx edx, word ptr [rsi + 0x1002]
     mov eax, edx
@@ -466,8 +468,7 @@ disk_request:
     mov [rsi + rax * 2 + 0x1004], cx
     inc edx
     mov [rsi + 0x1002], dx
-    mov eax, 0xd0000050
-    mov dword ptr [rax], 0
+    mov dword ptr [r8 + 0x50], 0        # QueueNotify
 1:  pause
     cmp [rsi + 0x2002], dx
     jne 1b
@@ -700,8 +701,8 @@ touch:
     mov eax, ecx
     ud2
 
-# A disk's load: writes blocks of 4 KiB, the first of each 64 KiB, all the time, and keeps in memory what each must have. At rdi are the words
-# of writer.rs:
+# A disk's load: writes blocks of 4 KiB, the first of each 64 KiB, all the time, and keeps in memory what each must
+# have. At rdi are the words of writer.rs:
 #   0 not 0: end   8 what to do: 0 write, 1 look at all blocks, 2 take all blocks as they are
 #   16 structures of virtio.rs   24 registers of the device   32 a word for each block   40 how many blocks
 #   48 the highest number so far   56 steps   64 random state   72 block and 80 number that were wrong
@@ -711,6 +712,7 @@ touch:
 disk_load:
     mov rbx, rdi
     mov rsi, [rbx + 16]
+    mov r8, [rbx + 24]
     xor r12d, r12d
 1:  cmp qword ptr [rbx], 0
     jne 7f
@@ -724,7 +726,7 @@ disk_load:
     shl rax, 7                          # sectors from one block to the next
     mov [rsi + 0x3008], rax
     xor ecx, ecx
-    call block_request
+    call disk_request
     jne 9f
     mov r14, [rsi + 0x4000]
     mov rcx, [rbx + 32]
@@ -798,7 +800,7 @@ change_block:
     mov dword ptr [rsi + 0x48], 16
     xor r14d, r14d
 2:  mov ecx, 3
-    call block_request
+    call disk_request
     jne 3f
     mov rcx, [rbx + 32]
     mov [rcx + r12 * 8], r14
@@ -810,24 +812,8 @@ change_block:
     mov qword ptr [rsi + 0x3108], 0
     mov word ptr [rsi + 0x3e], 5        # no data: from descriptor 3 to 5
     mov ecx, 3
-    call block_request
+    call disk_request
     mov word ptr [rsi + 0x3e], 4
-    ret
-
-# Makes the chain at descriptor cx available and waits until it is used; equal if it went well.
-block_request:
-    movzx edx, word ptr [rsi + 0x1002]
-    mov eax, edx
-    and eax, 7
-    mov [rsi + rax * 2 + 0x1004], cx
-    inc edx
-    mov [rsi + 0x1002], dx
-    mov rax, [rbx + 24]
-    mov dword ptr [rax + 0x50], 0
-1:  pause
-    cmp [rsi + 0x2002], dx
-    jne 1b
-    cmp byte ptr [rsi + 0x3010], 0
     ret
 
 # The data of number rax; or equal if it is there already.
