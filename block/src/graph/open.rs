@@ -15,7 +15,7 @@ use crate::node::{Details, Node};
 use crate::qcow2::Probe;
 use crate::stack::deep;
 use crate::storage::{Aio, Locking};
-use crate::{Error, Result};
+use crate::{Error, Result, host_words};
 
 /// Opens one tree of nodes; those made are only handed over when all went well.
 pub(super) struct Opener<'a> {
@@ -153,7 +153,10 @@ impl<'a> Opener<'a> {
                 if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
             {
                 Error::Invalid(format!(
-                    "Could not open '{filename}': {source}; it would be image {} of its backing chain, each of which takes two descriptors: allow more (ulimit -Hn) or make the chain shorter (block-commit, block-stream)",
+                    "Could not open '{filename}': {}; it would be image {} of its backing chain, each of which \
+                     takes two descriptors: allow more (ulimit -Hn) or make the chain shorter (block-commit, \
+                     block-stream)",
+                    host_words(&source),
                     self.chain.len() + 1
                 ))
             }

@@ -289,17 +289,5 @@ fn text(text: impl Into<String>) -> qmp::Error {
 /// The error as clients get it.
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: block::Error) -> qmp::Error {
-    text(failed_text(&error))
-}
-
-/// The error's words as QEMU has them: the host's without a number.
-fn failed_text(error: &block::Error) -> String {
-    let words = error.to_string();
-    match words.split_once(" (os error ") {
-        Some((before, after)) => {
-            let rest = after.split_once(')').map_or("", |(_, rest)| rest);
-            format!("{before}{rest}")
-        }
-        None => words,
-    }
+    text(error.to_string())
 }

@@ -23,7 +23,6 @@ use qmp::jobs::{GroupId, IoFailure, NewJob, Outcome, Settle, StateError, Step, W
 use qmp::schema::{BlockErrorAction, IoOperationType, MirrorCopyMode};
 
 use super::JobList;
-use crate::blocks::failed_text;
 
 /// What a mirror can be asked and tells beyond other operations.
 pub trait Mirroring: Send {
@@ -287,7 +286,7 @@ fn guarded(work: impl FnOnce() -> block::Result<()>) -> Result<(), End> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(())) => Ok(()),
         Ok(Err(Error::Cancelled)) => Err(End::Cancelled),
-        Ok(Err(error)) => Err(End::Failed(failed_text(&error))),
+        Ok(Err(error)) => Err(End::Failed(error.to_string())),
         Err(_) => Err(End::Failed("the job's thread has panicked".to_owned())),
     }
 }

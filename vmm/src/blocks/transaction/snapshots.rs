@@ -7,7 +7,7 @@ use block::{Format, NewSnapshot, Node, SnapshotCreate};
 use qmp::schema::{InternalSnapshotArguments, InternalSnapshotDeleteArguments};
 use qmp::transaction::Action;
 
-use crate::blocks::{Answer, Blocks, failed, failed_text, text};
+use crate::blocks::{Answer, Blocks, failed, text};
 
 /// The time that all snapshots of a transaction have.
 #[derive(Debug, Clone, Copy)]
@@ -86,8 +86,7 @@ impl<'a> InternalSnapshot<'a> {
 
     fn failed(&self, error: &block::Error) -> qmp::Error {
         let InternalSnapshotArguments { device, name } = self.arguments;
-        let why = failed_text(error);
-        text(format!("Failed to create snapshot '{name}' on device '{device}': {why}"))
+        text(format!("Failed to create snapshot '{name}' on device '{device}': {error}"))
     }
 
     fn step(
