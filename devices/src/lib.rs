@@ -5,8 +5,10 @@
 //! formats. Each has a plain, versioned state struct. `docs/devices.md` tells threads, lock order,
 //! the pause protocol and what happens when a driver misbehaves.
 
-// Tests cast numbers they chose themselves; the crate itself is checked without `test`.
-#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+#![cfg_attr(
+    test,
+    allow(clippy::cast_possible_truncation, reason = "tests cast numbers they chose themselves")
+)]
 
 pub mod acpi;
 pub mod interrupt;

@@ -6,8 +6,8 @@ pub(crate) const PAGE: u64 = 4096;
 /// One mebibyte in bytes.
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// A byte count as an index. This program runs on 64-bit hosts only, where it cannot truncate.
-#[allow(clippy::cast_possible_truncation)]
+/// A byte count as an index.
+#[allow(clippy::cast_possible_truncation, reason = "the assertion excludes hosts where it could")]
 pub(crate) const fn index(bytes: u64) -> usize {
     const { assert!(usize::BITS >= u64::BITS) };
     bytes as usize

@@ -51,7 +51,7 @@ impl From<UartError<io::Error>> for SerialError {
 
 /// The registers of a 16550 and the input it holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "the names are the data sheet's")]
 pub struct SerialState {
     pub baud_divisor_low: u8,
     pub baud_divisor_high: u8,

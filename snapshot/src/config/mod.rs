@@ -170,8 +170,10 @@ impl fmt::Display for Difference {
 #[derive(Debug, Default)]
 struct Differences(Vec<Difference>);
 
-// What is compared is often a text made for the comparison.
-#[allow(clippy::needless_pass_by_value)]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "what is compared is often a text made for the comparison"
+)]
 impl Differences {
     fn refuse(&mut self, text: String) {
         self.0.push(Difference::blocking(text));

@@ -1,7 +1,11 @@
 //! Whole saves, loads and deletes on images in memory that fail at any step on demand.
 
-// Helpers outside of test functions fail the test that called them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers fail the test that calls them"
+)]
 
 mod fake;
 mod faults;

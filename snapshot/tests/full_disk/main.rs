@@ -1,10 +1,14 @@
 //! A disk that fills up during a save. Alone in its program: the limit is the whole process's.
 
-// Helpers outside of test functions fail the test that called them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers fail the test that calls them"
+)]
 
 #[path = "../qcow2/images.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with the tests in qcow2, which use all of it")]
 mod images;
 
 use std::fs;

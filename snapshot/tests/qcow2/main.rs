@@ -1,7 +1,11 @@
 //! Checkpoints on real qcow2 images, with `qemu-img` as the judge.
 
-// Helpers outside of test functions fail the test that called them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers fail the test that calls them"
+)]
 
 mod compressed;
 mod images;

@@ -15,7 +15,7 @@ use crate::virtio::{Segment, Token, mark_filled};
 /// Why a request fails, as its status byte tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-#[allow(clippy::cast_possible_truncation)] // the constants are 1 and 2
+#[allow(clippy::cast_possible_truncation, reason = "the constants are 1 and 2")]
 pub(super) enum Failure {
     IoError = VIRTIO_BLK_S_IOERR as u8,
     Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
