@@ -171,13 +171,13 @@ impl Control {
     }
 
     /// Says that so many bytes are still to do: the sum grows if they are more than was expected.
-    pub fn set_remaining(&self, bytes: u64) {
+    pub(crate) fn set_remaining(&self, bytes: u64) {
         let (current, total) = self.0.progress.get();
         self.0.progress.add_total((current + bytes).saturating_sub(total));
     }
 
     /// Says that all is done.
-    pub fn caught_up(&self) {
+    pub(crate) fn caught_up(&self) {
         let (current, total) = self.0.progress.get();
         self.0.progress.advance(total.saturating_sub(current));
     }
@@ -220,14 +220,14 @@ impl Control {
     }
 
     /// Notes that `bytes` are copied, for the speed that is set.
-    pub fn spend(&self, bytes: u64) {
+    pub(crate) fn spend(&self, bytes: u64) {
         self.state().speed.take(bytes);
     }
 
     /// Says whether `bytes` more may be copied now; else a pause or the end was asked for: call
     /// [`Control::rest`] once nothing is under way. Waits for the speed that is set: with nothing in hand
     /// that others may wait for.
-    pub fn pace(&self, bytes: u64) -> bool {
+    pub(crate) fn pace(&self, bytes: u64) -> bool {
         loop {
             let mut state = self.state();
             if state.pause || state.cancelled {
@@ -297,7 +297,7 @@ impl Control {
     }
 
     /// Whether somebody waits in [`Control::idle`].
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.state().idle
     }
 

@@ -129,6 +129,25 @@ struct State {
     over: bool,
 }
 
+impl State {
+    /// Before anybody was told anything. What is needed to put the machine together cannot wait: nobody could
+    /// say when to try again.
+    fn at_start() -> Self {
+        Self {
+            policy: Policy::Forfeit,
+            failed: Vec::new(),
+            reason: None,
+            told: false,
+            retry: false,
+            retries: 0,
+            stalled: false,
+            lost: false,
+            stop: false,
+            over: false,
+        }
+    }
+}
+
 /// What the threads share.
 struct Shared {
     uffd: Uffd,
@@ -186,18 +205,6 @@ impl LazyRam {
         for &(start, len) in &ranges {
             uffd.register(start, len).map_err(|source| host("watching", source))?;
         }
-        let state = State {
-            policy: Policy::Forfeit,
-            failed: Vec::new(),
-            reason: None,
-            told: false,
-            retry: false,
-            retries: 0,
-            stalled: false,
-            lost: false,
-            stop: false,
-            over: false,
-        };
         let shared = Arc::new(Shared {
             uffd,
             units,
@@ -206,7 +213,7 @@ impl LazyRam {
             first_taken: AtomicUsize::new(0),
             source,
             control,
-            state: Mutex::new(state),
+            state: Mutex::new(State::at_start()),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             notify,

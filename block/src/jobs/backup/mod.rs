@@ -48,7 +48,7 @@ pub struct Backup {
     _attached: [Attachment; 2],
 }
 
-/// Nobody has what the backup is to use.
+/// Checks that nobody else holds what the backup needs.
 fn check_free(
     graph: &Graph,
     options: &BackupOptions,
@@ -68,6 +68,23 @@ fn check_free(
     }
     graph.check_no_format_above(&options.source)?;
     graph.check_no_format_above(&options.target)
+}
+
+/// Marks what the job is to copy: what the bitmap says, or all. From now on the bitmap notes writes apart.
+fn mark_to_do(chunks: &Chunks, size: u64, sync: Sync, bitmap: Option<&BitmapHold>) {
+    match bitmap {
+        Some(hold) if matches!(sync, Sync::Incremental | Sync::Bitmap) => {
+            for range in hold.bitmap().dirty_ranges() {
+                chunks.mark(range);
+            }
+        }
+        _ => {
+            chunks.mark(0..size);
+        }
+    }
+    if let Some(hold) = bitmap {
+        hold.bitmap().begin_since();
+    }
 }
 
 impl Backup {
@@ -118,19 +135,7 @@ impl Backup {
             Some((bitmap, mode)) => Some((bitmap.hold()?, mode)),
             None => None,
         };
-        match &bitmap {
-            Some((hold, _)) if matches!(options.sync, Sync::Incremental | Sync::Bitmap) => {
-                for range in hold.bitmap().dirty_ranges() {
-                    copy.chunks().mark(range);
-                }
-            }
-            _ => {
-                copy.chunks().mark(0..size);
-            }
-        }
-        if let Some((hold, _)) = &bitmap {
-            hold.bitmap().begin_since();
-        }
+        mark_to_do(copy.chunks(), size, options.sync, bitmap.as_ref().map(|(hold, _)| hold));
         let intercepting = Some(graph.intercept(&held, &source, &target, copy.clone()));
         drop(held);
         Ok(Self {
