@@ -90,7 +90,7 @@ impl Raw {
 
     /// Whether discards reach the file (QEMU's `discard=unmap`) or do nothing.
     #[must_use]
-    pub fn with_discard(mut self, unmap: bool) -> Self {
+    pub(crate) fn with_discard(mut self, unmap: bool) -> Self {
         self.unmap = unmap;
         self
     }

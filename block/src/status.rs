@@ -27,7 +27,7 @@ impl StatusExtent {
     }
 
     /// Zeroes because no image has anything.
-    pub const fn unallocated(len: u64) -> Self {
+    pub(crate) const fn unallocated(len: u64) -> Self {
         Self { len, data: false, zero: true, depth: 0 }
     }
 

@@ -54,7 +54,7 @@ impl Together {
     }
 
     /// Whether all are durably changed.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         self.state().left == 0
     }
 

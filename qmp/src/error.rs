@@ -44,7 +44,7 @@ impl Error {
     }
 
     /// A command before `qmp_capabilities`.
-    pub fn expecting_negotiation() -> Self {
+    pub(crate) fn expecting_negotiation() -> Self {
         Self::new(
             ErrorClass::CommandNotFound,
             "Expecting capabilities negotiation with 'qmp_capabilities'",
@@ -52,7 +52,7 @@ impl Error {
     }
 
     /// A second `qmp_capabilities`.
-    pub fn negotiation_complete() -> Self {
+    pub(crate) fn negotiation_complete() -> Self {
         Self::new(
             ErrorClass::CommandNotFound,
             "Capabilities negotiation is already complete, command ignored",
@@ -60,7 +60,7 @@ impl Error {
     }
 
     /// `exec-oob` of a command that cannot run out of band.
-    pub fn no_oob(command: &str) -> Self {
+    pub(crate) fn no_oob(command: &str) -> Self {
         Self::generic(format!("The command {command} does not support OOB"))
     }
 
@@ -80,7 +80,7 @@ impl Error {
     }
 
     /// An enum argument with a value the enum lacks; `name` is the last part of the path only.
-    pub fn bad_value(name: &str, value: &str) -> Self {
+    pub(crate) fn bad_value(name: &str, value: &str) -> Self {
         Self::generic(format!("Parameter '{name}' does not accept value '{value}'"))
     }
 
@@ -100,7 +100,7 @@ impl Error {
     }
 
     /// A job whose state does not allow the verb.
-    pub fn job_verb(id: &str, state: &str, verb: &str) -> Self {
+    pub(crate) fn job_verb(id: &str, state: &str, verb: &str) -> Self {
         Self::generic(format!("Job '{id}' in state '{state}' cannot accept command verb '{verb}'"))
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Most ancestors that are recorded.
-pub const MAX_ANCESTORS: usize = 64;
+pub(crate) const MAX_ANCESTORS: usize = 64;
 /// Most bytes of a description.
 const MAX_DESCRIPTION: usize = 4096;
 /// Most labels.

@@ -66,7 +66,7 @@ impl ChangeError {
 
 /// Makes the changes in the order given. `progress` can cancel them until the first is published;
 /// from then on the change goes through, or is rolled back for an error.
-pub fn all_or_none(
+pub(crate) fn all_or_none(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {
@@ -87,7 +87,7 @@ pub fn prepare_all(
 }
 
 /// Makes prepared changes visible in memory, or undoes all of them. They are to be settled.
-pub fn show_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
+pub(crate) fn show_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
     let together = Together::new(changes.len());
     for at in 0..changes.len() {
         let result = changes[at].change.show(&together);
@@ -98,7 +98,7 @@ pub fn show_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
 
 /// Makes shown changes durable, all nodes at once, and finishes them, on each node whatever happens on the others:
 /// a guest has seen them. Gives the first error; what it leaves undone the next flush of that node does.
-pub fn settle_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
+pub(crate) fn settle_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
     let Some((last, others)) = changes.split_last_mut() else { return Ok(()) };
     std::thread::scope(|scope| {
         let others: Vec<_> =
@@ -125,7 +125,7 @@ fn failed(node: &str, source: block::Error) -> ChangeError {
 }
 
 /// Publishes and finishes prepared changes, or undoes all of them.
-pub fn publish_all(
+pub(crate) fn publish_all(
     changes: &mut [NodeChange<'_>],
     progress: Option<&Progress>,
 ) -> Result<(), ChangeError> {

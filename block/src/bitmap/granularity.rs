@@ -30,7 +30,7 @@ impl Granularity {
     }
 
     /// What a bitmap has when none is asked for, as in QEMU: the cluster size, within 4 KiB to 64 KiB.
-    pub fn default_for(cluster_size: Option<u64>) -> Self {
+    pub(crate) fn default_for(cluster_size: Option<u64>) -> Self {
         Self(cluster_size.unwrap_or(65536).clamp(4096, 65536).trailing_zeros())
     }
 

@@ -67,7 +67,7 @@ impl Graph {
     ///
     /// # Errors
     /// As [`Graph::change`].
-    pub fn check_change(&self, steps: &[Step]) -> Result<()> {
+    pub(crate) fn check_change(&self, steps: &[Step]) -> Result<()> {
         plan(&self.state(), steps).map(drop)
     }
 

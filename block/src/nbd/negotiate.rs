@@ -15,11 +15,11 @@ use super::wire::{
 const PREFERRED_BLOCK: u32 = 4096;
 
 /// The context that tells data, holes and zeroes.
-pub const BASE_ALLOCATION: &str = "base:allocation";
+pub(crate) const BASE_ALLOCATION: &str = "base:allocation";
 /// The context that tells how deep in the backing chain data is.
-pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+pub(crate) const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 /// Start of the names of contexts that are dirty bitmaps.
-pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+pub(crate) const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
 /// What a client may learn of an export before it uses it.
 pub trait Offered {
@@ -128,7 +128,7 @@ impl Negotiation {
     }
 
     /// Answers an option whose data is too long to be looked at.
-    pub fn too_big(&self, option: u32, out: &mut Vec<u8>) -> bool {
+    pub(crate) fn too_big(&self, option: u32, out: &mut Vec<u8>) -> bool {
         if self.fixed && option != code::EXPORT_NAME {
             Answer { option, out }.fail(rep::ERR_TOO_BIG, "the option's data is too long");
             return true;

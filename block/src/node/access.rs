@@ -68,7 +68,7 @@ impl Access {
     ///
     /// # Errors
     /// As [`Format::copy_up`].
-    pub fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
+    pub(crate) fn copy_up(&self, offset: u64, len: u64) -> Result<()> {
         self.format.copy_up(offset, len)
     }
 

@@ -144,13 +144,13 @@ impl Node {
 
     /// Whether the image takes no writes: [`Node::read_only`], or damage was found in it since it was
     /// opened.
-    pub fn refuses_writes(&self) -> bool {
+    pub(crate) fn refuses_writes(&self) -> bool {
         let damaged = || self.qcow2().is_some_and(|image| image.refuses_writes());
         self.read_only() || (!self.is_inactive() && damaged())
     }
 
     /// Whether [`Node::write_zeroes`] is faster than writing zeroes.
-    pub fn fast_zeroes(&self) -> bool {
+    pub(crate) fn fast_zeroes(&self) -> bool {
         self.look(|format| format.fast_zeroes())
     }
 

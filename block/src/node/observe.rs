@@ -46,7 +46,7 @@ impl Node {
     }
 
     /// Ends [`Node::observe`].
-    pub fn unobserve(&self, observer: &Arc<dyn WriteObserver>) {
+    pub(crate) fn unobserve(&self, observer: &Arc<dyn WriteObserver>) {
         let mut observers = self.observers.write().unwrap_or_else(PoisonError::into_inner);
         observers.retain(|other| !Arc::ptr_eq(other, observer));
         self.observed.store(observers.len(), Ordering::Release);

@@ -84,7 +84,7 @@ impl Node {
 
     /// Whether a write is to become one of zeroes (QEMU's `detect-zeroes`), and whether that may
     /// give space back. For those who carry out writes by an [`Access`] of their own.
-    pub fn zeroes_to_detect(&self, bufs: &[WriteBuf<'_>]) -> Option<bool> {
+    pub(crate) fn zeroes_to_detect(&self, bufs: &[WriteBuf<'_>]) -> Option<bool> {
         let unmap = match self.detect_zeroes() {
             DetectZeroes::Off => return None,
             DetectZeroes::On => false,

@@ -180,7 +180,7 @@ impl Qcow2 {
 
     /// Whether discards reach the image (QEMU's `discard=unmap`) or do nothing.
     #[must_use]
-    pub fn with_discard(mut self, unmap: bool) -> Self {
+    pub(crate) fn with_discard(mut self, unmap: bool) -> Self {
         self.unmap = unmap;
         self
     }
@@ -192,7 +192,7 @@ impl Qcow2 {
     }
 
     /// Whether the image takes no writes: it was opened for reading, or was found damaged since.
-    pub fn refuses_writes(&self) -> bool {
+    pub(crate) fn refuses_writes(&self) -> bool {
         self.meta().check_writable().is_err()
     }
 

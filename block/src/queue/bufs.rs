@@ -11,7 +11,7 @@ use crate::num::{to_u64, to_usize};
 use crate::{ReadBuf, WriteBuf, iobuf};
 
 /// Alignment of an [`AlignedBuf`]: what O_DIRECT needs on any current disk.
-pub const BUF_ALIGN: usize = 4096;
+pub(crate) const BUF_ALIGN: usize = 4096;
 
 /// Bytes aligned for O_DIRECT. Never moves in memory.
 pub struct AlignedBuf {
@@ -156,7 +156,7 @@ impl OwnedBufs {
 
     /// The first `len` bytes (or all, if there are fewer) of an aligned buffer, which may be larger
     /// than the request so that it serves many.
-    pub fn aligned_part(buf: AlignedBuf, len: usize) -> Self {
+    pub(crate) fn aligned_part(buf: AlignedBuf, len: usize) -> Self {
         let len = len.min(buf.len);
         Self {
             parts: Parts::One(iovec(buf.ptr.as_ptr(), len)),
@@ -187,7 +187,7 @@ impl OwnedBufs {
     }
 
     /// The vector this was made from; `None` if it was not.
-    pub fn into_vec(self) -> Option<Vec<u8>> {
+    pub(crate) fn into_vec(self) -> Option<Vec<u8>> {
         match self.owner {
             Owner::Vec(vec) => Some(vec.into_vec()),
             _ => None,
@@ -195,7 +195,7 @@ impl OwnedBufs {
     }
 
     /// The aligned buffer this was made from; `None` if it was not.
-    pub fn into_aligned(self) -> Option<AlignedBuf> {
+    pub(crate) fn into_aligned(self) -> Option<AlignedBuf> {
         match self.owner {
             Owner::Aligned(buf) => Some(buf),
             _ => None,

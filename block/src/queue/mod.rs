@@ -20,7 +20,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-pub use bufs::{AlignedBuf, BUF_ALIGN, OwnedBufs};
+pub(crate) use bufs::BUF_ALIGN;
+pub use bufs::{AlignedBuf, OwnedBufs};
 pub use located::Located;
 pub(crate) use located::{Around, Extent, MAX_COPY, Place};
 
@@ -154,7 +155,7 @@ impl Queue {
 
     /// Says whether the owner has more to do at once than what it has submitted, such as requests that
     /// are there already: then large writes are copied by a thread beside it.
-    pub fn set_busy(&mut self, busy: bool) {
+    pub(crate) fn set_busy(&mut self, busy: bool) {
         self.engine.set_busy(busy);
     }
 

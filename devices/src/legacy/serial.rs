@@ -17,7 +17,7 @@ use crate::interrupt::signal;
 pub type Output = Box<dyn Write + Send>;
 
 /// Bytes of input kept while the guest does not read.
-pub const INPUT_BUFFER_SIZE: usize = 4096;
+pub(crate) const INPUT_BUFFER_SIZE: usize = 4096;
 
 /// Bytes of the UART's own FIFO in vm-superio.
 const FIFO_SIZE: usize = 64;

@@ -103,7 +103,7 @@ impl SegmentList {
     /// Takes bytes from the front until `buf` is full; false if there are too few.
     ///
     /// Drivers may cut requests into descriptors anywhere (section 2.7.4).
-    pub fn read_front(&mut self, mem: &GuestMemory, buf: &mut [u8]) -> Result<bool, Malformed> {
+    pub(crate) fn read_front(&mut self, mem: &GuestMemory, buf: &mut [u8]) -> Result<bool, Malformed> {
         let mut rest = buf;
         while !rest.is_empty() {
             let Some(segment) = self.segments.get_mut(self.first) else {
@@ -127,7 +127,7 @@ impl SegmentList {
     }
 
     /// Takes the last byte off and returns where it is.
-    pub fn pop_last_byte(&mut self) -> Option<GuestAddress> {
+    pub(crate) fn pop_last_byte(&mut self) -> Option<GuestAddress> {
         if self.is_empty() {
             return None;
         }

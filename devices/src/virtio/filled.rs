@@ -9,7 +9,7 @@ use crate::GuestMemory;
 /// Marks segments that the host has filled through raw buffers (io_uring, preadv) as written. To be
 /// called when the data is in place, also where only a part of it may be, and before the driver is
 /// told: whoever collects the marks in between copies the page again, and no data is missed.
-pub fn mark_filled(mem: &GuestMemory, segments: &[Segment]) {
+pub(crate) fn mark_filled(mem: &GuestMemory, segments: &[Segment]) {
     for segment in segments {
         let slices = GuestMemoryBackend::get_slices(mem, segment.addr, segment.len as usize);
         // Segments were checked to be in memory, which does not go away.

@@ -18,7 +18,7 @@ mod worker;
 pub use block::{BlockDevice, BlockOptions};
 pub use chain::{Chain, Malformed, Segment, SegmentList};
 pub use error::{Error, Result, StateError};
-pub use filled::mark_filled;
+pub(crate) use filled::mark_filled;
 pub use mmio::{MmioState, MmioTransport};
 pub use rng::RngDevice;
 pub use state::{DeviceState, QueueState, VirtioState};
@@ -29,7 +29,7 @@ use std::time::Duration;
 use crate::GuestMemory;
 
 /// Feature bits that the transport and the rings offer for every device (section 6).
-pub const COMMON_FEATURES: u64 = {
+pub(crate) const COMMON_FEATURES: u64 = {
     use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
     use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC

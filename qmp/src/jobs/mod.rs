@@ -35,4 +35,5 @@ mod tests;
 
 use registry::Sink;
 pub use registry::{GroupId, IoFailure, Jobs, NewJob, StateError};
-pub use work::{AutoFlags, Outcome, Settle, Step, Work, WorkReport, is_block};
+pub(crate) use work::is_block;
+pub use work::{AutoFlags, Outcome, Settle, Step, Work, WorkReport};

@@ -3,7 +3,7 @@
 use crate::schema::{JobStatus, JobVerb};
 
 /// Whether a job may go from one state to the other.
-pub fn may_become(from: JobStatus, to: JobStatus) -> bool {
+pub(crate) fn may_become(from: JobStatus, to: JobStatus) -> bool {
     use JobStatus as S;
     let successors: &[JobStatus] = match from {
         S::Undefined => &[S::Created],
@@ -23,7 +23,7 @@ pub fn may_become(from: JobStatus, to: JobStatus) -> bool {
 }
 
 /// Whether a job in this state accepts the verb.
-pub fn accepts(status: JobStatus, verb: JobVerb) -> bool {
+pub(crate) fn accepts(status: JobStatus, verb: JobVerb) -> bool {
     use JobStatus as S;
     match verb {
         JobVerb::Cancel => matches!(

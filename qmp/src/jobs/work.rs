@@ -105,7 +105,7 @@ impl AutoFlags {
 }
 
 /// Whether jobs of this type are block jobs: listed by query-block-jobs, with events of their own.
-pub fn is_block(kind: JobType) -> bool {
+pub(crate) fn is_block(kind: JobType) -> bool {
     matches!(kind, JobType::Commit | JobType::Stream | JobType::Mirror | JobType::Backup)
 }
 

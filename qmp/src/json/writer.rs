@@ -10,7 +10,7 @@ use serde_json::ser::{CharEscape, Formatter};
 ///
 /// # Errors
 /// When the value does not serialise, for instance a map with keys that are not strings.
-pub fn to_bytes(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+pub(crate) fn to_bytes(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut text = Vec::with_capacity(128);
     value.serialize(&mut Serializer::with_formatter(&mut text, Ascii))?;
     Ok(text)
@@ -20,7 +20,7 @@ pub fn to_bytes(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
 ///
 /// # Errors
 /// As [`to_bytes`].
-pub fn to_message(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+pub(crate) fn to_message(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut text = to_bytes(value)?;
     text.extend_from_slice(b"\r\n");
     Ok(text)

@@ -185,7 +185,7 @@ command_enum! {
 }
 
 /// The commands that may be sent with `exec-oob`: they are short, and of use while another runs.
-pub const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
+pub(crate) const OUT_OF_BAND: &[&str] = &["job-cancel", "query-jobs", "stop"];
 
 /// What commands can do that their types do not show, in QEMU's words: clients ask before they use it.
 /// What QEMU tells besides is not so here: `dynamic-auto-read-only`, as files are not opened anew when the

@@ -28,10 +28,10 @@ use crate::format::section::{Section, SectionReader};
 use crate::units::human;
 
 /// Version of the configuration section's payload.
-pub const CONFIG_VERSION: u32 = 2;
+pub(crate) const CONFIG_VERSION: u32 = 2;
 
 /// Kind of the configuration section; its instance is 0.
-pub const CONFIG_KIND: &str = "config";
+pub(crate) const CONFIG_KIND: &str = "config";
 
 /// What was on the command line and what the guest was told.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

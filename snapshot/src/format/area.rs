@@ -54,7 +54,7 @@ impl StateArea {
     }
 
     /// The same with RAM in a place that was decided before the sections were known.
-    pub fn with_ram_at(
+    pub(crate) fn with_ram_at(
         start: StateOffset,
         regions: &[(GuestAddress, u64)],
         sections: Vec<Section>,
@@ -107,7 +107,7 @@ impl StateArea {
     }
 
     /// As [`StateArea::read`], of the header and the first section of `kind` only.
-    pub fn read_section(
+    pub(crate) fn read_section(
         area_len: u64,
         kind: &str,
         read_at: impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,

@@ -16,13 +16,13 @@ pub const MAGIC: [u8; 8] = *b"TARDIVM\x1a";
 const QEMU_MAGIC: [u8; 4] = *b"QEVM";
 
 /// Length of the fixed part of the header in bytes.
-pub const FIXED_LEN: usize = 64;
+pub(crate) const FIXED_LEN: usize = 64;
 /// Length of one entry of the RAM region table in bytes.
-pub const REGION_LEN: usize = 24;
+pub(crate) const REGION_LEN: usize = 24;
 /// Length of one entry of the section table in bytes.
-pub const ENTRY_LEN: usize = 80;
+pub(crate) const ENTRY_LEN: usize = 80;
 /// Most sections.
-pub const MAX_SECTIONS: usize = 1024;
+pub(crate) const MAX_SECTIONS: usize = 1024;
 /// Most bytes of all payloads together.
 pub const MAX_PAYLOAD: u64 = 256 << 20;
 

@@ -10,14 +10,14 @@ use crate::units::{MIB, PAGE, align_up};
 
 /// Alignment of the RAM part and of each region in it, in bytes: the largest qcow2 cluster, so
 /// that one layout fits every image.
-pub const RAM_ALIGN: u64 = 2 * MIB;
+pub(crate) const RAM_ALIGN: u64 = 2 * MIB;
 
 /// The RAM part starts at a multiple of this many bytes and never before the first. Sections of
 /// usual size stay below it, which keeps RAM in place from one checkpoint to the next.
-pub const STATE_AREA_STEP: u64 = 4 * MIB;
+pub(crate) const STATE_AREA_STEP: u64 = 4 * MIB;
 
 /// Most RAM regions a layout may have.
-pub const MAX_REGIONS: usize = 64;
+pub(crate) const MAX_REGIONS: usize = 64;
 
 /// Most bytes of guest RAM: 16 TiB. It bounds the time that a made-up header can cost.
 pub const MAX_RAM: u64 = 16 << 40;
@@ -110,7 +110,7 @@ impl RamLayout {
 
     /// Where the RAM part starts when what comes before it ends at `state_end`; `None` past the
     /// end of 64 bits.
-    pub fn start_after(state_end: u64) -> Option<StateOffset> {
+    pub(crate) fn start_after(state_end: u64) -> Option<StateOffset> {
         align_up(state_end.max(1), STATE_AREA_STEP).map(StateOffset)
     }
 
@@ -125,7 +125,7 @@ impl RamLayout {
     }
 
     /// Length of the whole VM-state area in bytes: the RAM part is its end.
-    pub fn total_length(&self) -> u64 {
+    pub(crate) fn total_length(&self) -> u64 {
         self.end.0
     }
 

@@ -9,10 +9,10 @@ use serde::de::DeserializeOwned;
 use super::FormatError;
 
 /// Most bytes of one section's payload.
-pub const MAX_SECTION: u64 = 64 << 20;
+pub(crate) const MAX_SECTION: u64 = 64 << 20;
 
 /// Most bytes of a section's kind.
-pub const MAX_KIND: usize = 48;
+pub(crate) const MAX_KIND: usize = 48;
 
 /// Deepest nesting of a payload that is decoded; state structs nest a few levels.
 const MAX_NESTING: usize = 64;
@@ -36,7 +36,7 @@ impl SectionName {
     }
 
     /// Which one of its kind.
-    pub fn instance(&self) -> u32 {
+    pub(crate) fn instance(&self) -> u32 {
         self.instance
     }
 
@@ -146,7 +146,7 @@ impl<'a> SectionReader<'a> {
     }
 
     /// Takes one section as it is stored.
-    pub fn take_raw(&mut self, kind: &str, instance: u32) -> Result<&'a Section, FormatError> {
+    pub(crate) fn take_raw(&mut self, kind: &str, instance: u32) -> Result<&'a Section, FormatError> {
         let name = SectionName::new(kind, instance);
         match self.left.iter().position(|section| section.name == name) {
             Some(at) => Ok(self.left.remove(at)),

@@ -282,11 +282,6 @@ impl Monitor {
         u16::from_le_bytes(pages)
     }
 
-    /// Starts [`Monitor::fill`]; whoever loads a checkpoint in the middle of it need not wait for it.
-    pub fn start_fill(&mut self, range: Range<u64>, seed: u64) {
-        self.start(Routine::User, &[Routine::Fill as u64, range.start, range.end, seed]);
-    }
-
     /// Panics unless memory is as [`Monitor::fill`] left it.
     pub fn verify(&mut self, range: Range<u64>, seed: u64) {
         let wrong = self.user(Routine::Verify, &[range.start, range.end, seed]);

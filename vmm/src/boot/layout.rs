@@ -28,7 +28,7 @@ pub const HIGH_RAM_START: GuestAddress = GuestAddress(4 * GIB);
 pub const MMIO_START: GuestAddress = GuestAddress(0xd000_0000);
 
 /// Size of one virtio-mmio register window, in bytes.
-pub const MMIO_DEVICE_SIZE: u64 = 4 * KIB;
+pub const MMIO_DEVICE_SIZE: u64 = devices::virtio::mmio::MMIO_SIZE;
 
 /// How many virtio-mmio windows the map has room for.
 pub const MMIO_DEVICES_MAX: u64 = 4096;

@@ -47,7 +47,7 @@ impl Members {
     }
 
     /// A member's name in the whole option, for messages.
-    pub fn path_of(&self, name: &str) -> String {
+    pub(crate) fn path_of(&self, name: &str) -> String {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 

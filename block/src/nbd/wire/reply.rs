@@ -103,7 +103,7 @@ impl To {
     }
 
     /// A part of a read that is zeroes; only in chunks.
-    pub fn hole(self, out: &mut Vec<u8>, done: bool, offset: u64, len: u32) {
+    pub(crate) fn hole(self, out: &mut Vec<u8>, done: bool, offset: u64, len: u32) {
         self.chunk(out, done, kind::OFFSET_HOLE, 12);
         out.extend_from_slice(&offset.to_be_bytes());
         out.extend_from_slice(&len.to_be_bytes());

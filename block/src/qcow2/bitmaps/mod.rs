@@ -134,7 +134,7 @@ fn mark(meta: &mut Meta, in_use: bool, chosen: impl Fn(&Entry) -> bool) -> Resul
 
 impl Qcow2 {
     /// The bitmaps that the image has stored, as they are on disk.
-    pub fn stored_bitmaps(&self) -> Vec<StoredBitmap> {
+    pub(crate) fn stored_bitmaps(&self) -> Vec<StoredBitmap> {
         self.meta().bitmaps.infos()
     }
 

@@ -63,7 +63,7 @@ impl Qcow2 {
     /// # Errors
     /// If the image could not be written: each change of the disk tries it again first, and is refused where
     /// it fails.
-    pub fn resume_bitmaps(&self) -> Result<()> {
+    pub(crate) fn resume_bitmaps(&self) -> Result<()> {
         let mut meta = self.meta();
         let marked = bitmaps_out_of_date(self, &mut meta, Bitmap::enabled);
         meta.unmarked = marked.as_ref().err().map(ToString::to_string);

@@ -1,16 +1,16 @@
 //! A disk's configuration space (virtio 1.2 section 5.2.4).
 
 /// Unit of all addresses and sizes in virtio-blk, in bytes.
-pub const SECTOR_SIZE: u64 = 512;
+pub(crate) const SECTOR_SIZE: u64 = 512;
 
 /// Largest size of each queue in descriptors.
 pub const QUEUE_SIZE: u16 = 256;
 
 /// Ranges in one discard or write-zeroes request at most.
-pub const MAX_RANGES: u32 = 16;
+pub(crate) const MAX_RANGES: u32 = 16;
 
 /// Sectors in one of these ranges at most: 2 GiB.
-pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
+pub(crate) const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
 /// Segments besides header and status: a chain must not be longer than the queue (section
 /// 2.7.5.3.1).

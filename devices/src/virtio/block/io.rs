@@ -23,7 +23,7 @@ use crate::virtio::{End, Ended, QueueHandler, Served, Token};
 use crate::{GuestMemory, Presence};
 
 /// Data of one request at most, in bytes: bounds how long a request, and so a pause, can take.
-pub const MAX_REQUEST_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_REQUEST_BYTES: u64 = 256 << 20;
 
 /// What the machine sees of a disk's work, too.
 pub(super) struct Shared {

@@ -11,12 +11,13 @@ mod state;
 mod tests;
 mod throttled;
 
-pub use config::{MAX_RANGE_SECTORS, MAX_RANGES, QUEUE_SIZE, SECTOR_SIZE};
+pub use config::QUEUE_SIZE;
+pub(crate) use config::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
 pub use counters::{IoCounters, IoKind, IoSums};
 pub use errors::{
     ErrorAction, ErrorPolicy, Failure, FailureSink, IoErrors, IoStatus, OnError, UnknownOnError,
 };
-pub use io::MAX_REQUEST_BYTES;
+pub(crate) use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
 pub use throttled::IoThrottle;
 
@@ -36,7 +37,7 @@ use crate::Presence;
 const DEVICE_TYPE: u32 = 2;
 
 /// Bytes of a disk's serial number.
-pub const SERIAL_SIZE: usize = VIRTIO_BLK_ID_BYTES as usize;
+pub(crate) const SERIAL_SIZE: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// Queues a disk has at most.
 pub const MAX_QUEUES: u16 = 64;

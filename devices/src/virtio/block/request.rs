@@ -13,7 +13,7 @@ use crate::virtio::chain::{Chain, Malformed};
 /// Bytes of a request's header.
 const HEADER_SIZE: usize = 16;
 /// Bytes of one range of a discard or write-zeroes request.
-pub const RANGE_SIZE: usize = 16;
+pub(crate) const RANGE_SIZE: usize = 16;
 
 /// What a request asks for. Its data is what is left in the chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +127,7 @@ impl Range {
     }
 
     /// Whether the flags are ones we know; a discard has none (section 5.2.6.2).
-    pub fn flags_are_known(&self, discard: bool) -> bool {
+    pub(crate) fn flags_are_known(&self, discard: bool) -> bool {
         let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
         self.flags & !known == 0
     }

@@ -9,7 +9,7 @@ use crate::virtio::chain::{Chain, Malformed, out_of_memory};
 use crate::virtio::{QueueHandler, Served, Token};
 
 /// Bytes given to one request at most. Giving fewer than asked is allowed (section 5.4.6.2).
-pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_REQUEST_BYTES: usize = 64 * 1024;
 
 /// Bytes taken from the host at once; getrandom gives up to 256 without being interrupted.
 const PIECE: usize = 256;

@@ -5,7 +5,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use io::MAX_REQUEST_BYTES;
+pub(crate) use io::MAX_REQUEST_BYTES;
 pub use state::RngState;
 
 use super::error::StateError;

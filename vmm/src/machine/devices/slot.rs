@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Attachment, Graph, Node, User};
 use devices::virtio::block::{Failure, IoCounters, IoErrors, IoThrottle};
+use devices::virtio::mmio::QUEUE_NOTIFY_OFFSET;
 use devices::virtio::{BlockDevice, BlockOptions, MmioTransport, RngDevice, VirtioDevice};
 use devices::{GuestMemory, Presence};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -16,9 +17,6 @@ use crate::bus::{Bus, Space};
 use crate::kvm::IoctlContext;
 use crate::machine::Error;
 use crate::machine::spec::{DeviceKind, DeviceSpec};
-
-/// Register that a driver writes to notify a queue (virtio 1.2, 4.2.2).
-const QUEUE_NOTIFY: u64 = 0x50;
 
 /// A virtio device in its place.
 pub struct VirtioSlot {
@@ -89,7 +87,7 @@ impl VirtioSlot {
         let line = irq_line(board.vm, &name, irq)?;
         let transport = MmioTransport::new(device, board.memory.clone(), line)?;
         for (queue, fd) in (0u32..).zip(transport.queue_notify_fds()) {
-            let register = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
+            let register = IoEventAddress::Mmio(address + QUEUE_NOTIFY_OFFSET);
             board.vm.register_ioevent(fd, &register, queue).ioctl("KVM_IOEVENTFD")?;
         }
         let transport = Arc::new(Mutex::new(transport));
