@@ -1,4 +1,4 @@
-//! Making host files: what is below a new image, and raw images.
+//! Creating host files: below a new image, or as a raw one.
 
 use std::fs::OpenOptions;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Formats of images that nobody tells, by their first bytes as in QEMU.
+//! Probing: the format of an image by its first bytes, as in QEMU, where nobody says which it is.
 //!
 //! Those that this program cannot read are refused by name: taken for raw, a guest would get the bytes
 //! of the container, and its first write would destroy it.

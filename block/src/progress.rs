@@ -1,4 +1,4 @@
-//! How a long operation tells how far it is, and learns that it is to rest or no longer wanted.
+//! How a long operation reports its progress, and learns that it shall pause or end.
 
 use std::fmt::{self, Debug, Formatter};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! What a checkpoint tells of itself besides the machine: where it comes from, and what people said
+//! What a checkpoint records besides the machine: where it comes from, and what people said
 //! of it.
 //!
 //! A checkpoint names its parent by tag, date and clock: a tag that was deleted and used again is

@@ -1,4 +1,4 @@
-//! What this program says it is.
+//! The versions that this program reports.
 
 use qmp::schema::{VersionInfo, VersionTriple};
 

@@ -1,4 +1,4 @@
-//! A long row of bits of which most parts are all clear or all set.
+//! A large bit array that takes memory only for parts that are neither all clear nor all set.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! What QMP and people do with the bitmaps of a node. Texts are QEMU's.
+//! The bitmap commands of QMP and of `tardigrade image bitmap`, with QEMU's texts.
 //!
 //! **Order.** Whatever changes a bitmap that the image has stored first marks the stored one as out
 //! of date, durably ([`Qcow2::bitmaps_out_of_date`]); only then memory changes. A crash in between

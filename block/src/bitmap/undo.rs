@@ -1,4 +1,4 @@
-//! Bitmaps put back as they were, for transactions.
+//! Restoring bitmaps when a transaction is undone.
 
 use std::sync::Arc;
 

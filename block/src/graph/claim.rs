@@ -1,4 +1,4 @@
-//! Nodes that block jobs work with: what else may not be done with these meanwhile.
+//! Claims of block jobs on nodes: what nobody else may do with these meanwhile.
 
 use std::sync::{Arc, Mutex};
 

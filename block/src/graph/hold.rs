@@ -1,4 +1,4 @@
-//! Holding requests back for as long as several changes take.
+//! Holding requests back while several changes are made.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,4 @@
-//! The bytes of a node that becomes an image: blockdev-create.
+//! A node as the file of a new image, for blockdev-create.
 
 use std::sync::Arc;
 

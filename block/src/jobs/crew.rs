@@ -1,4 +1,4 @@
-//! A few threads that do the pieces of one operation, and its own thread, which hands them out.
+//! A small pool of threads for one operation, whose own thread hands out the pieces.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};

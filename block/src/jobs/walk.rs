@@ -1,4 +1,4 @@
-//! Going over what some images of a chain have.
+//! Walking over what some images of a chain have allocated.
 
 use std::ops::RangeInclusive;
 

@@ -1,4 +1,4 @@
-//! What a client sent and nobody has looked at yet.
+//! Bytes that were received from a client and are not parsed yet.
 
 use std::io::{self, IoSliceMut};
 

@@ -1,4 +1,4 @@
-//! Memory for data, used again and again: fresh pages cost more than the transfer.
+//! A pool of data buffers: fresh pages would cost more than the transfer.
 
 use crate::queue::{AlignedBuf, BUF_ALIGN, OwnedBufs};
 

@@ -1,4 +1,4 @@
-//! Those who must act before a node's contents change.
+//! Interceptors, who must act before a node's contents change.
 //!
 //! ```text
 //!   write ──> outer gate ──> before(), of each in turn ──> the node's gate ──> the change ──> after() ──> done

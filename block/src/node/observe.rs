@@ -1,4 +1,4 @@
-//! Being told of every change of a node's contents.
+//! Observers, who are told of every change of a node's contents.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};

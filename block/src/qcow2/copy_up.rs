@@ -1,4 +1,4 @@
-//! Taking over what is read from the backing file, so that the image no longer needs it there.
+//! Copying data up from the backing file, so that the image no longer depends on it.
 
 use crate::num::to_usize;
 use crate::{ReadBuf, Result, WriteBuf, iobuf};

@@ -1,4 +1,4 @@
-//! What is told when an image turns out to be damaged while it is in use.
+//! Reporting damage that is found while an image is in use.
 
 use std::fmt::{self, Debug, Formatter};
 use std::sync::{Mutex, PoisonError};

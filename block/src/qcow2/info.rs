@@ -1,4 +1,4 @@
-//! What an open image tells of itself.
+//! What an open image reports about itself.
 
 use super::Qcow2;
 use super::header::{Compression, compatible, incompatible};

@@ -1,4 +1,4 @@
-//! Giving the disk another size.
+//! Resizing the disk.
 //!
 //! **Growing**, in order:
 //!

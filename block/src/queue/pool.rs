@@ -1,4 +1,4 @@
-//! Threads of the process that wait in place of the owners of queues.
+//! The threads that block on the disk so that the owners of queues need not.
 //!
 //! Two sets, so that nobody waits for what is queued behind itself: *requests* may wait for gates,
 //! ranges and locks; *transfers* wait for the kernel and the metadata lock alone, and are what

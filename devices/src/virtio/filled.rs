@@ -1,4 +1,4 @@
-//! Telling which guest pages the host wrote where vm-memory does not see it.
+//! Marking guest pages that the host wrote without going through vm-memory.
 
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;

@@ -1,4 +1,4 @@
-//! Jobs that copy disks: what starts them.
+//! The commands that start a copy: backup, mirror, commit, stream.
 
 use super::NewImageMode;
 use super::macros::{enums, objects};

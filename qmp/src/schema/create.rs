@@ -1,4 +1,4 @@
-//! Images that a job makes.
+//! New images: `blockdev-create`.
 
 use serde_json::{Map, Value};
 

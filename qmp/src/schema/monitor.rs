@@ -1,4 +1,4 @@
-//! What clients ask at their start, and the old way to ask: lines for people.
+//! What clients ask at their start, and the human monitor.
 
 use super::SysEmuTarget;
 use super::macros::objects;

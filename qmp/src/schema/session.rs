@@ -1,4 +1,4 @@
-//! What is said of the session itself.
+//! Commands about the session itself: capabilities, version, list of commands.
 
 use super::macros::{enums, objects};
 

@@ -1,4 +1,4 @@
-//! Where a unit is read to before it becomes guest RAM.
+//! Buffers that a unit is read into before it becomes guest RAM.
 
 use block::ReadBuf;
 

@@ -1,4 +1,4 @@
-//! All there is to tell of one checkpoint.
+//! `snapshot show`: everything about one checkpoint.
 
 use qmp::schema::{CheckpointDevice, CheckpointDisk, CheckpointInfo, CheckpointMachine};
 

@@ -1,4 +1,4 @@
-//! What becomes of pages that are written again between every two rewinds.
+//! Hot parts of RAM: those whose pages are written again between every two rewinds.
 
 use snapshot::{PageRun, PageSet};
 

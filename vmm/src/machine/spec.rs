@@ -1,4 +1,4 @@
-//! What a machine is to be made of.
+//! The specification that a machine is built from.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Where a migration goes, or comes from.
+//! The addresses of migrations: `file:`, `exec:`, `unix:`.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Where a stream comes from.
+//! Where an incoming stream is read from: a file, a command or a socket.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};

@@ -1,4 +1,4 @@
-//! Where a stream goes.
+//! Where an outgoing stream is written to: a file, a command or a socket.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};

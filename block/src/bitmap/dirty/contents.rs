@@ -1,4 +1,4 @@
-//! What is dirty: noting, asking, merging.
+//! The contents of a bitmap: recording, asking, merging.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! What nodes get from those above them.
+//! Options that nodes inherit from those above them.
 
 use super::super::options::{DetectZeroes, NodeOptions};
 use crate::node::Node;

@@ -1,4 +1,4 @@
-//! Names of images: the files that they name, and what QMP shows.
+//! File names of images: the files that they stand for, and how QMP shows them.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The host's space of clusters that nobody uses any more.
+//! Returning the space of unused clusters to the host.
 
 use crate::Result;
 use crate::qcow2::layout::{Geometry, Run, push_run};

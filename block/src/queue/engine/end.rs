@@ -1,4 +1,4 @@
-//! What has ended, and what it lets begin.
+//! Completions, and the requests that can start because of them.
 
 use std::io;
 

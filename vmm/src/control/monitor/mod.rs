@@ -1,4 +1,4 @@
-//! `human-monitor-command`: the lines for people that older tools send. `docs/monitor.md` has them.
+//! `human-monitor-command`: the lines that older tools send. `docs/monitor.md` has them.
 //!
 //! The texts are QEMU's. What is wrong with a line is told as its output, never as a QMP error.
 
