@@ -1,14 +1,16 @@
-# make demo    all set-up, then a guest that is frozen, changed and taken back
-# make test    all set-up, then every test
-# make check   format and lints
-# make bench   the benchmark, beside QEMU and the disk itself
-# make fuzz    the fuzzers, SECONDS=60 each, side by side
-# make loom    the block engine's own synchronisation, in every order of threads
-# make soak    random sequences of saves, loads, deletions and kills for an hour: SOAK_SECONDS, SOAK_SEED
+# make             all set-up, then a release build: target/release/tardigrade
+# make demo        all set-up, then a guest that is frozen, changed and taken back
+# make test        all set-up, then every test
+# make check       format and lints
+# make bench       the benchmark, beside QEMU and the disk itself
+# make fuzz        the fuzzers, SECONDS=60 each, side by side
+# make loom        the block engine's own synchronisation, in every order of threads
+# make soak        random sequences of saves, loads, deletions and kills for an hour: SOAK_SECONDS, SOAK_SEED
 # make fault-test  every step of saves, loads and deletions fails, or is the process's last
 # make space-test  a thousand rounds of saves and deletions on one image file
-# make crash-test   crash points, faults and kills in numbers: docs/crash-safety.md
-.PHONY: all demo test check lint bench fuzz loom crash-test soak fault-test space-test guest clean
+# make crash-test  crash points, faults and kills in numbers: docs/crash-safety.md
+# make guest       the guest's kernel and initramfs anew, which are in the repository
+.PHONY: all demo test check bench fuzz loom crash-test soak fault-test space-test guest clean
 
 all:
 	@scripts/setup.sh build
@@ -66,7 +68,6 @@ space-test:
 	@scripts/setup.sh test
 	SPACE_ROUNDS=$${SPACE_ROUNDS:-1000} cargo test --package block --locked --test suite save_and_delete_for_ever -- --nocapture
 
-# The guest's kernel and initramfs are in the repository; this makes them anew.
 guest:
 	resources/guest/build-kernel.sh
 	resources/guest/build-initramfs.sh
