@@ -144,7 +144,7 @@ pub fn plan(
         vcpus,
         ram_bytes: machine.ram_bytes,
         kernel: given.kernel.clone().or_else(|| recorded(&machine.kernel)),
-        // Another kernel comes with its own.
+        // The recorded initrd belongs to the recorded kernel.
         initrd: match given.kernel {
             Some(_) => given.initrd.clone(),
             None => recorded(&machine.initrd),

@@ -390,7 +390,7 @@ fn guest_signals(mailbox: &Mailbox) -> GuestSignals {
     GuestSignals {
         reset: line(|| Message::GuestReset),
         power_off: line(|| Message::GuestPowerOff),
-        // Not of the guest: whoever else takes its place, the event is true.
+        // Not tied to one guest, as a reset is: the failure is real whichever guest runs by then.
         disk: Arc::new(move |slot, failure| to_main.send(Message::Disk { slot, failure })),
     }
 }

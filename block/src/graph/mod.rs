@@ -251,7 +251,7 @@ impl Graph {
         check_unused(&state, &node)?;
         if writes(&node) {
             node.flush()?;
-            // Here an error can be told; at the end of the last handle it could only be logged.
+            // An error can be returned here; when the last handle is dropped it could only be logged.
             if let Some(image) = node.qcow2() {
                 image.store_bitmaps().and_then(|()| image.settle()).inspect_err(|_| {
                     // The node stays and may be written to: its bitmaps follow again.

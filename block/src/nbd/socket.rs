@@ -137,7 +137,7 @@ pub(super) enum Moved {
 
 impl Socket {
     pub(super) fn new(fd: OwnedFd, tcp: bool) -> Self {
-        // All of these only help; a socket without them works.
+        // Optimisations all: a socket works without them.
         if tcp {
             let _ = sockopt::set_tcp_nodelay(&fd, true);
             let _ = sockopt::set_socket_keepalive(&fd, true);

@@ -84,7 +84,7 @@ impl Qcow2 {
             let mut meta = self.meta();
             meta.check_writable()?;
             meta.trim()?;
-            // They keep no place: none of them has one.
+            // Stays empty: none of these clusters has a place that could be freed.
             let mut holes = Vec::new();
             while at < end {
                 let next = (geometry.cluster_start(at) + geometry.cluster_size()).min(end);

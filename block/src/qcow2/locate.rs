@@ -54,7 +54,7 @@ impl Qcow2 {
             }
             match map(&mut meta, Meta::active_l1, guest, len) {
                 Ok(extents) => extents,
-                // Found again, and told, by the method that waits.
+                // The method that waits will meet the error again, and report it.
                 Err(_) => return false,
             }
         };

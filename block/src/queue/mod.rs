@@ -198,7 +198,7 @@ impl Queue {
         while self.engine.completed.is_empty() && self.in_flight > 0 {
             if self.engine.on_threads() || self.engine.on_ring() == 0 {
                 let mut events = [EpollEvent::default(); 2];
-                // An error is a signal: the loop looks again.
+                // The only error is EINTR: the loop looks again.
                 let _ = self.event.wait(-1, &mut events);
             } else {
                 self.engine.submit(1);

@@ -115,7 +115,7 @@ impl Format for Panics {
 #[test]
 fn a_panic_completes_its_request_with_an_error_and_costs_no_thread() {
     let mut queue = Queue::new(Arc::new(Node::new("d", Arc::new(Panics)))).unwrap();
-    // More than there are threads.
+    // More panics than there are threads.
     for id in 0..100 {
         queue.submit(Request::write(id, 0, false, OwnedBufs::from_vec(vec![1; 512])));
     }

@@ -117,7 +117,7 @@ impl Jobs {
             match settle(job, how) {
                 None => return Ok(()),
                 Some(Err(text)) if how == Settle::Commit => {
-                    // It has undone itself.
+                    // A commit that fails has undone itself.
                     job.fail(text, sink)?;
                     let id = job.id.clone();
                     self.conclude(at)?;

@@ -160,7 +160,7 @@ impl Job {
             self.report = work.report();
         }
         if !is_block(self.kind) && self.status != JobStatus::Aborting {
-            // What had nothing to count is done all the same.
+            // Also without anything to count: clients divide by the total.
             let all = self.progress.0.max(self.progress.1).max(1);
             self.progress = (all, all);
         }

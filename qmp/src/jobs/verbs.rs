@@ -85,7 +85,7 @@ impl Jobs {
     /// # Errors
     /// When there is no such job, or it was not paused.
     pub fn resume(&mut self, id: &str) -> Result<(), Error> {
-        // In any state, the verb table notwithstanding.
+        // Checked before the verb table, so that this text comes in every state.
         if !self.find(id)?.user_paused {
             return Err(Error::generic("Can't resume a job that was not paused"));
         }

@@ -316,7 +316,7 @@ mod tests {
         let mut buffer = [0; 4096];
         for _ in 0..16 {
             connection.answered(vec![b'x'; MIB], false);
-            // It reads nearly all, always.
+            // A slow client: it reads until half a MiB is left, never everything.
             while connection.output.waiting() > MIB / 2 {
                 connection.flush();
                 let _ = peer.read(&mut buffer).unwrap();

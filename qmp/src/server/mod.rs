@@ -104,8 +104,8 @@ impl Requests {
 
     /// All requests that there are now, without blocking.
     pub fn take(&self) -> Vec<Request> {
-        // Before the queue is emptied, or a request that comes in between would lie unnoticed.
-        // Nothing to read is no error here.
+        // Cleared before the queue is emptied: the other way round, a request that came in between
+        // would lie unnoticed. It fails where nothing was signalled, which is no error here.
         let _ = self.event.read();
         self.queue.try_iter().collect()
     }

@@ -268,7 +268,7 @@ impl<'a> Save<'a> {
     ) -> Result<(), SaveError> {
         let carrier = self.creates.last().ok_or(NodesError::Empty)?;
         let result = work(&self.writer, &*carrier.change);
-        // What failed because it was no longer wanted is a cancel.
+        // An error that follows from a cancel counts as the cancel.
         match self.setup.progress.check().and(result) {
             Ok(()) => Ok(()),
             Err(source) => {

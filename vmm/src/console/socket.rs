@@ -136,7 +136,7 @@ impl Write for SocketOutput {
                         break;
                     }
                 }
-                // Gone; the event loop sees it too and forgets the client.
+                // The client is gone; the event loop sees it, too, and forgets it.
                 Err(_) => break,
             }
         }

@@ -189,7 +189,7 @@ fn build(
         }
         _ => return cannot_change("driver"),
     };
-    // Of qcow2, as they were stored and read again until step 7.
+    // A qcow2 image has read back what was stored, until step 7; others keep theirs in memory.
     let bitmaps = match &built.details.qcow2 {
         Some(_) => built.details.bitmaps.clone(),
         None => old.bitmaps.clone(),

@@ -203,7 +203,7 @@ impl Backup {
         let work = |(range, kind)| self.copy.do_piece(&range, kind);
         with_crew(&work, |crew| {
             let result = self.hand_out(control, crew);
-            // Whatever comes of it, nothing is under way afterwards.
+            // Also after an error: no piece is under way when this returns.
             while crew.next().is_some() {}
             result
         })
@@ -280,7 +280,7 @@ impl Operation for Backup {
         }
         self.copy.report_to(control);
         if self.options.sync == Sync::None {
-            // Until somebody ends it.
+            // Only writes are copied, until somebody ends the job.
             return control.idle(|| self.copy.broken()).and_then(|_| self.copy.check());
         }
         self.copy_all(control)?;

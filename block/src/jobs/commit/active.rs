@@ -90,7 +90,7 @@ impl Operation for Active {
     fn commit(&mut self) -> Result<()> {
         self.mirror.commit()?;
         if self.mirror.completes() {
-            // The guest writes to it now.
+            // The guest writes to the base from now on, so it must stay writable.
             self.was_read_only = false;
         }
         self.mirror.release();

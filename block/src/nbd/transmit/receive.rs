@@ -26,7 +26,7 @@ impl Transmission {
         flags.set(PollFlags::OUT, !self.outbox.is_empty());
         let mut fds = Vec::with_capacity(2);
         if !flags.is_empty() {
-            // Not otherwise: that the client hung up would end each wait at once.
+            // With no flags set poll would still report a hang-up, and never sleep.
             fds.push((self.socket.as_fd(), flags));
         }
         if self.queue.in_flight() > 0 {

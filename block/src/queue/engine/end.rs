@@ -116,7 +116,7 @@ impl Engine {
 
     pub(super) fn transfer_ended(&mut self, transfer: Transfer, result: Result<()>) {
         match result {
-            // Each by itself, so that only those fail that must.
+            // Each part again by itself, so that only those fail that have to.
             Err(_) if transfer.parts().len() > 1 => {
                 for one in transfer.split() {
                     self.begin(one);

@@ -110,7 +110,7 @@ impl BlockDevice {
             presence: Presence::default(),
             counters: Arc::default(),
             throttle: Arc::default(),
-            // Of no use to anyone who could stop the machine: all errors are the guest's.
+            // Nobody has asked to stop the machine on errors: all of them go to the guest.
             errors: Arc::new(IoErrors::new(
                 ErrorPolicy { read: OnError::Report, write: OnError::Report },
                 Box::new(|_| {}),

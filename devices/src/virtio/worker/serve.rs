@@ -83,7 +83,7 @@ impl Thread {
         };
         queue.disable_notifications(&self.mem)?;
         for _ in 0..BATCH {
-            // As command_waits, which would borrow all of self.
+            // The same as `command_waits`, which would borrow all of self.
             if self.waiting.load(Ordering::Acquire) > 0 || self.handler.is_full() {
                 return Ok(true);
             }

@@ -97,7 +97,7 @@ impl Work for Handle {
     }
 
     fn settle(&mut self, how: Settle) -> Step {
-        // What was never started is undone by who made it.
+        // A job that was never started is undone by whoever made it.
         if self.started.load(Ordering::Acquire) && self.orders.send(how).is_ok() {
             return Step::Later;
         }

@@ -76,7 +76,7 @@ impl Blocks {
         use TransactionAction as A;
         let change = match action {
             A::Abort(_) => return Box::new(Fails("Transaction aborted using Abort action")),
-            // Where there is one it is not done here.
+            // With a machine the main thread carries it out, and it does not come here.
             A::VmstateSave(_) => return Box::new(Fails("There is no machine to be saved")),
             A::InternalSnapshot(arguments) => {
                 let moment = &resources.moment;

@@ -112,7 +112,7 @@ impl Controller {
     /// `migrate_cancel`
     pub(in crate::control) fn migrate_cancel(&mut self) {
         let Some(last) = &self.migration.last else { return };
-        // What comes in cannot be told to go back; the process can end.
+        // An incoming migration cannot be taken back; `quit` ends it.
         if last.outgoing && self.migrates() && !last.is_final {
             self.end_migration();
             self.migration_is(MigrationStatus::Cancelling);

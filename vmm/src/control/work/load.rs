@@ -143,7 +143,7 @@ impl Revival {
             return Ok(None);
         };
         let lent = Missing::lend(&self.checkpoint, host, memory, fresh, presence, orders, mailbox)?;
-        // For the job, what comes when it is needed is there.
+        // Pages that are read when they are needed count as done for the job.
         let bytes = self.checkpoint.layout().ram_bytes();
         progress.add_total(bytes);
         progress.advance(bytes);

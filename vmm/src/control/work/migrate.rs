@@ -153,7 +153,7 @@ impl Sending<'_> {
         }
         let before = self.writer.sent().bytes;
         self.send(&left, false)?;
-        // What it does when it is not held.
+        // The run state apart from this hold: what the target is to go on with.
         let doing = self.context.ask(|reply| WorkMessage::Doing { reply })?;
         self.writer.sections(&state.to_sections()?, doing.as_str())?;
         lock(&self.shared.numbers).in_pause = self.writer.sent().bytes - before;

@@ -100,7 +100,7 @@ impl Running<'_> {
 
     /// The guest stands still until all is written.
     fn stop(mut self) -> Outcome {
-        // Nobody is to wait for a guest that a pause keeps standing.
+        // A paused job would keep the guest stopped.
         let _uninterrupted = self.context.progress.without_pause();
         let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
         self.switch()?;

@@ -124,7 +124,7 @@ impl DeviceSet {
 
     /// Takes that signal back.
     pub fn acknowledge_console_wants_input(&self) {
-        // Empty if it was woken for nothing.
+        // Fails where nothing was signalled, after a spurious wake-up.
         let _ = self.wants_input.read();
     }
 

@@ -87,7 +87,7 @@ impl Table {
         self.own[index] = own.is_some();
         self.words[at] = own.map_or(0, |host| host.0);
         if geometry.extended {
-            // Own clusters are written whole.
+            // All subclusters are allocated: clusters of the area are written whole.
             self.words[at + 1] = if own.is_some() { u64::from(u32::MAX) } else { 0 };
         }
     }

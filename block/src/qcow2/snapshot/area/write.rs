@@ -148,8 +148,8 @@ impl Area<'_> {
             // shall take no space.
         } else if end > state.reserved {
             let more = geometry.bytes_of(state.written).clamp(*RESERVE.start(), *RESERVE.end());
-            // Ahead, so that parallel writes find the space there; on a disk that is nearly full,
-            // just what is needed.
+            // More than is needed, so that parallel writes find the space there; only what is needed
+            // where the disk is nearly full.
             state.reserved = if storage.reserve(start, end - start + more).is_ok() {
                 end + more
             } else {
@@ -212,7 +212,7 @@ impl Area<'_> {
         let mut state = self.state();
         let (table, index) = self.index_of(cluster);
         let slot = self.slot(&mut state, cluster)?;
-        // An empty one may have words too: of a place that is kept for it.
+        // An empty cluster may have an entry, too: a place that is reserved for it.
         if let Some(table) = state.tables.get_mut(&table) {
             table.set(index, None, geometry);
         }

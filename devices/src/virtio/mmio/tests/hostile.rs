@@ -169,7 +169,7 @@ proptest! {
         driver.mem.write_obj(idx.wrapping_add(jump), avail).unwrap();
         driver.kick(0);
 
-        // Returns only if the thread is well.
+        // Returns only if the thread is alive and responds.
         driver.dev.pause().unwrap();
         let state = driver.dev.state().unwrap();
         prop_assert_eq!(state.virtio.status & !NEEDS_RESET, 15);
