@@ -21,7 +21,7 @@ struct State {
     failed: bool,
 }
 
-/// See the module.
+/// A group of images that change together; see the module.
 #[derive(Debug)]
 pub struct Together {
     state: Mutex<State>,

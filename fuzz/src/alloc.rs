@@ -12,7 +12,7 @@ static SINGLE: AtomicUsize = AtomicUsize::new(usize::MAX);
 static TOTAL: AtomicUsize = AtomicUsize::new(usize::MAX);
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
-/// See the module.
+/// The allocator; see the module.
 pub struct Limited;
 
 /// Held while there are limits.

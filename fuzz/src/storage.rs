@@ -19,7 +19,7 @@ struct State {
     len: u64,
 }
 
-/// See the module.
+/// A sparse file in memory whose size is bounded.
 #[derive(Debug, Default)]
 pub struct Sparse {
     state: Mutex<State>,

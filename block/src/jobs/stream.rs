@@ -35,7 +35,7 @@ pub struct StreamOptions {
     pub on_error: OnError,
 }
 
-/// See the module.
+/// A block-stream operation; the module has its order.
 pub struct Stream {
     graph: Graph,
     top: String,

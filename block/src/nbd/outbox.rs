@@ -23,7 +23,7 @@ enum Part {
     Data(OwnedBufs, usize),
 }
 
-/// See the module.
+/// Replies that are gathered and not yet sent.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     small: Vec<u8>,

@@ -69,7 +69,7 @@ struct Write {
     filled: usize,
 }
 
-/// See the module.
+/// One client's transmission phase.
 pub(super) struct Transmission {
     socket: Arc<Socket>,
     inbox: Inbox,

@@ -43,7 +43,7 @@ pub(super) use give_back::discard;
 pub(super) use sync::Sync;
 pub(super) use tables::{check_l1, read_l1};
 
-/// See the module.
+/// The metadata of an open image; the module has the order of its writes.
 #[derive(Debug)]
 pub(super) struct Meta {
     pub(crate) storage: Arc<dyn Storage>,

@@ -38,7 +38,7 @@ use super::subcluster::{Cluster, mask};
 const STEP: u64 = 64 << 20;
 
 impl Qcow2 {
-    /// See the module.
+    /// Resizes the disk; the module has the order.
     pub(super) fn resize_disk(
         &self,
         size: u64,

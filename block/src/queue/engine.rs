@@ -61,7 +61,7 @@ enum Done {
     AskRing,
 }
 
-/// See the module.
+/// The requests of a queue that are under way.
 #[derive(Debug)]
 pub(super) struct Engine {
     link: Link,

@@ -32,7 +32,7 @@ const DRIVER_STATUS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
     | VIRTIO_CONFIG_S_FEATURES_OK
     | VIRTIO_CONFIG_S_FAILED;
 
-/// See the module.
+/// A virtio device without its transport.
 pub(super) struct VirtioCore {
     device: Box<dyn VirtioDevice>,
     mem: GuestMemory,

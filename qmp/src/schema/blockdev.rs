@@ -256,7 +256,7 @@ static SPECIFIC: UnionInfo = UnionInfo {
 };
 
 const fn data(ty: Type) -> Member {
-    mandatory("data", "It.", ty)
+    mandatory("data", "What the format tells.", ty)
 }
 
 values! {
@@ -355,13 +355,13 @@ enums! {
 objects! {
     /// A value of an enum.
     SchemaInfoEnumMember {
-        /// It.
+        /// The value.
         "name" name: String,
     }
 
     /// A type of an alternate.
     SchemaInfoAlternateMember {
-        /// It.
+        /// The type.
         "type" kind: String,
     }
 

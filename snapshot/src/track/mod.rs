@@ -37,7 +37,7 @@ impl Base {
     }
 }
 
-/// See the module.
+/// The base and the pages written since; the module has the states.
 #[derive(Debug)]
 pub struct Tracker {
     base: Option<Base>,

@@ -14,7 +14,7 @@ use crate::jobs::mirror::{Below, Mirror, MirrorHandle, MirrorOptions};
 use crate::jobs::{Control, OnError, Operation, Sync};
 use crate::{Error, Perm, Permissions, Preallocation, Progress, Result};
 
-/// See the module.
+/// A commit of the active image; see the module.
 pub(super) struct Active {
     graph: Graph,
     base: String,

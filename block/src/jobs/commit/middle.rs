@@ -19,7 +19,7 @@ use crate::{Error, Node, Perm, Preallocation, Progress, ReadBuf, Result, WriteBu
 /// An overlay, and the backing file and format that it named before.
 type Renamed = (String, Option<(String, String)>);
 
-/// See the module.
+/// A commit of images that nobody writes to; see the module.
 pub(super) struct Middle {
     graph: Graph,
     top: String,

@@ -12,7 +12,7 @@ pub(super) const LONGEST: Duration = Duration::from_micros(50);
 /// At most 2 to the power of this are slept through after a failure.
 const MAX_MISSES: u32 = 10;
 
-/// See the module.
+/// Decides whether to look before sleeping, by how often that helped.
 #[derive(Debug, Default)]
 pub(super) struct Look {
     /// Looks in a row that found nothing.

@@ -17,7 +17,7 @@ enum Chunk {
     Long(Box<[u64]>),
 }
 
-/// See the module.
+/// References to each cluster of a file.
 #[derive(Debug)]
 pub(super) struct Counts {
     chunks: Vec<Chunk>,

@@ -38,7 +38,7 @@ pub(super) struct Fixed {
     pub(super) in_place: bool,
 }
 
-/// See the module.
+/// A walk over all tables of an image, which counts references.
 pub(super) struct Walk<'a> {
     pub(super) image: &'a Image<'a>,
     pub(super) report: &'a mut Report,

@@ -128,7 +128,7 @@ impl Meta {
         if self.l1_dirty.is_some() { self.move_l1() } else { Ok(()) }
     }
 
-    /// See the module.
+    /// Makes the prepared tables the valid ones; the module has the steps.
     pub(super) fn switch(&mut self) -> Result<()> {
         self.write_switch()?;
         self.storage.flush()?;

@@ -60,7 +60,7 @@ struct Taken {
     shared: Vec<u64>,
 }
 
-/// See the module.
+/// The VM-state area of a snapshot that is being made.
 pub(super) struct Area<'a> {
     image: &'a Qcow2,
     base: Option<VmState<'a>>,

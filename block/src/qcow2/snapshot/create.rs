@@ -23,7 +23,7 @@ use super::area::Area;
 use super::table::{Entry, TableSwitch};
 use super::{Point, Stage, begin_change, point, tree, write_l1};
 
-/// See the module.
+/// A snapshot that is being made; the module has the steps.
 pub(in crate::qcow2) struct Create<'a> {
     image: &'a Qcow2,
     new: NewSnapshot,

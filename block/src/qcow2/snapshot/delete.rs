@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use super::table::{Entry, TableSwitch};
 use super::{Stage, begin_change, find, l1_run, load_l1, tree};
 
-/// See the module.
+/// A deletion that is under way; the module has the steps.
 pub(in crate::qcow2) struct Delete<'a> {
     image: &'a Qcow2,
     entry: Entry,

@@ -61,7 +61,7 @@ fn write_table(meta: &Meta, active: &Active) -> Result<()> {
     meta.storage.flush()
 }
 
-/// See the module.
+/// A revert that is under way; the module has the steps.
 pub(in crate::qcow2) struct Revert<'a> {
     image: &'a Qcow2,
     entry: Entry,

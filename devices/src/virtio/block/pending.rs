@@ -31,7 +31,7 @@ pub(super) struct Account {
     pub(super) started: Instant,
 }
 
-/// See the module.
+/// A request that is being carried out.
 #[derive(Debug)]
 pub(super) struct Pending {
     /// Where its chain goes back to.

@@ -74,7 +74,7 @@ pub fn lazy_host(mode: LoadMode) -> Option<LazyHost> {
 
 /// Where RAM goes.
 pub struct Ram<'a> {
-    /// It.
+    /// The guest's RAM.
     pub memory: &'a GuestMemory,
     /// It was never used.
     pub fresh: bool,

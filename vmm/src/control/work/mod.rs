@@ -224,7 +224,7 @@ pub enum WorkMessage {
     },
     /// The machine that came is to go on here.
     Arrived {
-        /// It.
+        /// Its state, and what the source was doing.
         arrived: Box<incoming::Arrived>,
         /// Tells whether it worked.
         reply: Sender<Result<(), WorkError>>,
