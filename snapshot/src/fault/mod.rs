@@ -32,17 +32,17 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::GuestMemory;
 use block::snapshot::VmStateRead;
 use block::{Format, Progress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use order::Orders;
+
 use crate::format::ram::RamLayout;
-use crate::memory::{self, set_aside};
 use crate::revive::Stored;
 use crate::track::Base;
+use crate::{GuestMemory, memory};
 use order::Order;
-pub use order::Orders;
 use scratch::Scratch;
 use uffd::Uffd;
 use units::Units;
@@ -200,7 +200,7 @@ impl LazyRam {
         let control = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| host("making an event descriptor", source))?;
         if !fresh {
-            drop(set_aside(&memory::slices(ram)).map_err(|source| host("emptying", source))?);
+            drop(memory::empty(&memory::slices(ram)).map_err(|source| host("emptying", source))?);
         }
         for &(start, len) in &ranges {
             uffd.register(start, len).map_err(|source| host("watching", source))?;

@@ -1,7 +1,7 @@
 //! Guest RAM as the host sees it, without a Rust reference to any of it.
 
-mod aside;
 mod copies;
+mod former;
 mod pagemap;
 mod zero;
 
@@ -11,8 +11,8 @@ use block::{ReadBuf, WriteBuf};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-pub(crate) use aside::set_aside;
 pub(crate) use copies::Copies;
+pub(crate) use former::empty;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use zero::page_is_zero;
 

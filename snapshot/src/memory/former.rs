@@ -19,7 +19,7 @@ const STEP: usize = 32 << 20;
 
 /// Pages that were guest RAM. Dropping it gives them back, in the background.
 #[must_use = "the pages are given back when this is dropped"]
-pub(crate) struct Aside(Vec<Mapping>);
+pub(crate) struct FormerRam(Vec<Mapping>);
 
 /// A mapping that nothing uses.
 struct Mapping {
@@ -29,27 +29,27 @@ struct Mapping {
 
 /// Takes all pages of `slices` away: they are zero, or missing where that is watched. The vCPUs are
 /// stopped, and nobody relies on the contents.
-pub(crate) fn set_aside(slices: &[RamSlice<'_>]) -> io::Result<Aside> {
-    let mut aside = Aside(Vec::new());
+pub(crate) fn empty(slices: &[RamSlice<'_>]) -> io::Result<FormerRam> {
+    let mut former = FormerRam(Vec::new());
     for slice in slices {
-        take(slice, 0, slice.len(), &mut aside)?;
+        take(slice, 0, slice.len(), &mut former)?;
     }
-    Ok(aside)
+    Ok(former)
 }
 
 /// What the kernel refuses to move in one piece, because it is mapped in several, is cut in two;
 /// small rests are given back the slow way.
-fn take(slice: &RamSlice<'_>, offset: u64, len: u64, aside: &mut Aside) -> io::Result<()> {
+fn take(slice: &RamSlice<'_>, offset: u64, len: u64, former: &mut FormerRam) -> io::Result<()> {
     if let Ok(mapping) = move_away(slice, offset, len) {
-        aside.0.push(mapping);
+        former.0.push(mapping);
         return Ok(());
     }
     if len <= LEAST {
         return slice.drop_pages(offset, len);
     }
     let half = (len / 2).next_multiple_of(LEAST);
-    take(slice, offset, half, aside)?;
-    take(slice, offset + half, len - half, aside)
+    take(slice, offset, half, former)?;
+    take(slice, offset + half, len - half, former)
 }
 
 fn move_away(slice: &RamSlice<'_>, offset: u64, len: u64) -> io::Result<Mapping> {
@@ -106,7 +106,7 @@ impl Drop for Mapping {
     }
 }
 
-impl Drop for Aside {
+impl Drop for FormerRam {
     fn drop(&mut self) {
         let mappings = std::mem::take(&mut self.0);
         // Where there is no thread to be had, they are dropped here.
