@@ -54,7 +54,8 @@ impl Together {
     }
 
     /// Whether all are durably changed.
-    pub(crate) fn is_settled(&self) -> bool {
+    #[cfg(test)]
+    fn is_settled(&self) -> bool {
         self.state().left == 0
     }
 

@@ -296,11 +296,6 @@ impl Control {
         self.change(|_| {});
     }
 
-    /// Whether somebody waits in [`Control::idle`].
-    pub(crate) fn is_idle(&self) -> bool {
-        self.state().idle
-    }
-
     /// Does about a failed piece what `policy` says, with nothing under way: returns when it is to be
     /// tried again.
     ///

@@ -22,7 +22,7 @@ mod mirror;
 mod stream;
 mod walk;
 
-pub use backup::{Backup, BackupOptions, BitmapMode, OnCbwError, Sync};
+pub use backup::{Backup, BackupOptions, BitmapMode, OnCbwError, SyncMode};
 pub use commit::{Commit, CommitOptions};
 pub use control::{Action, Control, Finish, IoStatus, Notice, OnError, Side, Wake};
 pub use create::Create;

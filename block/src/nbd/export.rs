@@ -3,32 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::bitmap::BitmapHold;
+use crate::bitmap::{Bitmap, BitmapHold};
 use crate::graph::Attachment;
 use crate::{Error, Link, Node, Result};
 
 use super::negotiate::{ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, Offered};
 use super::wire::MAX_STRING;
-
-/// A dirty bitmap as clients see it.
-pub trait DirtyExtents: Send + Sync {
-    /// The bitmap's name.
-    fn name(&self) -> &str;
-    /// Lengths in bytes of what is dirty (`true`) or clean, in order, covering a prefix of the range of
-    /// at least one byte; `most` extents at most.
-    fn dirty_extents(&self, offset: u64, len: u64, most: usize) -> Vec<(u64, bool)>;
-}
-
-impl DirtyExtents for BitmapHold {
-    fn name(&self) -> &str {
-        self.bitmap().name()
-    }
-
-    fn dirty_extents(&self, offset: u64, len: u64, most: usize) -> Vec<(u64, bool)> {
-        let extents = self.bitmap().extents(offset, len, most);
-        extents.into_iter().map(|extent| (extent.len, extent.dirty)).collect()
-    }
-}
 
 /// QMP's `BlockExportOptionsNbd`.
 pub struct ExportOptions {
@@ -44,8 +24,8 @@ pub struct ExportOptions {
     pub writable: bool,
     /// Whether to offer `qemu:allocation-depth`.
     pub allocation_depth: bool,
-    /// Dirty bitmaps to offer.
-    pub bitmaps: Vec<Arc<dyn DirtyExtents>>,
+    /// Dirty bitmaps to offer, busy as long as the export lives.
+    pub bitmaps: Vec<BitmapHold>,
 }
 
 /// What QMP's `query-block-exports` tells.
@@ -74,7 +54,7 @@ pub(super) struct Export {
     writable: bool,
     multi_conn: bool,
     allocation_depth: bool,
-    bitmaps: Vec<Arc<dyn DirtyExtents>>,
+    bitmaps: Vec<BitmapHold>,
     closing: AtomicBool,
     on_gone: OnGone,
 }
@@ -155,7 +135,7 @@ impl Export {
             }
             id -= 1;
         }
-        self.bitmaps.get(id - 1).map(|bitmap| Context::Bitmap(&**bitmap))
+        self.bitmaps.get(id - 1).map(|bitmap| Context::Bitmap(bitmap.bitmap()))
     }
 }
 
@@ -163,7 +143,7 @@ impl Export {
 pub(super) enum Context<'a> {
     Allocation,
     Depth,
-    Bitmap(&'a dyn DirtyExtents),
+    Bitmap(&'a Bitmap),
 }
 
 impl Drop for Export {
@@ -198,7 +178,8 @@ impl Offered for Arc<Export> {
 
     fn contexts(&self) -> Vec<String> {
         let depth = self.allocation_depth.then(|| ALLOCATION_DEPTH.to_owned());
-        let bitmaps = self.bitmaps.iter().map(|bitmap| format!("{DIRTY_BITMAP}{}", bitmap.name()));
+        let bitmaps =
+            self.bitmaps.iter().map(|bitmap| format!("{DIRTY_BITMAP}{}", bitmap.bitmap().name()));
         std::iter::once(BASE_ALLOCATION.to_owned()).chain(depth).chain(bitmaps).collect()
     }
 }

@@ -31,9 +31,12 @@ pub(super) fn describe(
             merge(&format.block_status(offset, len)?, |extent| u64::from(extent.depth))
         }
         Context::Bitmap(bitmap) => bitmap
-            .dirty_extents(offset, len, most)
+            .extents(offset, len, most)
             .into_iter()
-            .map(|(len, dirty)| Descriptor { len, status: if dirty { STATE_DIRTY } else { 0 } })
+            .map(|extent| Descriptor {
+                len: extent.len,
+                status: if extent.dirty { STATE_DIRTY } else { 0 },
+            })
             .collect(),
     };
     if list.is_empty() {

@@ -31,6 +31,6 @@ mod socket;
 mod transmit;
 pub mod wire;
 
-pub use export::{DirtyExtents, ExportInfo, ExportOptions};
+pub use export::{ExportInfo, ExportOptions};
 pub use server::{RemoveMode, Server, ServerOptions};
 pub use socket::Address;

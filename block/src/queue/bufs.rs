@@ -187,7 +187,7 @@ impl OwnedBufs {
     }
 
     /// The vector this was made from; `None` if it was not.
-    pub(crate) fn into_vec(self) -> Option<Vec<u8>> {
+    pub fn into_vec(self) -> Option<Vec<u8>> {
         match self.owner {
             Owner::Vec(vec) => Some(vec.into_vec()),
             _ => None,
@@ -195,7 +195,7 @@ impl OwnedBufs {
     }
 
     /// The aligned buffer this was made from; `None` if it was not.
-    pub(crate) fn into_aligned(self) -> Option<AlignedBuf> {
+    pub fn into_aligned(self) -> Option<AlignedBuf> {
         match self.owner {
             Owner::Aligned(buf) => Some(buf),
             _ => None,

@@ -1,7 +1,5 @@
 //! Block status, as the formats give it and as clients get it.
 
-use std::sync::Arc;
-
 use block::bitmap::NewBitmap;
 use block::nbd::wire::Mode;
 use block::nbd::wire::request::{cmd, cmd_flag};
@@ -133,7 +131,7 @@ fn a_dirty_bitmap_is_a_context_and_tells_what_was_written() {
             attachment: setup.graph.attach_export("d", true).unwrap(),
             writable: true,
             allocation_depth: false,
-            bitmaps: vec![Arc::new(bitmap.hold().unwrap())],
+            bitmaps: vec![bitmap.hold().unwrap()],
         })
         .unwrap();
     assert!(node.remove_bitmap("b0").is_err(), "removed while it is exported");

@@ -158,7 +158,7 @@ fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
         attachment: graph.attach_export("d", false).unwrap(),
         writable: false,
         allocation_depth: false,
-        bitmaps: vec![Arc::new(bitmap.hold().unwrap())],
+        bitmaps: vec![bitmap.hold().unwrap()],
     };
     server.add_export(export).unwrap();
     let uri = format!(

@@ -9,7 +9,7 @@ use std::thread;
 use block::bitmap::NewBitmap;
 use block::jobs::{
     Action, Backup, BackupOptions, BitmapMode, Control, IoStatus, Notice, OnCbwError, OnError,
-    Operation, Sync,
+    Operation, SyncMode,
 };
 use block::{Error, Graph, Node, ReadBuf, User, WriteBuf};
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ mod modes;
 mod moment;
 mod refused;
 
-fn options(sync: Sync) -> BackupOptions {
+fn options(sync: SyncMode) -> BackupOptions {
     BackupOptions::new("s", "t", sync)
 }
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use block::jobs::{Control, CopyMode, Mirror, MirrorOptions, Notice, OnError, Operation, Sync};
+use block::jobs::{Control, CopyMode, Mirror, MirrorOptions, Notice, OnError, Operation, SyncMode};
 use block::{Attachment, Error, Graph, ReadBuf, User, WriteBuf};
 use serde_json::json;
 
@@ -22,7 +22,7 @@ mod errors;
 mod pivot;
 mod refused;
 
-fn options(sync: Sync) -> MirrorOptions {
+fn options(sync: SyncMode) -> MirrorOptions {
     MirrorOptions::new("s", "t", sync)
 }
 

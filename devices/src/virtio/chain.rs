@@ -103,7 +103,11 @@ impl SegmentList {
     /// Takes bytes from the front until `buf` is full; false if there are too few.
     ///
     /// Drivers may cut requests into descriptors anywhere (section 2.7.4).
-    pub(crate) fn read_front(&mut self, mem: &GuestMemory, buf: &mut [u8]) -> Result<bool, Malformed> {
+    pub(crate) fn read_front(
+        &mut self,
+        mem: &GuestMemory,
+        buf: &mut [u8],
+    ) -> Result<bool, Malformed> {
         let mut rest = buf;
         while !rest.is_empty() {
             let Some(segment) = self.segments.get_mut(self.first) else {

@@ -35,5 +35,4 @@ mod tests;
 
 use registry::Sink;
 pub use registry::{GroupId, IoFailure, Jobs, NewJob, StateError};
-pub(crate) use work::is_block;
 pub use work::{AutoFlags, Outcome, Settle, Step, Work, WorkReport};

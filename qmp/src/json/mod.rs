@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use builder::Builder;
 use lexer::{Kind, Lexer};
-pub(crate) use writer::{to_bytes, to_message};
+pub(crate) use writer::to_message;
 
 /// How much one JSON value may hold. QEMU's limits are the default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

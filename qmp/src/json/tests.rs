@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::writer::to_bytes;
 use super::*;
 
 /// All outcomes of `input`, fed in these portions.

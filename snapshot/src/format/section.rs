@@ -146,7 +146,11 @@ impl<'a> SectionReader<'a> {
     }
 
     /// Takes one section as it is stored.
-    pub(crate) fn take_raw(&mut self, kind: &str, instance: u32) -> Result<&'a Section, FormatError> {
+    pub(crate) fn take_raw(
+        &mut self,
+        kind: &str,
+        instance: u32,
+    ) -> Result<&'a Section, FormatError> {
         let name = SectionName::new(kind, instance);
         match self.left.iter().position(|section| section.name == name) {
             Some(at) => Ok(self.left.remove(at)),

@@ -34,16 +34,7 @@ fn chain_of_ten(options: &str, method: Compression) {
             chain.load(2);
         }
     }
-    chain.images.check();
-    while !chain.saved.is_empty() {
-        for at in 0..chain.saved.len() {
-            chain.load(at);
-        }
-        let at = chain.random.usize(0..chain.saved.len());
-        let (tag, _) = chain.saved.remove(at);
-        delete(&chain.images.nodes, &tag).unwrap();
-        chain.images.check();
-    }
+    chain.delete_all();
 }
 
 #[test]

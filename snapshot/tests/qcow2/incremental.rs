@@ -131,6 +131,20 @@ impl Chain {
         self.collect();
         self.tracker.loaded(base);
     }
+
+    /// Deletes all checkpoints in any order; each is whole until it goes.
+    pub(crate) fn delete_all(&mut self) {
+        self.images.check();
+        while !self.saved.is_empty() {
+            for at in 0..self.saved.len() {
+                self.load(at);
+            }
+            let at = self.random.usize(0..self.saved.len());
+            let (tag, _) = self.saved.remove(at);
+            delete(&self.images.nodes, &tag).unwrap();
+            self.images.check();
+        }
+    }
 }
 
 fn chain_of_ten(options: &str) {
@@ -143,17 +157,7 @@ fn chain_of_ten(options: &str) {
             chain.load(2);
         }
     }
-    chain.images.check();
-    // In any order, each whole until it goes.
-    while !chain.saved.is_empty() {
-        for at in 0..chain.saved.len() {
-            chain.load(at);
-        }
-        let at = chain.random.usize(0..chain.saved.len());
-        let (tag, _) = chain.saved.remove(at);
-        delete(&chain.images.nodes, &tag).unwrap();
-        chain.images.check();
-    }
+    chain.delete_all();
 }
 
 #[test]

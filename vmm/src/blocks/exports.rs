@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::Graph;
-use block::nbd::{Address, DirtyExtents, ExportOptions, RemoveMode, Server, ServerOptions};
+use block::bitmap::BitmapHold;
+use block::nbd::{Address, ExportOptions, RemoveMode, Server, ServerOptions};
 use qmp::schema::{
     BlockExportInfo, BlockExportOptions, BlockExportRemoveMode, BlockExportType, Event,
     NbdServerArguments, SocketAddress,
@@ -258,7 +259,7 @@ impl Exports {
         name: &str,
         chain: bool,
         writable: bool,
-    ) -> Result<Arc<dyn DirtyExtents>> {
+    ) -> Result<BitmapHold> {
         let mut next = Some(self.graph.get(node).ok_or_else(|| qmp::Error::no_node(node))?);
         while let Some(node) = next {
             if let Ok(bitmap) = node.bitmaps().get(name) {
@@ -269,7 +270,7 @@ impl Exports {
                         "Enabled bitmap '{name}' incompatible with readonly export"
                     )));
                 }
-                return Ok(Arc::new(hold));
+                return Ok(hold);
             }
             next = node.backing().filter(|_| chain);
         }

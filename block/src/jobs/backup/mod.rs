@@ -19,7 +19,7 @@ mod options;
 
 use std::sync::{Arc, Mutex};
 
-pub use options::{BackupOptions, BitmapMode, OnCbwError, Sync};
+pub use options::{BackupOptions, BitmapMode, OnCbwError, SyncMode};
 
 use before::BeforeWrite;
 
@@ -71,9 +71,9 @@ fn check_free(
 }
 
 /// Marks what the job is to copy: what the bitmap says, or all. From now on the bitmap notes writes apart.
-fn mark_to_do(chunks: &Chunks, size: u64, sync: Sync, bitmap: Option<&BitmapHold>) {
+fn mark_to_do(chunks: &Chunks, size: u64, sync: SyncMode, bitmap: Option<&BitmapHold>) {
     match bitmap {
-        Some(hold) if matches!(sync, Sync::Incremental | Sync::Bitmap) => {
+        Some(hold) if matches!(sync, SyncMode::Incremental | SyncMode::Bitmap) => {
             for range in hold.bitmap().dirty_ranges() {
                 chunks.mark(range);
             }
@@ -122,7 +122,7 @@ impl Backup {
         let copier = Copier {
             source: source.clone(),
             target: target.clone(),
-            top_only: options.sync == Sync::Top,
+            top_only: options.sync == SyncMode::Top,
             compress: options.compress,
             unmap: true,
             piece: PIECE.max(unit),
@@ -275,11 +275,11 @@ impl Backup {
 
 impl Operation for Backup {
     fn run(&mut self, control: &Control) -> Result<()> {
-        if self.options.sync == Sync::Top {
+        if self.options.sync == SyncMode::Top {
             self.leave_out(control)?;
         }
         self.copy.report_to(control);
-        if self.options.sync == Sync::None {
+        if self.options.sync == SyncMode::None {
             // Only writes are copied, until somebody ends the job.
             return control.idle(|| self.copy.broken()).and_then(|_| self.copy.check());
         }

@@ -8,7 +8,7 @@ use crate::{Error, Node, Result};
 
 /// Which part of the source is copied: QMP's `MirrorSyncMode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sync {
+pub enum SyncMode {
     /// All of it.
     Full,
     /// What the source's own image has, not those below.
@@ -21,7 +21,7 @@ pub enum Sync {
     Bitmap,
 }
 
-impl Sync {
+impl SyncMode {
     /// QMP's name.
     pub fn name(self) -> &'static str {
         match self {
@@ -74,7 +74,7 @@ pub struct BackupOptions {
     /// Name of the node that becomes the copy.
     pub target: String,
     /// Which part.
-    pub sync: Sync,
+    pub sync: SyncMode,
     /// Name of a bitmap of the source.
     pub bitmap: Option<String>,
     /// What becomes of the bitmap.
@@ -91,7 +91,7 @@ pub struct BackupOptions {
 
 impl BackupOptions {
     /// All of `source` to `target`, with QMP's defaults.
-    pub fn new(source: &str, target: &str, sync: Sync) -> Self {
+    pub fn new(source: &str, target: &str, sync: SyncMode) -> Self {
         Self {
             source: source.to_owned(),
             target: target.to_owned(),
@@ -109,7 +109,7 @@ impl BackupOptions {
     pub(super) fn bitmap_of(&self, source: &Node) -> Result<Option<(Arc<Bitmap>, BitmapMode)>> {
         let refuse = |text: String| Err(Error::Invalid(text));
         let sync = self.sync.name();
-        let by_bitmap = matches!(self.sync, Sync::Incremental | Sync::Bitmap);
+        let by_bitmap = matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap);
         let Some(name) = &self.bitmap else {
             if by_bitmap {
                 return refuse(format!("must provide a valid bitmap name for '{sync}' sync mode"));
@@ -120,8 +120,8 @@ impl BackupOptions {
             return Ok(None);
         };
         let mode = match (self.sync, self.bitmap_mode) {
-            (Sync::Incremental, None | Some(BitmapMode::OnSuccess)) => BitmapMode::OnSuccess,
-            (Sync::Incremental, Some(_)) => {
+            (SyncMode::Incremental, None | Some(BitmapMode::OnSuccess)) => BitmapMode::OnSuccess,
+            (SyncMode::Incremental, Some(_)) => {
                 return refuse(format!(
                     "Bitmap sync mode must be 'on-success' when using sync mode '{sync}'"
                 ));
@@ -135,10 +135,10 @@ impl BackupOptions {
         };
         let bitmap = self.find(source, name)?;
         match (self.sync, mode) {
-            (Sync::None, _) => {
+            (SyncMode::None, _) => {
                 refuse(format!("sync mode '{sync}' does not produce meaningful bitmap outputs"))
             }
-            (Sync::Full | Sync::Top, BitmapMode::Never) => refuse(format!(
+            (SyncMode::Full | SyncMode::Top, BitmapMode::Never) => refuse(format!(
                 "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'"
             )),
             _ => Ok(Some((bitmap, mode))),

@@ -11,7 +11,7 @@
 
 use crate::graph::{Claim, Graph, User};
 use crate::jobs::mirror::{Below, Mirror, MirrorHandle, MirrorOptions};
-use crate::jobs::{Control, OnError, Operation, Sync};
+use crate::jobs::{Control, OnError, Operation, SyncMode};
 use crate::{Error, Perm, Permissions, Preallocation, Progress, Result};
 
 /// A commit of the active image; see the module.
@@ -75,7 +75,7 @@ fn start(graph: &Graph, chain: &[&str], on_error: OnError, claim: Claim) -> Resu
     let options = MirrorOptions {
         on_source_error: on_error,
         on_target_error: on_error,
-        ..MirrorOptions::new(top, base, Sync::Top)
+        ..MirrorOptions::new(top, base, SyncMode::Top)
     };
     let images = u32::try_from(chain.len() - 1).unwrap_or(u32::MAX);
     let writing = Permissions { used, shared };

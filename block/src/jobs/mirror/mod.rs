@@ -31,7 +31,7 @@ use tracker::Tracker;
 use super::chunks::Chunks;
 use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
 use super::crew::{Crew, PARALLEL, with_crew};
-use super::{Control, Finish, Operation, Side, Sync, Wake};
+use super::{Control, Finish, Operation, Side, SyncMode, Wake};
 use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
 use crate::perm::{Perm, Permissions};
 use crate::{Error, Result, WriteObserver};
@@ -214,17 +214,17 @@ impl Mirror {
     fn mark(&self, control: &Control) -> Result<()> {
         let size = self.tracker.copier().source.size();
         match self.options.sync {
-            Sync::Top => {
+            SyncMode::Top => {
                 let mut at = 0;
                 while at < size {
                     control.rest()?;
                     at = self.mark_own(at, size, control)?;
                 }
             }
-            Sync::Full => {
+            SyncMode::Full => {
                 self.chunks().mark(0..size);
             }
-            Sync::None | Sync::Incremental | Sync::Bitmap => {}
+            SyncMode::None | SyncMode::Incremental | SyncMode::Bitmap => {}
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::bitmap::Granularity;
-use crate::jobs::{OnError, Sync};
+use crate::jobs::{OnError, SyncMode};
 use crate::{Error, Graph, Node, Result};
 
 /// Bytes of pieces under way together, unless something else is asked for, as in QEMU.
@@ -29,7 +29,7 @@ pub struct MirrorOptions {
     /// Name of the node that the target takes the place of; the source without it.
     pub replaces: Option<String>,
     /// What is copied of the contents that there are: [`Sync::Full`], [`Sync::Top`] or [`Sync::None`].
-    pub sync: Sync,
+    pub sync: SyncMode,
     /// How writes come to the target.
     pub copy_mode: CopyMode,
     /// Bytes of the parts that are copied as a whole; a target with larger clusters has these.
@@ -46,7 +46,7 @@ pub struct MirrorOptions {
 
 impl MirrorOptions {
     /// `source` to `target`, with QMP's defaults.
-    pub fn new(source: &str, target: &str, sync: Sync) -> Self {
+    pub fn new(source: &str, target: &str, sync: SyncMode) -> Self {
         Self {
             source: source.to_owned(),
             target: target.to_owned(),
@@ -73,7 +73,7 @@ impl MirrorOptions {
                 return refuse("Parameter 'granularity' expects a power of 2".to_owned());
             }
         }
-        if matches!(self.sync, Sync::Incremental | Sync::Bitmap) {
+        if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
             return refuse(format!("Sync mode '{}' not supported", self.sync.name()));
         }
         Ok(())

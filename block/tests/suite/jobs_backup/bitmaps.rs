@@ -27,12 +27,12 @@ fn a_chain_of_incremental_backups_is_the_moment_of_the_last() {
         let sync = if round == 0 {
             put(&s, 0, &pattern(8 * MIB, 5));
             add_bitmap(&s, true);
-            BackupOptions::new("s", "t", Sync::Full)
+            BackupOptions::new("s", "t", SyncMode::Full)
         } else {
             let dirty = bitmap_bytes(&s);
             assert!(dirty > 0 && dirty < 2 * MIB, "{dirty}");
             let bitmap = Some("b".to_owned());
-            BackupOptions { bitmap, ..options(Sync::Incremental) }
+            BackupOptions { bitmap, ..options(SyncMode::Incremental) }
         };
         expected = contents(&s);
         let mut backup = Backup::new(&graph, sync).unwrap();
@@ -88,7 +88,8 @@ fn a_bitmap_has_what_its_mode_says_after_success_failure_and_an_end() {
             put(&s, chunk * 65536, &[1; 65536]);
         }
         let bitmap = Some("b".to_owned());
-        let options = BackupOptions { bitmap, bitmap_mode: Some(mode), ..options(Sync::Bitmap) };
+        let options =
+            BackupOptions { bitmap, bitmap_mode: Some(mode), ..options(SyncMode::Bitmap) };
         let mut backup = Backup::new(&graph, options).unwrap();
         assert!(s.bitmaps().get("b").unwrap().info().busy);
         put(&s, 3 * 65536, &[2; 10]);
@@ -115,7 +116,7 @@ fn one_of_a_group_that_is_aborted_after_its_work_leaves_its_bitmap() {
     put(&s, 0, &[1; 65536]);
     let bitmap = Some("b".to_owned());
     let mut backup =
-        Backup::new(&graph, BackupOptions { bitmap, ..options(Sync::Incremental) }).unwrap();
+        Backup::new(&graph, BackupOptions { bitmap, ..options(SyncMode::Incremental) }).unwrap();
     backup.run(&Control::default()).unwrap();
     assert_eq!(dirty(&s), [0]);
     backup.abort();
@@ -130,7 +131,7 @@ fn an_empty_incremental_backup_is_done_at_once() {
     add_bitmap(&graph.get("s").unwrap(), false);
     let bitmap = Some("b".to_owned());
     let mut backup =
-        Backup::new(&graph, BackupOptions { bitmap, ..options(Sync::Incremental) }).unwrap();
+        Backup::new(&graph, BackupOptions { bitmap, ..options(SyncMode::Incremental) }).unwrap();
     let (control, _told) = control();
     finish(&mut backup, &control).unwrap();
     assert_eq!(control.progress(), (0, 0));

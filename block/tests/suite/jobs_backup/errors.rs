@@ -24,7 +24,7 @@ fn a_failure_at_any_request_is_reported_ignored_or_stops_and_the_copy_is_right_i
             let all = BackupOptions {
                 on_source_error: policy,
                 on_target_error: policy,
-                ..options(Sync::Full)
+                ..options(SyncMode::Full)
             };
             let mut backup = Backup::new(&graph, all).unwrap();
             let (control, told) = control();
@@ -62,7 +62,7 @@ fn a_failure_at_any_request_is_reported_ignored_or_stops_and_the_copy_is_right_i
 fn an_error_is_told_with_its_side_and_what_is_done() {
     let (graph, source, _target, _) = small();
     source.hook(nth(0, is_read, || Some(libc::EIO)).0);
-    let mut backup = Backup::new(&graph, options(Sync::Full)).unwrap();
+    let mut backup = Backup::new(&graph, options(SyncMode::Full)).unwrap();
     let (control, told) = control();
     let error = finish(&mut backup, &control).unwrap_err();
     assert_eq!(error.errno(), libc::EIO);
@@ -95,7 +95,7 @@ fn a_pause_or_an_end_at_any_request_comes_with_nothing_under_way_and_spoils_noth
                 result
             });
             let s = graph.get("s").unwrap();
-            let mut backup = Backup::new(&graph, options(Sync::Full)).unwrap();
+            let mut backup = Backup::new(&graph, options(SyncMode::Full)).unwrap();
             let result = thread::scope(|scope| {
                 let job = scope.spawn(|| finish(&mut backup, &control));
                 if count_reaches(&count, n, &job) && !cancel {
@@ -140,7 +140,7 @@ fn a_speed_holds_the_job_back_and_not_the_guests_writes() {
     Hooked::add(&graph, "s", vec![1; 4 * MIB as usize]);
     let target = Hooked::add(&graph, "t", vec![0; 4 * MIB as usize]);
     let s = graph.get("s").unwrap();
-    let mut backup = Backup::new(&graph, options(Sync::Full)).unwrap();
+    let mut backup = Backup::new(&graph, options(SyncMode::Full)).unwrap();
     let (control, _told) = control();
     control.set_speed(1);
     thread::scope(|scope| {
@@ -178,7 +178,7 @@ fn where_old_contents_cannot_be_saved_the_write_fails_or_the_backup_does() {
         let target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
         target.hook(nth(0, is_change, || Some(libc::EIO)).0);
         let s = graph.get("s").unwrap();
-        let all = BackupOptions { on_cbw_error, ..options(Sync::Full) };
+        let all = BackupOptions { on_cbw_error, ..options(SyncMode::Full) };
         let mut backup = Backup::new(&graph, all).unwrap();
         let written = s.write(0, &[WriteBuf::new(&[2; 512])]);
         let result = finish(&mut backup, &Control::default());

@@ -16,7 +16,7 @@ fn a_top_backup_has_what_the_image_has_and_with_its_backing_file_is_the_moment()
         let graph = Graph::new();
         let s = add(&graph, "s", &source, &json!({}));
         let t = add(&graph, "t", &target, &json!({}));
-        let mut backup = Backup::new(&graph, options(Sync::Top)).unwrap();
+        let mut backup = Backup::new(&graph, options(SyncMode::Top)).unwrap();
         // Before the work begins: parts that the image has, and that it has not.
         for at in [0, 1 << 20, 2 << 20, 3 << 20, 6 << 20] {
             put(&s, at, &[9; 1000]);
@@ -50,7 +50,7 @@ fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_o
     }
     let dir = tempfile::tempdir().unwrap();
     let base = base(dir.path());
-    for sync in [Sync::Top, Sync::Full] {
+    for sync in [SyncMode::Top, SyncMode::Full] {
         let (source, target) = (over(&base, "s.qcow2", ""), over(&base, "t.qcow2", ""));
         write_over(&source);
         let graph = Graph::new();
@@ -82,7 +82,7 @@ fn a_target_over_its_source_shows_the_moment_for_as_long_as_the_job_is_there() {
     let user = graph.attach("s", User::device("vda", true, false)).unwrap();
     let t = add(&graph, "t", &target, &json!({"backing": "s"}));
     let moment: Vec<_> = contents(&s).into_iter().map(Some).collect();
-    let backup = Backup::new(&graph, options(Sync::None)).unwrap();
+    let backup = Backup::new(&graph, options(SyncMode::None)).unwrap();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let guests = guests(scope, user.link(), (2, 2 * MIB), 40, &stop, &moment);
@@ -107,7 +107,7 @@ fn a_backup_without_end_ends_when_it_is_cancelled() {
     Hooked::add(&graph, "s", vec![1; MIB as usize]);
     let target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
     let s = graph.get("s").unwrap();
-    let mut backup = Backup::new(&graph, options(Sync::None)).unwrap();
+    let mut backup = Backup::new(&graph, options(SyncMode::None)).unwrap();
     put(&s, 0, &[2; 10]);
     let (control, _told) = control();
     thread::scope(|scope| {

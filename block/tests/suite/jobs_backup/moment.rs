@@ -17,7 +17,7 @@ fn backup_under_writes(source: &Path, target: &Path, compress: bool) {
         let (control, _told) = control();
         thread::scope(|scope| {
             let mut backup =
-                Backup::new(&graph, BackupOptions { compress, ..options(Sync::Full) }).unwrap();
+                Backup::new(&graph, BackupOptions { compress, ..options(SyncMode::Full) }).unwrap();
             let guests = guests(scope, user.link(), (3, stripe), 1 + 10 * round, &stop, &moment);
             finish(&mut backup, &control).unwrap();
             drop(backup);
@@ -79,7 +79,7 @@ fn what_is_in_flight_at_the_moment_is_in_the_copy_or_not_and_nothing_later_is() 
         }
         for _ in 0..30 {
             let least: Vec<_> = ended.iter().map(|n| n.load(Ordering::SeqCst)).collect();
-            let mut backup = Backup::new(&graph, options(Sync::Full)).unwrap();
+            let mut backup = Backup::new(&graph, options(SyncMode::Full)).unwrap();
             let most: Vec<_> = begun.iter().map(|n| n.load(Ordering::SeqCst)).collect();
             finish(&mut backup, &Control::default()).unwrap();
             drop(backup);
@@ -119,7 +119,7 @@ fn a_write_waits_until_the_old_contents_are_in_the_target() {
         }
         None
     });
-    let backup = Backup::new(&graph, options(Sync::None)).unwrap();
+    let backup = Backup::new(&graph, options(SyncMode::None)).unwrap();
     let s = graph.get("s").unwrap();
     thread::scope(|scope| {
         let write = scope.spawn(|| put(&s, 65536 + 100, &[2; 100]));
@@ -151,9 +151,9 @@ fn two_backups_of_one_disk_are_of_the_moments_of_their_starts() {
     let first_target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
     let second_target = Hooked::add(&graph, "u", vec![0; MIB as usize]);
     let s = graph.get("s").unwrap();
-    let mut first = Backup::new(&graph, options(Sync::Full)).unwrap();
+    let mut first = Backup::new(&graph, options(SyncMode::Full)).unwrap();
     put(&s, 0, &[2; 1000]);
-    let mut second = Backup::new(&graph, BackupOptions::new("s", "u", Sync::Full)).unwrap();
+    let mut second = Backup::new(&graph, BackupOptions::new("s", "u", SyncMode::Full)).unwrap();
     put(&s, 0, &[3; 2000]);
     finish(&mut second, &Control::default()).unwrap();
     put(&s, 300_000, &[4; 2000]);
@@ -172,13 +172,13 @@ fn the_moment_waits_for_writes_in_flight_and_for_those_that_others_act_before() 
         let first_target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
         let target = Hooked::add(&graph, "u", vec![0; MIB as usize]);
         let s = graph.get("s").unwrap();
-        let first = copied.then(|| Backup::new(&graph, options(Sync::None)).unwrap());
+        let first = copied.then(|| Backup::new(&graph, options(SyncMode::None)).unwrap());
         let (arrivals, go) = hold_first_write(if copied { &first_target } else { &source });
         thread::scope(|scope| {
             let write = scope.spawn(|| put(&s, 0, &[2; 65536]));
             arrivals.recv().unwrap();
             let begin =
-                scope.spawn(|| Backup::new(&graph, BackupOptions::new("s", "u", Sync::Full)));
+                scope.spawn(|| Backup::new(&graph, BackupOptions::new("s", "u", SyncMode::Full)));
             for _ in 0..2000 {
                 thread::yield_now();
             }
@@ -216,7 +216,7 @@ fn backups_that_begin_with_all_requests_held_are_of_one_moment() {
         for _ in 0..20 {
             let held = graph.hold(&["s", "s2"]).unwrap();
             let backups = [("s", "t"), ("s2", "t2")].map(|(source, target)| {
-                Backup::new(&graph, BackupOptions::new(source, target, Sync::Full)).unwrap()
+                Backup::new(&graph, BackupOptions::new(source, target, SyncMode::Full)).unwrap()
             });
             drop(held);
             for mut backup in backups {

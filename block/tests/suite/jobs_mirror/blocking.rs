@@ -10,7 +10,7 @@ fn a_write_that_blocks_is_on_both_sides_when_it_is_done() {
     let s = graph.get("s").unwrap();
     let copy_mode = CopyMode::WriteBlocking;
     let mut mirror =
-        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(Sync::Full) }).unwrap();
+        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(SyncMode::Full) }).unwrap();
     let handle = mirror.handle();
     thread::scope(|scope| {
         let Ready { control, job, .. } = until_ready(scope, &mut mirror);
@@ -41,7 +41,7 @@ fn the_mode_can_be_changed_while_it_runs() {
     Hooked::add(&graph, "s", vec![1; MIB as usize]);
     let target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
     let s = graph.get("s").unwrap();
-    let mut mirror = Mirror::new(&graph, options(Sync::None)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::None)).unwrap();
     let handle = mirror.handle();
     thread::scope(|scope| {
         let Ready { control, job, .. } = until_ready(scope, &mut mirror);
@@ -83,7 +83,7 @@ fn a_write_that_blocks_comes_after_the_piece_that_the_job_is_at() {
     });
     let copy_mode = CopyMode::WriteBlocking;
     let mut mirror =
-        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(Sync::Full) }).unwrap();
+        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(SyncMode::Full) }).unwrap();
     let (control, told) = control();
     thread::scope(|scope| {
         let job = scope.spawn(|| finish(&mut mirror, &control));
@@ -120,7 +120,8 @@ fn both_sides_get_the_same_bytes_from_memory_that_changes() {
         });
     }
     let copy_mode = CopyMode::WriteBlocking;
-    let mirror = Mirror::new(&graph, MirrorOptions { copy_mode, ..options(Sync::None) }).unwrap();
+    let mirror =
+        Mirror::new(&graph, MirrorOptions { copy_mode, ..options(SyncMode::None) }).unwrap();
     // SAFETY: 512 bytes of atomics that outlive the write.
     let guest = unsafe { WriteBuf::from_raw(memory.as_ptr().cast(), 512) };
     s.write(0, &[guest]).unwrap();

@@ -23,7 +23,7 @@ fn a_mirror_that_is_let_go_is_a_moment_near_its_end_and_the_source_stays() {
                 }
             });
             let (control, told) = control();
-            let options = MirrorOptions { copy_mode, ..options(Sync::Full) };
+            let options = MirrorOptions { copy_mode, ..options(SyncMode::Full) };
             let mut mirror = Mirror::new(&graph, options).unwrap();
             thread::scope(|scope| {
                 let run = scope.spawn(|| mirror.run(&control));
@@ -61,7 +61,7 @@ fn a_top_mirror_over_the_same_backing_file_is_the_same_disk() {
     let s = add(&graph, "s", &source, &json!({}));
     add(&graph, "t", &target, &json!({}));
     let user = device(&graph);
-    let mut mirror = Mirror::new(&graph, options(Sync::Top)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::Top)).unwrap();
     put(&s, 5000, &[9; 1000]);
     thread::scope(|scope| {
         let Ready { control, job, .. } = until_ready(scope, &mut mirror);
@@ -87,7 +87,7 @@ fn a_ready_mirror_rests_and_completes_after_its_rest() {
     let target = Hooked::add(&graph, "t", vec![0; MIB as usize]);
     let s = graph.get("s").unwrap();
     let user = device(&graph);
-    let mut mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::Full)).unwrap();
     thread::scope(|scope| {
         let Ready { control, told, job } = until_ready(scope, &mut mirror);
         control.pause();
@@ -122,7 +122,7 @@ fn a_target_replaces_what_is_below_a_filter() {
     user.link().write(0, &[WriteBuf::new(&[7; 65536])], false).unwrap();
     let replaces = Some("b".to_owned());
     let mut mirror =
-        Mirror::new(&graph, MirrorOptions { replaces, ..options(Sync::Full) }).unwrap();
+        Mirror::new(&graph, MirrorOptions { replaces, ..options(SyncMode::Full) }).unwrap();
     thread::scope(|scope| {
         let Ready { control, job, .. } = until_ready(scope, &mut mirror);
         user.link().write(70_000, &[WriteBuf::new(&[8; 65536])], false).unwrap();
@@ -146,9 +146,9 @@ fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_o
     let dir = tempfile::tempdir().unwrap();
     let base = base(dir.path());
     for (sync, copy_mode) in [
-        (Sync::Top, CopyMode::Background),
-        (Sync::Full, CopyMode::Background),
-        (Sync::Full, CopyMode::WriteBlocking),
+        (SyncMode::Top, CopyMode::Background),
+        (SyncMode::Full, CopyMode::Background),
+        (SyncMode::Full, CopyMode::WriteBlocking),
     ] {
         let (source, target) = (over(&base, "s.qcow2", ""), over(&base, "t.qcow2", ""));
         write_over(&source);

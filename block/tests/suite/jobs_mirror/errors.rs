@@ -65,7 +65,7 @@ fn a_failure_at_any_request_leaves_the_source_or_the_right_target() {
                     copy_mode,
                     on_source_error: policy,
                     on_target_error: policy,
-                    ..options(Sync::Full)
+                    ..options(SyncMode::Full)
                 };
                 let mut mirror = Mirror::new(&graph, options).unwrap();
                 let (control, told) = control();
@@ -112,7 +112,7 @@ fn a_pause_or_an_end_at_any_request_spoils_nothing() {
                 }
                 None
             });
-            let mut mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+            let mut mirror = Mirror::new(&graph, options(SyncMode::Full)).unwrap();
             let mut disk = source.bytes();
             let result = run_with_writes(&mut mirror, &control, &told, &user, &mut disk);
             drop(mirror);
@@ -145,7 +145,7 @@ fn a_write_that_the_target_does_not_take_succeeds_and_the_job_is_told() {
     let s = graph.get("s").unwrap();
     let copy_mode = CopyMode::WriteBlocking;
     let options =
-        MirrorOptions { copy_mode, on_target_error: OnError::Stop, ..options(Sync::Full) };
+        MirrorOptions { copy_mode, on_target_error: OnError::Stop, ..options(SyncMode::Full) };
     let mut mirror = Mirror::new(&graph, options).unwrap();
     thread::scope(|scope| {
         let Ready { control, told, job } = until_ready(scope, &mut mirror);
@@ -167,7 +167,7 @@ fn a_write_that_the_target_does_not_take_succeeds_and_the_job_is_told() {
 fn a_commit_that_fails_leaves_the_source_in_its_place() {
     let (graph, source, target, user) = small();
     let (control, told) = control();
-    let mut mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::Full)).unwrap();
     thread::scope(|scope| {
         let run = scope.spawn(|| mirror.run(&control));
         wait_for(&told, Notice::Ready);

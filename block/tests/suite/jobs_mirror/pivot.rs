@@ -14,7 +14,7 @@ fn pivot_under_writes(source: &Path, target: &Path, copy_mode: CopyMode, granula
     let stripe = size / 3 / 512 * 512;
     let stop = AtomicBool::new(false);
     let (control, told) = control();
-    let options = MirrorOptions { copy_mode, granularity, ..options(Sync::Full) };
+    let options = MirrorOptions { copy_mode, granularity, ..options(SyncMode::Full) };
     let mut mirror = Mirror::new(&graph, options).unwrap();
     let mut known = thread::scope(|scope| {
         let guests = guests(scope, user.link(), (3, stripe), 51, &stop, &moment);
@@ -69,7 +69,7 @@ fn a_target_is_the_same_once_nobody_writes_any_more() {
     let t = add(&graph, "t", &target, &json!({}));
     put(&s, 0, &pattern(8 * MIB, 19));
     let user = device(&graph);
-    let mut mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::Full)).unwrap();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let (link, open) = (user.link().clone(), vec![None; 8 << 20]);
@@ -94,7 +94,7 @@ fn the_target_has_everything_before_requests_go_to_it() {
     let (graph, source, target, user) = small();
     let expected = Arc::new(Mutex::new(Vec::new()));
     let (control, told) = control();
-    let mut mirror = Mirror::new(&graph, options(Sync::Full)).unwrap();
+    let mut mirror = Mirror::new(&graph, options(SyncMode::Full)).unwrap();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         // Each write reads its own before the next.

@@ -12,12 +12,11 @@ mod tests;
 mod throttled;
 
 pub use config::QUEUE_SIZE;
-pub(crate) use config::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
+pub(crate) use config::SECTOR_SIZE;
 pub use counters::{IoCounters, IoKind, IoSums};
 pub use errors::{
     ErrorAction, ErrorPolicy, Failure, FailureSink, IoErrors, IoStatus, OnError, UnknownOnError,
 };
-pub(crate) use io::MAX_REQUEST_BYTES;
 pub use state::BlockState;
 pub use throttled::IoThrottle;
 

@@ -5,7 +5,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use io::MAX_REQUEST_BYTES;
 pub use state::RngState;
 
 use super::error::StateError;

@@ -1,3 +1,4 @@
+use super::io::MAX_REQUEST_BYTES;
 use super::*;
 use crate::virtio::testing::{Driver, PAYLOAD, REGION, readable, writable};
 

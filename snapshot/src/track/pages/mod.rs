@@ -114,7 +114,7 @@ impl PageSet {
     }
 
     /// Takes all pages of `other` out.
-    pub(crate) fn subtract(&mut self, other: &Self) {
+    pub fn subtract(&mut self, other: &Self) {
         self.reduce(other, |word, other| word & !other);
     }
 

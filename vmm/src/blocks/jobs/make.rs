@@ -1,10 +1,8 @@
 //! The commands that start block jobs.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use block::jobs::{
     Backup, BackupOptions, BitmapMode, Commit, CommitOptions, CopyMode, Create, Mirror,
-    MirrorHandle, MirrorOptions, OnError, Operation, Stream, StreamOptions, Sync,
+    MirrorOptions, OnError, Operation, Stream, StreamOptions, SyncMode,
 };
 use qmp::jobs::{AutoFlags, GroupId, NewJob};
 use qmp::schema::{
@@ -13,7 +11,7 @@ use qmp::schema::{
 };
 use qmp::{Error, ErrorClass};
 
-use super::{JobOptions, Kind, Mirroring, NewOperation};
+use super::{JobOptions, Kind, NewOperation, RunningMirror};
 use crate::blocks::{Blocks, failed, text};
 
 impl Blocks {
@@ -96,11 +94,8 @@ impl Blocks {
             ..MirrorOptions::new(&arguments.device, &arguments.target, sync(arguments.sync))
         };
         let operation = Mirror::new(&self.graph, options).map_err(failed)?;
-        let mirror = RunningMirror {
-            blocking: AtomicBool::new(copy_mode == MirrorCopyMode::WriteBlocking),
-            handle: operation.handle(),
-        };
-        let kind = Kind { completes: true, mirror: Some(Box::new(mirror)) };
+        let mirror = RunningMirror::new(operation.handle(), copy_mode);
+        let kind = Kind { completes: true, mirror: Some(mirror) };
         Ok(self.block_job(&job, JobType::Mirror, kind, Box::new(operation))?.start()?)
     }
 
@@ -193,41 +188,13 @@ impl Blocks {
     }
 }
 
-/// A mirror as block-job-change knows it.
-struct RunningMirror {
-    handle: MirrorHandle,
-    /// Its copy mode is write-blocking.
-    blocking: AtomicBool,
-}
-
-impl Mirroring for RunningMirror {
-    fn change(&self, mode: MirrorCopyMode) -> Result<(), Error> {
-        let blocking = self.blocking.load(Ordering::Acquire);
-        match mode {
-            MirrorCopyMode::WriteBlocking => {
-                self.handle.set_write_blocking();
-                self.blocking.store(true, Ordering::Release);
-                Ok(())
-            }
-            MirrorCopyMode::Background if !blocking => Ok(()),
-            MirrorCopyMode::Background => {
-                Err(text("Change to copy mode 'background' is not implemented"))
-            }
-        }
-    }
-
-    fn is_synced(&self) -> bool {
-        self.handle.actively_synced()
-    }
-}
-
-fn sync(mode: MirrorSyncMode) -> Sync {
+fn sync(mode: MirrorSyncMode) -> SyncMode {
     match mode {
-        MirrorSyncMode::Top => Sync::Top,
-        MirrorSyncMode::Full => Sync::Full,
-        MirrorSyncMode::None => Sync::None,
-        MirrorSyncMode::Incremental => Sync::Incremental,
-        MirrorSyncMode::Bitmap => Sync::Bitmap,
+        MirrorSyncMode::Top => SyncMode::Top,
+        MirrorSyncMode::Full => SyncMode::Full,
+        MirrorSyncMode::None => SyncMode::None,
+        MirrorSyncMode::Incremental => SyncMode::Incremental,
+        MirrorSyncMode::Bitmap => SyncMode::Bitmap,
     }
 }
 

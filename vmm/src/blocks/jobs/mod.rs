@@ -8,4 +8,4 @@ mod operation;
 
 pub use commands::{is_job_command, run};
 pub use list::JobList;
-pub use operation::{JobOptions, Kind, Mirroring, NewOperation};
+pub use operation::{JobOptions, Kind, NewOperation, RunningMirror};

@@ -18,21 +18,45 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use block::Error;
-use block::jobs::{Action, Control, Notice, Operation};
+use block::jobs::{Action, Control, MirrorHandle, Notice, Operation};
 use qmp::jobs::{GroupId, IoFailure, NewJob, Outcome, Settle, StateError, Step, Work, WorkReport};
 use qmp::schema::{BlockErrorAction, IoOperationType, MirrorCopyMode};
 
 use super::JobList;
 
-/// What a mirror can be asked and tells beyond other operations.
-pub trait Mirroring: Send {
+/// A mirror as block-job-change knows it.
+pub struct RunningMirror {
+    handle: MirrorHandle,
+    /// Its copy mode is write-blocking.
+    blocking: AtomicBool,
+}
+
+impl RunningMirror {
+    /// A mirror that begins in this mode.
+    pub fn new(handle: MirrorHandle, mode: MirrorCopyMode) -> Self {
+        Self { handle, blocking: AtomicBool::new(mode == MirrorCopyMode::WriteBlocking) }
+    }
+
     /// Another copy mode from now on.
-    ///
-    /// # Errors
-    /// It cannot be changed to this.
-    fn change(&self, mode: MirrorCopyMode) -> Result<(), qmp::Error>;
+    fn change(&self, mode: MirrorCopyMode) -> Result<(), qmp::Error> {
+        let blocking = self.blocking.load(Ordering::Acquire);
+        match mode {
+            MirrorCopyMode::WriteBlocking => {
+                self.handle.set_write_blocking();
+                self.blocking.store(true, Ordering::Release);
+                Ok(())
+            }
+            MirrorCopyMode::Background if !blocking => Ok(()),
+            MirrorCopyMode::Background => {
+                Err(qmp::Error::generic("Change to copy mode 'background' is not implemented"))
+            }
+        }
+    }
+
     /// Whether the target has all of the source, and each write goes to both.
-    fn is_synced(&self) -> bool;
+    fn is_synced(&self) -> bool {
+        self.handle.actively_synced()
+    }
 }
 
 /// What kind of work an operation is.
@@ -41,7 +65,7 @@ pub struct Kind {
     /// It becomes ready, and waits to be told to complete.
     pub completes: bool,
     /// It is a mirror.
-    pub mirror: Option<Box<dyn Mirroring>>,
+    pub mirror: Option<RunningMirror>,
 }
 
 /// What the list knows of an operation.
@@ -59,7 +83,7 @@ impl Work for Handle {
     }
 
     fn report(&self) -> WorkReport {
-        let synced = self.kind.mirror.as_ref().map(|mirror| mirror.is_synced());
+        let synced = self.kind.mirror.as_ref().map(RunningMirror::is_synced);
         WorkReport { synced, ..WorkReport::default() }
     }
 
