@@ -17,15 +17,16 @@ pub(super) fn overlaps(walk: &mut Walk<'_>) -> Vec<u64> {
     for table in std::mem::take(&mut walk.fixed) {
         for cluster in table.first..table.first.saturating_add(table.count).min(walk.counts.len()) {
             let references = walk.counts.get(cluster);
-            if references > 1 {
+            if walk.counts.exceeds(cluster, 1) {
                 if table.in_place {
                     found.push(cluster);
                 }
                 let at = cluster << walk.image.cluster_bits;
                 walk.report.note(Severity::Corruption, || {
                     format!(
-                        "overlap: {} is in the cluster at {at:#x}, which has {references} references",
-                        table.what
+                        "overlap: {} is in the cluster at {at:#x}, which has {} references",
+                        table.what,
+                        references.max(2)
                     )
                 });
             }

@@ -4,6 +4,8 @@
 //! the file without references cost nothing; a counter has one byte until it needs more. A 1 TiB
 //! image with 64 KiB clusters, all in use, takes 16 MiB.
 
+use std::collections::BTreeSet;
+
 use crate::num::{to_u64, to_usize};
 
 /// Clusters whose counters are kept together.
@@ -23,12 +25,15 @@ pub(super) struct Counts {
     chunks: Vec<Chunk>,
     len: u64,
     max: u64,
+    /// Clusters that have more references than `max`.
+    over: BTreeSet<u64>,
 }
 
 impl Counts {
     /// Counters for `len` clusters that go up to `max`.
     pub(super) fn new(len: u64, max: u64) -> Self {
-        Self { chunks: vec![Chunk::Empty; to_usize(len.div_ceil(CHUNK))], len, max }
+        let chunks = vec![Chunk::Empty; to_usize(len.div_ceil(CHUNK))];
+        Self { chunks, len, max, over: BTreeSet::new() }
     }
 
     /// How many clusters there are counters for.
@@ -62,7 +67,16 @@ impl Counts {
         if new != old {
             self.set(cluster, new);
         }
-        references - (new - old)
+        let excess = references - (new - old);
+        if excess > 0 {
+            self.over.insert(cluster);
+        }
+        excess
+    }
+
+    /// Whether a cluster has more than `own` references, also where a counter cannot tell.
+    pub(super) fn exceeds(&self, cluster: u64, own: u64) -> bool {
+        self.get(cluster) > own || self.over.contains(&cluster)
     }
 
     fn set(&mut self, cluster: u64, count: u64) {
@@ -127,6 +141,11 @@ mod tests {
         assert_eq!(counts.add(3, 2), 1);
         assert_eq!(counts.add(4, 7), 0);
         assert_eq!((counts.get(3), counts.get(4)), (u64::MAX, 7));
+        let mut counts = Counts::new(10, 1);
+        assert_eq!(counts.add(3, 1), 0);
+        assert!(!counts.exceeds(3, 1) && counts.exceeds(3, 0));
+        assert_eq!(counts.add(3, 1), 1);
+        assert!(counts.exceeds(3, 1) && !counts.exceeds(4, 1) && counts.get(3) == 1);
     }
 
     #[test]

@@ -21,6 +21,13 @@ use super::snapshots::{SnapshotL1, SnapshotTable};
 /// of another length, so the file's size alone is no bound for what there is to be read.
 const MAX_SNAPSHOT_L1: u64 = 8 << 30;
 
+/// Most bytes of the tables of all bitmaps together, for the same reason. QEMU's limit for one is 8 MiB.
+const MAX_BITMAP_TABLES: u64 = 1 << 30;
+
+/// Most L2 tables that are no clusters. Those that are can be no more than the file has clusters; these lie
+/// over each other, and each is read.
+const MAX_MISALIGNED: usize = 4096;
+
 /// How often an L2 table is referred to.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Uses {
@@ -45,6 +52,8 @@ pub(super) struct Walk<'a> {
     pub(super) counts: Counts,
     pub(super) l2: BTreeMap<u64, Uses>,
     pub(super) fixed: Vec<Fixed>,
+    /// Those of `l2` that are no clusters.
+    misaligned: usize,
     progress: &'a Progress,
 }
 
@@ -60,6 +69,7 @@ impl<'a> Walk<'a> {
             counts: Counts::new(image.clusters(), image.max_refcount()),
             l2: BTreeMap::new(),
             fixed: Vec::new(),
+            misaligned: 0,
             progress,
         }
     }
@@ -203,12 +213,25 @@ impl<'a> Walk<'a> {
             }
             // What is past the end reads as zeroes.
             if at < self.image.file_len {
-                let uses = self.l2.entry(at).or_default();
-                uses.all = uses.all.saturating_add(times);
-                uses.active += u64::from(active);
+                self.refer(at, times, active);
             }
         }
         Ok(Some(()))
+    }
+
+    /// Notes an L2 table, which [`Walk::tables`] reads.
+    fn refer(&mut self, at: u64, times: u64, active: bool) {
+        if !self.image.aligned(at) && !self.l2.contains_key(&at) {
+            if self.misaligned == MAX_MISALIGNED {
+                return self.report.unchecked(|| {
+                    format!("the L2 table at {at:#x} is one of more than {MAX_MISALIGNED} that are no clusters")
+                });
+            }
+            self.misaligned += 1;
+        }
+        let uses = self.l2.entry(at).or_default();
+        uses.all = uses.all.saturating_add(times);
+        uses.active += u64::from(active);
     }
 
     /// All L2 tables, in the order of the file.
@@ -279,6 +302,16 @@ impl<'a> Walk<'a> {
             self.report.unchecked(|| "the bitmaps cannot be read".to_owned());
             return Ok(false);
         };
+        let bytes = tables.iter().map(|(offset, entries)| {
+            (entries * 8).min(self.image.file_len.saturating_sub(*offset))
+        });
+        let bytes = bytes.fold(0, u64::saturating_add);
+        if bytes > MAX_BITMAP_TABLES {
+            self.report.unchecked(|| {
+                format!("the tables of bitmaps have {bytes} bytes, more than {MAX_BITMAP_TABLES}")
+            });
+            return Ok(false);
+        }
         for (offset, entries) in tables {
             self.progress.check()?;
             self.fixed("a bitmap's table", offset, entries * 8, false);
@@ -325,8 +358,10 @@ impl<'a> Walk<'a> {
                 if references != 1 {
                     self.report
                         .corruption(1, || format!("refcount block {index} refcount={references}"));
-                    self.report.rebuild = true;
                 }
+                // Counts of one bit cannot tell of more.
+                let alone = references == 1 && !self.counts.exceeds(at >> image.cluster_bits, 1);
+                self.report.rebuild |= !alone;
             }
         }
     }
@@ -373,11 +408,69 @@ fn bitmap_tables(image: &Image<'_>, bitmaps: Bitmaps, directory: &[u8]) -> Optio
 
 #[cfg(test)]
 mod tests {
-    use crate::qcow2::check::{self, check};
+    use super::*;
+    use crate::WriteBuf;
+    use crate::num::be_bytes;
+    use crate::qcow2::check::{self, Repair, check};
     use crate::qcow2::create::{CreateOptions, create};
     use crate::storage::Storage;
     use crate::storage::memory::MemoryStorage;
-    use crate::{Progress, WriteBuf};
+
+    fn write(storage: &MemoryStorage, at: u64, bytes: &[u8]) {
+        storage.write_at(at, &[WriteBuf::new(bytes)]).unwrap();
+    }
+
+    /// 130 bitmaps whose tables begin at one place, each of 8 MiB.
+    #[test]
+    fn bitmaps_that_claim_one_place_over_and_over_are_not_read() {
+        let storage = MemoryStorage::default();
+        let options =
+            CreateOptions { size: 1 << 20, cluster_size: Some(512), ..CreateOptions::default() };
+        create(&storage, None, &options, &Progress::default()).unwrap();
+        let (place, table) = (1u64 << 20, 2u64 << 20);
+        let mut directory = Vec::new();
+        for n in 0..130u8 {
+            directory.extend(table.to_be_bytes());
+            directory.extend((1u32 << 20).to_be_bytes());
+            // In use; of the only type there is, with a granularity and a name of one byte.
+            directory.extend([0, 0, 0, 1, 1, 16, 0, 1, 0, 0, 0, 0, n + 1]);
+            directory.resize(directory.len().next_multiple_of(8), 0);
+        }
+        let mut extension = vec![0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24, 0, 0, 0, 130, 0, 0, 0, 0];
+        extension.extend(to_u64(directory.len()).to_be_bytes());
+        extension.extend(place.to_be_bytes());
+        extension.extend([0; 8]);
+        write(&storage, place, &directory);
+        storage.set_len(table + (8 << 20)).unwrap();
+        write(&storage, 112, &extension);
+        write(&storage, 88, &1u64.to_be_bytes());
+        storage.record();
+        let report = check(&storage, &check::Options::default()).unwrap();
+        let said = report.findings.iter().any(|f| f.text.contains("the tables of bitmaps have"));
+        assert!(said && report.check_errors == 1, "{report:?}");
+        assert!(storage.recorded().len() < 1000);
+    }
+
+    /// 6000 L1 entries of which most are no cluster's offset: what they lead to lies over each other.
+    #[test]
+    fn not_all_of_very_many_misaligned_tables_are_read_and_a_repair_drops_them() {
+        let storage = MemoryStorage::default();
+        let options =
+            CreateOptions { size: 12 << 30, cluster_size: Some(4096), ..CreateOptions::default() };
+        create(&storage, None, &options, &Progress::default()).unwrap();
+        let mut place = [0; 8];
+        storage.read_at(40, &[ReadBuf::new(&mut place)]).unwrap();
+        let tables: Vec<u64> = (1..=6000).map(|n| (1 << 20) + n * 512).collect();
+        storage.set_len(8 << 20).unwrap();
+        write(&storage, u64::from_be_bytes(place), &be_bytes(&tables));
+        storage.record();
+        let report = check(&storage, &check::Options::default()).unwrap();
+        assert_eq!(report.check_errors, 5250 - to_u64(MAX_MISALIGNED));
+        // Those of the active disk are read once more for their flags.
+        assert!(storage.recorded().len() < 2 * (MAX_MISALIGNED + 750) + 100);
+        let all = check::Options { repair: Repair::All, progress: None };
+        assert!(check(&storage, &all).unwrap().is_clean());
+    }
 
     /// 300 snapshots whose tables begin at one place, each of them of nearly 32 MiB.
     #[test]

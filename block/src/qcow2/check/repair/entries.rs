@@ -32,7 +32,7 @@ impl Found<'_> {
     fn shared(&self, image: &Image<'_>, at: u64, len: u64, own: u64) -> bool {
         let last = at.saturating_add(len.saturating_sub(1)) >> image.cluster_bits;
         (at >> image.cluster_bits..=last.min(self.counts.len()))
-            .any(|cluster| self.counts.get(cluster) > own)
+            .any(|cluster| self.counts.exceeds(cluster, own))
     }
 }
 

@@ -35,7 +35,7 @@ use super::refcounts::DiskRefcounts;
 use super::report::Report;
 use super::snapshots::SnapshotTable;
 use super::walk::{Uses, Walk};
-use super::{Repair, inspect};
+use super::{MAX_CLUSTERS, Repair, inspect};
 use append::Append;
 use entries::Found;
 use flags::Change;
@@ -51,6 +51,10 @@ pub(super) fn run(storage: &dyn Storage, what: Repair, progress: &Progress) -> R
     inspect(&image, &mut before, progress)?;
     if before.is_clean() {
         clear_marks(&image)?;
+        return Ok(before);
+    }
+    if image.clusters() > MAX_CLUSTERS {
+        // Counters for all of them would take memory by the file's length, which may cost nothing.
         return Ok(before);
     }
     let mut done = Report::default();
@@ -143,7 +147,8 @@ fn all(image: &Image<'_>, before: &Report, done: &mut Report, progress: &Progres
     let table = image.reftable_offset >> image.cluster_bits;
     let in_place = !scratch.rebuild
         && !image.is_outside(image.reftable_offset, image.reftable_bytes())
-        && (table..table + u64::from(image.reftable_clusters)).all(|c| counts.get(c) == 1)
+        && (table..table + u64::from(image.reftable_clusters))
+            .all(|c| counts.get(c) == 1 && !counts.exceeds(c, 1))
         && refcounts::blocks_suffice(image, &counts, &disk);
     if in_place {
         refcounts::correct(image, &counts, &mut disk, Which::All, progress)?;
