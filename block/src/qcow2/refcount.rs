@@ -205,7 +205,8 @@ impl Refcounts {
             }
             self.check_free(run, holds)?;
             // New blocks are placed in the ranges they describe, perhaps in this very run.
-            if self.ensure_blocks(run, holds)? {
+            if let Some(next) = self.ensure_blocks(run, exact, holds)? {
+                at = next;
                 continue;
             }
             for cluster in run.clusters() {
@@ -248,6 +249,10 @@ impl Refcounts {
             match (index..entries).find(|i| get(bytes, *i, order) == 0) {
                 Some(free) => return Ok(at + to_u64(free - index)),
                 None => at = at + to_u64(entries - index),
+            }
+            // The first search in a large image that is full looks at all there are.
+            if self.blocks.is_over() {
+                self.blocks.shrink();
             }
         }
         Ok(at)
@@ -344,5 +349,73 @@ impl Refcounts {
             }
         }
         Ok(Some(HostCluster(0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Progress;
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::storage::memory::MemoryStorage;
+
+    /// A long L1 table or refcount table of an image of small clusters, say.
+    #[test]
+    fn a_run_may_be_longer_than_the_range_of_a_block() {
+        for (order, lens) in [(4, [255, 256, 257, 1000, 5000]), (6, [63, 64, 130, 4000, 9000])] {
+            let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+            let options = CreateOptions {
+                size: 1 << 20,
+                cluster_size: Some(512),
+                refcount_bits: Some(1 << order),
+                ..CreateOptions::default()
+            };
+            create(&*storage, None, &options, &Progress::default()).unwrap();
+            let header = Header::read(&*storage).unwrap();
+            let mut counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+            let mut taken: Vec<Run> = Vec::new();
+            for len in lens {
+                let run = counts.allocate(len, true, &|_| None).unwrap();
+                assert_eq!(run.count, len);
+                for cluster in run.clusters() {
+                    assert_eq!(counts.get(cluster).unwrap(), 1);
+                    assert!(!counts.has_block_in(Run::one(cluster)));
+                }
+                let parted = |other: &Run| other.end() <= run.first || run.end() <= other.first;
+                assert!(taken.iter().all(parted), "{run:?} {taken:?}");
+                taken.push(run);
+                // Small ones find what is left in between.
+                taken.push(counts.allocate(1, true, &|_| None).unwrap());
+            }
+            let total = lens.iter().sum::<u64>();
+            let end = counts.used_end().unwrap().unwrap();
+            assert!(end.0 < 4 * total + 1000, "{end:?} for {total}");
+            let blocks: Vec<Run> = counts.block_runs();
+            for block in &blocks {
+                assert_eq!(counts.get(block.first).unwrap(), 1, "{block:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_search_for_a_free_cluster_of_a_full_image_stays_within_the_cache() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options =
+            CreateOptions { size: 1 << 20, cluster_size: Some(512), ..CreateOptions::default() };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let header = Header::read(&*storage).unwrap();
+        let mut counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+        // 40 blocks of 256 counts.
+        let mut last = HostCluster(0);
+        while last < HostCluster(40 * 256) {
+            last = counts.allocate(1, true, &|_| None).unwrap().first;
+        }
+        counts.write_back().unwrap();
+        let mut counts = Refcounts::open(&storage, &header, 0).unwrap();
+        assert_eq!(counts.allocate(1, true, &|_| None).unwrap().first, last + 1);
+        let offset = |block: &Run| header.geometry.offset_of(block.first);
+        let blocks = counts.block_runs();
+        let here = blocks.iter().filter(|block| counts.blocks.contains(offset(block))).count();
+        assert!(here < 12 && blocks.len() > 40, "{here} of {}", blocks.len());
     }
 }

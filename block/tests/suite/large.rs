@@ -9,7 +9,7 @@ use block::qcow2::create::{CreateOptions, create};
 use block::qcow2::{Probe, Qcow2};
 use block::storage::memory::MemoryStorage;
 use block::storage::{FileOptions, FileStorage, Storage};
-use block::{Format, Graph, Node, Progress, ReadBuf, User, WriteBuf};
+use block::{Format, Graph, Node, Preallocation, Progress, ReadBuf, User, WriteBuf};
 use serde_json::json;
 
 use crate::common::{
@@ -31,6 +31,37 @@ fn qemu_snapshots(image: &Path) -> Vec<(String, String)> {
         (words.next().unwrap(), words.next().unwrap())
     };
     text.lines().skip(2).map(column).collect()
+}
+
+/// A table of theirs has more clusters than a refcount block has counts.
+#[test]
+fn a_disk_of_small_clusters_with_a_long_l1_table_takes_snapshots_and_grows() {
+    if !have_qemu_img("long L1 table") {
+        return;
+    }
+    for options in ["cluster_size=512", "cluster_size=512,refcount_bits=64"] {
+        let dir = tempfile::tempdir().unwrap();
+        let image = common::create(dir.path(), "small.qcow2", "1G", options);
+        let (graph, node) = common::open(&image);
+        let disk = node.format();
+        let far = (1 << 30) - 512;
+        write(&*disk, far, &[1; 512]);
+        save(&*disk, "one");
+        write(&*disk, far, &[2; 512]);
+        disk.resize(4 << 30, Preallocation::Off, &Progress::default()).unwrap();
+        write(&*disk, (4 << 30) - 512, &[3; 512]);
+        save(&*disk, "two");
+        load(&*disk, "one");
+        assert_eq!((disk.size(), read(&*disk, far, 512)), (1 << 30, vec![1; 512]));
+        load(&*disk, "two");
+        assert_eq!(read(&*disk, (4 << 30) - 512, 512), [3; 512]);
+        delete(&*disk, "one");
+        assert_eq!(read(&*disk, far, 512), [2; 512]);
+        drop((disk, node, graph));
+        qemu_check(&image);
+        // Five L1 tables of 1 MiB at most, and what counts them.
+        assert!(std::fs::metadata(&image).unwrap().len() < 40 << 20);
+    }
 }
 
 #[test]

@@ -147,10 +147,14 @@ impl Meta {
             self.pending = Default::default();
             return Ok(());
         }
-        let [passed, kept] = std::mem::take(&mut self.pending);
-        for (runs, pass) in [(passed, true), (kept, false)] {
-            for run in runs {
-                self.free_passing(run, pass)?;
+        let mut lists = std::mem::take(&mut self.pending).map(Vec::into_iter);
+        for (list, pass) in [(0, true), (1, false)] {
+            while let Some(run) = lists[list].next() {
+                if let Err(e) = self.free_passing(run, pass) {
+                    // Of this one a part may be given back; the next sync goes on behind it.
+                    self.pending = lists.map(Iterator::collect);
+                    return Err(e);
+                }
             }
         }
         self.punch_if_many()?;

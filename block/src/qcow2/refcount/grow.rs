@@ -8,9 +8,18 @@ use crate::{Error, Result};
 use super::{Holds, Refcounts, set};
 
 impl Refcounts {
-    /// Makes sure that all clusters of a run have a block; says whether any was missing.
-    pub(super) fn ensure_blocks(&mut self, run: Run, holds: Holds<'_>) -> Result<bool> {
+    /// Makes sure that all clusters of a run have a block. If any was missing it says where to look for a
+    /// run again: new blocks may have parted this one. One that has to be `exact` has room there.
+    pub(super) fn ensure_blocks(
+        &mut self,
+        run: Run,
+        exact: bool,
+        holds: Holds<'_>,
+    ) -> Result<Option<HostCluster>> {
         let entries = self.geometry.block_entries();
+        if exact && run.count >= entries {
+            return self.ensure_blocks_aside(run, holds);
+        }
         let mut made = false;
         for index in run.first.0 / entries..=(run.end().0 - 1) / entries {
             if index >= to_u64(self.table.len()) {
@@ -23,7 +32,38 @@ impl Refcounts {
                 made = true;
             }
         }
-        Ok(made)
+        Ok(made.then_some(run.first))
+    }
+
+    /// As [`Refcounts::ensure_blocks`] for a run that is longer than what is between two blocks, each at the
+    /// start of the range it describes. So if any is missing, as many as the run takes are made in a row
+    /// where none is yet, and behind them is room for it.
+    fn ensure_blocks_aside(&mut self, run: Run, holds: Holds<'_>) -> Result<Option<HostCluster>> {
+        let entries = self.geometry.block_entries();
+        let has = |table: &[u64], index| table.get(to_usize(index)).is_some_and(|at| *at != 0);
+        let mut range = run.first.0 / entries..=(run.end().0 - 1) / entries;
+        if range.all(|index| has(&self.table, index)) {
+            return Ok(None);
+        }
+        let blocks = run.count.div_ceil(entries - 1);
+        let mut first = run.first.0 / entries;
+        while let Some(there) = (first..first + blocks).rev().find(|index| has(&self.table, *index))
+        {
+            first = there + 1;
+        }
+        if first + blocks > to_u64(self.table.len()) {
+            self.grow(first + blocks - 1, holds)?;
+            return Ok(Some(run.first));
+        }
+        let start = Run { first: HostCluster(first * entries), count: blocks };
+        self.check_free(start, holds)?;
+        for (index, cluster) in (first..).zip(start.clusters()) {
+            self.make_block(index, cluster);
+        }
+        for cluster in start.clusters() {
+            self.set(cluster, 1)?;
+        }
+        Ok(Some(start.end()))
     }
 
     /// Makes the block `index` at `cluster`, which is in the range of a block that exists or of
