@@ -75,8 +75,14 @@ pub struct Negotiation {
     fixed: bool,
     no_zeroes: bool,
     mode: Mode,
-    /// The export that contexts were set for, and which.
-    contexts: Option<(Vec<u8>, Vec<u32>)>,
+    contexts: Option<Chosen>,
+}
+
+/// The contexts that were set for an export: its name, and their ids and names.
+#[derive(Debug)]
+struct Chosen {
+    export: Vec<u8>,
+    contexts: Vec<(u32, String)>,
 }
 
 impl Negotiation {
@@ -153,9 +159,11 @@ impl Negotiation {
         self.start(name, export)
     }
 
-    fn start<E>(&mut self, name: &[u8], export: E) -> Step<E> {
+    fn start<E: Offered>(&mut self, name: &[u8], export: E) -> Step<E> {
         let contexts = match self.contexts.take() {
-            Some((of, contexts)) if of == name => contexts,
+            Some(chosen) if chosen.export == name => {
+                still_there(chosen.contexts, &export.contexts())
+            }
             _ => Vec::new(),
         };
         Step::Start(Session { export, mode: self.mode, contexts })
@@ -240,14 +248,26 @@ impl Negotiation {
             if all || request.queries.iter().any(|query| matches(query, &name, !set)) {
                 let told: u32 = if set { id } else { 0 };
                 answer.reply(rep::META_CONTEXT, &[&told.to_be_bytes(), name.as_bytes()]);
-                chosen.push(id);
+                chosen.push((id, name));
             }
         }
         if set {
-            self.contexts = Some((request.name.to_vec(), chosen));
+            self.contexts = Some(Chosen { export: request.name.to_vec(), contexts: chosen });
         }
         answer.ack();
     }
+}
+
+/// The ids of chosen contexts, if the export has all of them: another may be there by its name since they were
+/// chosen, and its contexts are not to pass for those. Without contexts block status is refused.
+fn still_there(chosen: Vec<(u32, String)>, now: &[String]) -> Vec<u32> {
+    let has = |(id, name): &(u32, String)| {
+        usize::try_from(*id).ok().and_then(|id| now.get(id)) == Some(name)
+    };
+    if chosen.iter().all(has) {
+        return chosen.into_iter().map(|(id, _)| id).collect();
+    }
+    Vec::new()
 }
 
 /// Whether a query means a context: its name, or when listing the start of it up to a colon.

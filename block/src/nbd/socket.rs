@@ -47,6 +47,7 @@ impl Listener {
                 };
                 remove_stale(path).map_err(failed)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
                 Ok(Self { fd: listener.into(), address: address.clone(), file: socket_file(path) })
             }
             Address::Tcp(at) => {
@@ -57,6 +58,7 @@ impl Listener {
                     source,
                 };
                 let listener = TcpListener::bind(at).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
                 // Port 0 became another.
                 let at = listener.local_addr().map_err(failed)?;
                 Ok(Self { fd: listener.into(), address: Address::Tcp(at), file: None })
@@ -68,11 +70,13 @@ impl Listener {
         &self.address
     }
 
-    /// A client that waits, `None` if it went away again.
+    /// A client that waits, `None` if it went away again: who accepts is to wait for nothing but what wakes it.
     pub(super) fn accept(&self) -> io::Result<Option<Socket>> {
         match net::accept_with(&self.fd, net::SocketFlags::CLOEXEC) {
             Ok(fd) => Ok(Some(Socket::new(fd, matches!(self.address, Address::Tcp(_))))),
-            Err(rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR) => Ok(None),
+            Err(
+                rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR | rustix::io::Errno::AGAIN,
+            ) => Ok(None),
             Err(e) => Err(e.into()),
         }
     }

@@ -5,6 +5,7 @@ use crate::nbd::wire::Reader;
 struct Disk {
     name: &'static str,
     read_only: bool,
+    bitmap: &'static str,
 }
 
 impl Offered for Disk {
@@ -24,14 +25,30 @@ impl Offered for Disk {
         true
     }
     fn contexts(&self) -> Vec<String> {
-        ["base:allocation", "qemu:dirty-bitmap:x", "qemu:dirty-bitmap:y"].map(String::from).into()
+        ["base:allocation", "qemu:dirty-bitmap:x", self.bitmap].map(String::from).into()
     }
 }
 
 struct Disks;
 
-const DISKS: [Disk; 2] =
-    [Disk { name: "a", read_only: true }, Disk { name: "b", read_only: false }];
+const BITMAP: &str = "qemu:dirty-bitmap:y";
+const DISKS: [Disk; 2] = [
+    Disk { name: "a", read_only: true, bitmap: BITMAP },
+    Disk { name: "b", read_only: false, bitmap: BITMAP },
+];
+
+/// Others of the same names.
+struct Later;
+
+impl Exports for Later {
+    type Export = Disk;
+    fn list(&self) -> Vec<Disk> {
+        Disks.list()
+    }
+    fn find(&self, name: &[u8]) -> Option<Disk> {
+        Disks.find(name).map(|disk| Disk { bitmap: "qemu:dirty-bitmap:z", ..disk })
+    }
+}
 
 impl Exports for Disks {
     type Export = Disk;
@@ -192,6 +209,22 @@ fn contexts_need_structured_replies_and_belong_to_the_export_they_were_set_for()
         assert_eq!(replies, expected);
         let (_, step) = ask(&mut negotiation, code::GO, &go_data(chosen, &[]));
         assert!(matches!(step, Step::Start(session) if session.contexts == contexts));
+    }
+}
+
+#[test]
+fn contexts_of_an_export_that_made_way_for_another_of_its_name_are_not_those_of_the_other() {
+    for (query, contexts) in [(BITMAP, vec![]), ("qemu:dirty-bitmap:x", vec![1])] {
+        let mut negotiation = fixed();
+        assert_eq!(kinds(&mut negotiation, code::STRUCTURED_REPLY, &[]), [rep::ACK]);
+        let data = context_data("a", &["base:allocation", query]);
+        let set = kinds(&mut negotiation, code::SET_META_CONTEXT, &data);
+        assert_eq!(set, [rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK]);
+        let mut out = Vec::new();
+        let step = negotiation.option(code::GO, &go_data("a", &[]), &Later, &mut out);
+        let Step::Start(session) = step else { panic!("it did not start") };
+        let expected = if contexts.is_empty() { vec![] } else { [vec![0], contexts].concat() };
+        assert_eq!(session.contexts, expected, "{query}");
     }
 }
 
