@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::SeekFrom;
@@ -37,8 +38,9 @@ pub struct FileStorage {
     options: FileOptions,
     device: bool,
     /// Set once a flush failed: the kernel drops the pages it could not write and a later flush
-    /// would tell of success, so none is believed any more.
-    flush_failed: AtomicBool,
+    /// would tell of success, so none is believed any more. Shared by what was opened again from one
+    /// another: it is about the file's pages, and of two one may be given up.
+    flush_failed: Arc<AtomicBool>,
     /// The host turned out to have no call that makes zeroes: they are written.
     plain_zeroes: AtomicBool,
     counters: Counters,
@@ -84,7 +86,7 @@ impl FileStorage {
             direct,
             options,
             device: kind.is_block_device(),
-            flush_failed: AtomicBool::new(false),
+            flush_failed: Arc::default(),
             plain_zeroes: AtomicBool::new(false),
             counters: Counters::default(),
             name,
@@ -111,7 +113,7 @@ impl FileStorage {
         storage.name.clone_from(&self.name);
         storage.path.clone_from(&self.path);
         // What the kernel forgot stays forgotten.
-        storage.flush_failed = AtomicBool::new(self.flush_failed.load(Ordering::Acquire));
+        storage.flush_failed = self.flush_failed.clone();
         storage.counters = self.counters.copy();
         Ok(storage)
     }
