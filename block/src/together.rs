@@ -8,35 +8,57 @@
 //!
 //! Nobody who makes an image's change durable waits here, so there is no deadlock: only those wait who have done so
 //! for their own image.
+//!
+//! Where that has failed for one, each later flush of any of them tries it again for all that are left, one flush at
+//! a time: the guest may have no reason ever to flush the one that failed.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::{Error, Result};
 
-#[derive(Debug)]
+/// An image that can be told to make its change durable.
+pub(crate) trait Follow: Send + Sync {
+    /// As a flush of it that waits for no other image; tells of it by [`Together::settled`].
+    fn follow(&self) -> Result<()>;
+}
+
+#[derive(Default)]
 struct State {
     /// Images whose change is not durable.
     left: usize,
     /// Who wanted to make them so has failed with one.
     failed: bool,
+    /// A flush is trying again.
+    trying: bool,
+    images: Vec<Weak<dyn Follow>>,
 }
 
 /// A group of images that change together; see the module.
-#[derive(Debug)]
 pub struct Together {
     state: Mutex<State>,
     changed: Condvar,
 }
 
+impl std::fmt::Debug for Together {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Together").field("left", &self.state().left).finish_non_exhaustive()
+    }
+}
+
 impl Together {
     /// So many images are about to change.
     pub fn new(images: usize) -> Arc<Self> {
-        let state = Mutex::new(State { left: images, failed: false });
+        let state = Mutex::new(State { left: images, ..State::default() });
         Arc::new(Self { state, changed: Condvar::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a flush of another image try again for this one, as long as it is there.
+    pub(crate) fn join(&self, image: Weak<dyn Follow>) {
+        self.state().images.push(image);
     }
 
     /// One image more is durably changed, or will never be. Once for each.
@@ -47,7 +69,7 @@ impl Together {
         self.changed.notify_all();
     }
 
-    /// One could not be changed durably. It may be with a later flush of it; until then nobody waits for it.
+    /// One could not be changed durably. It may be with a later flush of any; until then nobody waits for it.
     pub fn failed(&self) {
         self.state().failed = true;
         self.changed.notify_all();
@@ -59,19 +81,32 @@ impl Together {
         self.state().left == 0
     }
 
-    /// Waits until all are durably changed.
+    /// Waits until all are durably changed, and tries again for those that could not be.
     ///
     /// # Errors
-    /// One could not be.
+    /// One could not be, now neither.
     pub fn wait(&self) -> Result<()> {
         let state = self.state();
-        let under_way = |state: &mut State| state.left > 0 && !state.failed;
-        let state =
+        let under_way = |state: &mut State| state.left > 0 && (!state.failed || state.trying);
+        let mut state =
             self.changed.wait_while(state, under_way).unwrap_or_else(PoisonError::into_inner);
         if state.left == 0 {
             return Ok(());
         }
-        Err(Error::Apart)
+        state.trying = true;
+        let images = state.images.clone();
+        drop(state);
+        for image in images.iter().filter_map(Weak::upgrade) {
+            if let Err(error) = image.follow() {
+                tracing::warn!("an image is not at the snapshot on disk yet: {error}");
+            }
+        }
+        let mut state = self.state();
+        state.trying = false;
+        let left = state.left;
+        drop(state);
+        self.changed.notify_all();
+        if left == 0 { Ok(()) } else { Err(Error::Apart) }
     }
 }
 
@@ -99,5 +134,36 @@ mod tests {
             together.settled();
             waiting.join().unwrap().unwrap();
         });
+    }
+
+    /// Follows at the third try.
+    struct Slow(Arc<Together>, Mutex<u32>);
+
+    impl Follow for Slow {
+        fn follow(&self) -> Result<()> {
+            let mut tries = self.1.lock().unwrap();
+            *tries += 1;
+            if *tries < 3 {
+                return Err(Error::Apart);
+            }
+            self.0.settled();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_flush_after_a_failure_tries_again_for_an_image_that_is_there() {
+        let together = Together::new(1);
+        let slow: Arc<dyn Follow> = Arc::new(Slow(together.clone(), Mutex::new(0)));
+        together.join(Arc::downgrade(&slow));
+        together.failed();
+        let results: Vec<_> = (0..3).map(|_| together.wait().is_ok()).collect();
+        assert_eq!(results, [false, false, true]);
+
+        let together = Together::new(1);
+        together.join(Arc::downgrade(&slow));
+        drop(slow);
+        together.failed();
+        assert!(together.wait().is_err(), "nobody is there who could follow");
     }
 }

@@ -158,8 +158,7 @@ pub(super) fn qcow2_node(
     let overridden = is_overridden(backing.as_deref(), full.as_deref());
     let filename = shown_name(&file.filename(), overridden, backing.as_deref());
     let below = backing.clone().map(below);
-    let image = Qcow2::open_with(probe, below, options)?.with_discard(flags.unmap);
-    let image = Arc::new(image);
+    let image = Qcow2::open_with(probe, below, options)?.with_discard(flags.unmap).into_shared();
     Ok(Built {
         format: image.clone(),
         details: Details {

@@ -13,13 +13,15 @@
 //! [`Qcow2::meta_to_look`] does not. Reads, and writes to clusters that are there, wait for no flush.
 //!
 //! Where memory shows a snapshot to which the header does not lead yet (`snapshot/revert.rs`), a flush returns when
-//! the headers of all images that went back together do ([`crate::Together`]).
+//! the headers of all images that went back together do ([`crate::Together`]). If one could not be written, the flush
+//! tries it again.
 //!
 //! Free clusters must not be taken while their space is being given back: the same freeze keeps them.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::together::Follow;
 use crate::{Result, Together};
 
 use super::Qcow2;
@@ -82,6 +84,12 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         self.settle();
+    }
+}
+
+impl Follow for Qcow2 {
+    fn follow(&self) -> Result<()> {
+        self.flush_alone()
     }
 }
 

@@ -25,7 +25,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 
 use crate::bitmap::BitmapSet;
 use crate::format::Format;
@@ -111,6 +111,8 @@ pub struct Qcow2 {
     unmap: bool,
     /// Discarded clusters keep their place; whether the host's space goes all the same.
     no_unref: Option<bool>,
+    /// The image itself, once it is shared: for who flushes another that changed with it.
+    me: Weak<Qcow2>,
 }
 
 impl Qcow2 {
@@ -166,6 +168,7 @@ impl Qcow2 {
             read_only: options.read_only,
             unmap: true,
             no_unref: options.discard_no_unref.then_some(options.pass_discard.request),
+            me: Weak::new(),
         };
         let meta = image.meta.get_mut().unwrap_or_else(PoisonError::into_inner);
         if options.snapshot.is_none() {
@@ -183,6 +186,15 @@ impl Qcow2 {
     pub(crate) fn with_discard(mut self, unmap: bool) -> Self {
         self.unmap = unmap;
         self
+    }
+
+    /// The image for several users. Only one that is shared so follows, when another flushes that went back
+    /// to a snapshot with it ([`crate::Together`]).
+    pub fn into_shared(mut self) -> Arc<Self> {
+        Arc::new_cyclic(|me| {
+            self.me = me.clone();
+            self
+        })
     }
 
     /// Sets who is told when damage is found. It is called with the image's lock held: it must not

@@ -86,6 +86,41 @@ fn flushes_fail_while_the_other_image_could_not_follow_and_work_when_it_has() {
 }
 
 #[test]
+fn a_flush_of_one_image_makes_up_for_another_that_could_not_follow() {
+    if !have_qemu_img("images together") {
+        return;
+    }
+    let ((_, a), (b_file, b)) = (image("a.qcow2"), image("b.qcow2"));
+    let (a, b) = (a.into_shared(), b.into_shared());
+    let [mut a_change, mut b_change] = shown([&a, &b]);
+    let b_old = durable_l1(&b_file);
+    b_file.fail_after(Some(0), false);
+    b_change.publish().unwrap_err();
+    a_change.publish().unwrap();
+    a_change.finish().unwrap();
+    drop((a_change, b_change));
+    for _ in 0..2 {
+        assert!(matches!(a.flush(), Err(Error::Apart)), "it still cannot be written");
+    }
+    b_file.fail_after(None, false);
+    std::thread::scope(|scope| {
+        let flushes: Vec<_> = (0..4).map(|_| scope.spawn(|| a.flush())).collect();
+        flushes.into_iter().for_each(|flush| flush.join().unwrap().unwrap());
+    });
+    assert_ne!(durable_l1(&b_file), b_old, "nobody has flushed it");
+    assert!(read_all(&*b)[..300_000].iter().all(|byte| *byte == 1), "what a guest saw stays");
+    // One that is closed keeps nobody from flushing.
+    let [mut a_change, mut b_change] = shown([&a, &b]);
+    b_file.fail_after(Some(0), false);
+    b_change.publish().unwrap_err();
+    a_change.publish().unwrap();
+    a_change.finish().unwrap();
+    drop((a_change, b_change));
+    drop(b);
+    a.flush().unwrap();
+}
+
+#[test]
 fn a_rolled_back_image_keeps_no_flush_of_the_other() {
     if !have_qemu_img("images together") {
         return;
