@@ -37,7 +37,7 @@ pub(super) fn host_file(
     host_device: bool,
     flags: &mut Flags,
 ) -> Result<FileStorage> {
-    check_name(filename, host_device)?;
+    check_host_name(filename, host_device)?;
     let options = file_options(*flags, how);
     match FileStorage::open_unlocked(filename, options) {
         Err(Error::Open { source, .. })
@@ -68,7 +68,7 @@ pub(super) fn file_options(flags: Flags, (locking, aio): (Locking, Aio)) -> File
 }
 
 /// What can be told of a file by its name. Opening refuses what is no file for the `file` driver.
-fn check_name(filename: &str, host_device: bool) -> Result<()> {
+pub(crate) fn check_host_name(filename: &str, host_device: bool) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let driver = if host_device { "host_device" } else { "file" };
     if filename.is_empty() {

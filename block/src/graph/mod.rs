@@ -52,7 +52,7 @@ pub mod text;
 
 pub use attach::{Attachment, User};
 pub use build::backing_path;
-pub(crate) use build::{Flags, name_for_overlay};
+pub(crate) use build::{Flags, check_host_name, name_for_overlay};
 pub use claim::Claim;
 pub use drive::{Below, OpenTarget, TargetFile};
 pub use external::{ExternalSnapshot, Overlay};

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Control, Operation};
-use crate::graph::{Graph, ImageFile};
+use crate::graph::{Graph, ImageFile, check_host_name};
 use crate::qcow2::create::{CreateOptions, create};
 use crate::storage::{FileOptions, FileStorage, Storage};
 use crate::{Error, FileCreateOptions, Result, create_raw};
@@ -116,12 +116,16 @@ impl Place {
                  blockdev-add and give its node's name"
             )));
         }
-        match (options.get("driver"), options.get("filename")) {
-            (Some(Value::String(driver)), Some(Value::String(name))) if driver == "file" => {
+        let text = |key: &str| options.get(key).and_then(Value::as_str);
+        match (text("driver"), text("filename")) {
+            (Some(driver @ ("file" | "host_device")), Some(name)) => {
+                check_host_name(name, driver == "host_device")?;
                 FileStorage::open(name, FileOptions::default()).map(Self::File)
             }
             _ => Err(Error::Invalid(
-                "An image's file is the name of a node, or driver 'file' and a filename".to_owned(),
+                "An image's file is the name of a node, or driver 'file' or 'host_device' and a \
+                 filename"
+                    .to_owned(),
             )),
         }
     }
