@@ -12,7 +12,6 @@
 
 use crate::num::to_u64;
 use crate::qcow2::Qcow2;
-use crate::qcow2::flush::Frozen;
 use crate::qcow2::header::{Compression, MAX_SNAPSHOTS};
 use crate::qcow2::layout::Run;
 use crate::qcow2::meta::Meta;
@@ -21,7 +20,7 @@ use crate::{Error, Result, WriteBuf};
 
 use super::area::Area;
 use super::table::{Entry, TableSwitch};
-use super::{Point, Stage, begin_change, point, tree, write_l1};
+use super::{Point, Stage, begin_change, point, write_l1};
 
 /// A snapshot that is being made; the module has the steps.
 pub(in crate::qcow2) struct Create<'a> {
@@ -85,17 +84,12 @@ impl<'a> Create<'a> {
     }
 
     /// Frees all that was taken.
-    fn give_back(&mut self, frozen: &Frozen<'_>) -> Result<()> {
-        let passed = frozen.step(|meta| meta.point.is_some());
-        let mut result = point::give_back(frozen);
-        result = result.and(frozen.step(|meta| self.area.give_back(meta)));
-        if let Some(run) = self.l1_run.take() {
-            result = result.and(frozen.step(|meta| meta.free(run)));
-        }
-        if passed {
-            result = result.and(tree::set_copied_in_steps(frozen));
-        }
-        result
+    fn give_back(&mut self) -> Result<()> {
+        let result = point::give_back(self.image);
+        let mut meta = self.image.meta();
+        let area = self.area.give_back(&mut meta);
+        let l1 = self.l1_run.take().map_or(Ok(()), |run| meta.free(run));
+        result.and(area).and(l1)
     }
 }
 
@@ -218,22 +212,25 @@ impl SnapshotChange for Create<'_> {
         }
         self.area.close();
         let image = self.image;
-        let mut meta = image.meta();
         self.stage = Stage::Ended;
-        meta.changing = false;
+        let mut meta = image.meta();
         if let Some(table) = &mut self.table
             && let Err(e) = table.undo(&mut meta)
         {
             // The header on disk may have the snapshot: all clusters are kept.
             meta.point = None;
+            meta.changing = false;
             return Err(e);
         }
-        let frozen = image.freeze(meta);
-        let freed = self.give_back(&frozen);
-        let synced = frozen.sync();
-        drop(frozen);
+        drop(meta);
+        // No other change begins before all is given back.
+        let freed = self.give_back();
+        let ahead = image.flush_ahead();
+        let mut meta = image.meta();
+        meta.changing = false;
+        let synced = image.freeze(meta).sync();
         image.give_space_back();
-        freed.and(synced)
+        freed.and(ahead).and(synced)
     }
 }
 

@@ -25,7 +25,6 @@
 
 use crate::num::{to_u64, to_usize};
 use crate::qcow2::Qcow2;
-use crate::qcow2::flush::Frozen;
 use crate::qcow2::layout::{COPIED, Geometry, HostOffset, Run, table_of};
 use crate::qcow2::meta::Meta;
 use crate::{Error, ReadBuf, Result, WriteBuf};
@@ -216,27 +215,37 @@ impl Meta {
     }
 }
 
-/// Ends a snapshot point without a snapshot: what was taken is given back. The active disk stays as it
-/// is now; its COPIED flags are to be set ([`tree::set_copied`]). What fails is leaked.
-pub(super) fn give_back(frozen: &Frozen<'_>) -> Result<()> {
-    let Some(point) = frozen.step(|meta| meta.point.take()) else {
+/// Ends a snapshot point without a snapshot: what was taken is given back, and the active disk, which stays
+/// as it is, gets its COPIED flags again. What fails is leaked.
+///
+/// Table by table, with requests and flushes let in between: after each, counts and flags below it agree.
+pub(super) fn give_back(image: &Qcow2) -> Result<()> {
+    let mut meta = image.meta();
+    let Some(point) = meta.point.take() else {
         return Ok(());
     };
     // Tables that moved may be those of the disk's L1 table on disk. After a sync they are free at
     // once, and the disk's tables find their places again.
     let moved = point.shares.contains(&Share::Moved);
-    let current = moved && frozen.sync().is_ok();
+    let current = match moved {
+        true => image.freeze(meta).sync().is_ok(),
+        false => {
+            drop(meta);
+            false
+        }
+    };
     let mut result = Ok(());
-    for (entry, share) in point.l1.iter().zip(point.shares) {
-        let done = frozen.step(|meta| {
-            let done = match share {
-                Share::Nothing | Share::Owed => Ok(()),
-                Share::Shared => tree::unshare(meta, &[*entry]),
-                Share::Moved => meta.give_moved_back(*entry, current),
-            };
-            done.and(meta.punch_if_many())
-        });
-        result = result.and(done);
+    for (index, (entry, share)) in point.l1.iter().zip(point.shares).enumerate() {
+        let mut meta = image.meta();
+        let done = match share {
+            Share::Nothing | Share::Owed => continue,
+            Share::Shared => tree::unshare(&mut meta, &[*entry]),
+            Share::Moved => meta.give_moved_back(*entry, current),
+        };
+        let copied = tree::set_copied_below(&mut meta, index);
+        result = result.and(done).and(copied).and(meta.punch_if_many());
+        drop(meta);
+        std::thread::yield_now();
     }
     result
 }

@@ -194,6 +194,16 @@ fn set_all_copied(meta: &mut Meta) -> Result<()> {
     Ok(())
 }
 
+/// As [`set_copied`], of the table of an L1 index.
+pub(super) fn set_copied_below(meta: &mut Meta, index: usize) -> Result<()> {
+    if meta.geometry().external || index >= meta.l1.len() {
+        return Ok(());
+    }
+    let result = set_table_copied(meta, index, &mut Vec::new());
+    meta.flags_lag |= result.is_err();
+    result
+}
+
 /// As [`set_copied`], table by table, with who only looks let in between.
 pub(super) fn set_copied_in_steps(frozen: &Frozen<'_>) -> Result<()> {
     let external = frozen.step(|meta| meta.geometry().external);
