@@ -12,7 +12,7 @@ use qmp::client::Client;
 use serde_json::{Value, json};
 use tardigrade_tests::baremetal::layout::FREE;
 use tardigrade_tests::baremetal::virtio::{DATA, Driver};
-use tardigrade_tests::baremetal::{Monitor, Routine, machine_with_disk, monitor};
+use tardigrade_tests::baremetal::{Monitor, Routine, machine, machine_with_disk, monitor};
 use tardigrade_tests::disk::Disk;
 use tardigrade_tests::events::target;
 use tardigrade_tests::require;
@@ -137,6 +137,67 @@ fn a_save_right_after_a_load_saves_what_was_loaded() {
     vm.load("two", DISK);
     guest.verify(USED, 1);
     vm.quit();
+    disk(dir.path()).check();
+}
+
+#[test]
+fn a_save_right_after_a_load_waits_for_nobody_with_clusters_larger_than_what_is_read_at_once() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk0.qcow2");
+    let disk = Disk::create(path, "qcow2", &["cluster_size=2M"], "16M");
+    let mut vm = machine(dir.path(), "160M", 1).disk(&disk).start();
+    let mut guest = monitor(&vm);
+    guest.fill(USED, 1);
+    vm.save("one", DISK);
+    for round in 0..8 {
+        guest.fill(USED, 2);
+        vm.load("one", DISK);
+        // Pages that are not zero, in clusters of which nothing else is there yet.
+        for place in (USED.start + 16 * MIB * round..USED.end).step_by(9 << 20).take(4) {
+            guest.fill(place..place + 4096, 3);
+        }
+        let tag = round.to_string();
+        vm.save(&tag, DISK);
+        vm.load(&tag, DISK);
+        vm.delete(&tag, DISK);
+    }
+    vm.load("one", DISK);
+    guest.verify(USED, 1);
+    vm.quit();
+    disk.check();
+}
+
+#[test]
+fn a_guest_is_reset_while_a_job_reads_the_rest_of_its_memory() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (spec, vm, _) = filled(dir.path());
+    vm.quit();
+    // All of memory is saved then, so all of it is read before.
+    let spec = spec.args(&["--machine", "microvm,dirty-tracking=off", "--loadvm", "one"]);
+    for (command, tag) in [("snapshot-save", "two"), ("snapshot-delete", "one")] {
+        let mut vm = spec.start();
+        let mut qmp = vm.qmp();
+        std::thread::scope(|scope| {
+            let job = scope.spawn(|| vm.job(command, tag, DISK));
+            // Before it begins there would be nothing to be read any more.
+            while !job.is_finished() && qmp.execute("query-jobs", json!({})).unwrap() == json!([]) {
+            }
+            while !job.is_finished() {
+                qmp.execute("system_reset", json!({})).unwrap();
+            }
+            job.join().unwrap().unwrap();
+        });
+        qmp.execute("system_reset", json!({})).unwrap();
+        monitor(&vm).verify_zero(USED);
+        vm.quit();
+    }
+    assert_eq!(disk(dir.path()).tags(), ["two"]);
     disk(dir.path()).check();
 }
 

@@ -45,6 +45,7 @@ use crate::{GuestMemory, memory};
 use order::Order;
 use scratch::Scratch;
 use uffd::Uffd;
+pub(crate) use units::UNIT;
 use units::Units;
 
 /// Where the missing pages are.
@@ -123,6 +124,8 @@ struct State {
     /// Reading ahead ended with an error, until the next retry.
     stalled: bool,
     lost: bool,
+    /// Whoever started the service wants nothing of it any more.
+    abandoned: bool,
     /// The threads are to end.
     stop: bool,
     /// The watch has ended.
@@ -142,6 +145,7 @@ impl State {
             retries: 0,
             stalled: false,
             lost: false,
+            abandoned: false,
             stop: false,
             over: false,
         }
@@ -238,7 +242,7 @@ impl LazyRam {
 
     /// Bytes that are stored in the image and not yet in RAM.
     pub fn missing_bytes(&self) -> u64 {
-        self.shared.units.left() as u64 * units::UNIT
+        self.shared.units.left() as u64 * UNIT
     }
 
     /// Why a page that someone waits for, and goes on waiting for, cannot be read.
@@ -252,6 +256,11 @@ impl LazyRam {
     pub fn lost(&self) -> Option<String> {
         let state = self.shared.state();
         state.lost.then(|| state.reason.clone().unwrap_or_default())
+    }
+
+    /// Whether it was ended because other contents have taken the place of these, or are about to.
+    pub fn is_abandoned(&self) -> bool {
+        self.shared.state().abandoned
     }
 
     /// The machine is put together and can be stopped at any time: reading ahead begins, and a page
@@ -279,7 +288,7 @@ impl LazyRam {
     ///
     /// # Errors
     /// What the image says; pages stay missing then. [`block::Error::Cancelled`] if `progress` was
-    /// cancelled, or if the service was ended by someone else.
+    /// cancelled. Any error if the service was ended by someone else: see [`LazyRam::is_abandoned`].
     pub fn complete(&self, progress: &Progress) -> block::Result<()> {
         let shared = &*self.shared;
         let vmstate = shared.source.open()?;
@@ -318,7 +327,10 @@ impl LazyRam {
     /// Ends the service. RAM is as it is: what was missing is zero from now on.
     pub fn abandon(&self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.change(|state| state.stop = true);
+        self.shared.change(|state| {
+            state.abandoned = true;
+            state.stop = true;
+        });
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread that serves page faults has panicked");

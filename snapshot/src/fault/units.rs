@@ -21,7 +21,7 @@ use crate::revive::Stored;
 use crate::units::{MIB, index};
 
 /// Bytes of a unit.
-pub(super) const UNIT: u64 = 64 << 10;
+pub(crate) const UNIT: u64 = 64 << 10;
 
 /// Stretches of RAM that the image does not store are left alone if they are longer than this: the
 /// host gives zeroes, and huge pages, by itself. Each stretch costs a mapping.

@@ -19,6 +19,7 @@ use super::writer::RamWriter;
 use super::{SaveError, SaveReport, all_sections, preflight_save};
 use crate::about::{About, Stamp};
 use crate::config::MachineConfig;
+use crate::fault::UNIT;
 use crate::fault::guard::WriteGuard;
 use crate::format::area::StateArea;
 use crate::format::ram::RamLayout;
@@ -146,6 +147,14 @@ impl<'a> Save<'a> {
     /// base has to be. Otherwise all of RAM has to be written.
     pub fn is_incremental(&self) -> bool {
         self.incremental
+    }
+
+    /// Whether pages may be missing from memory while it is written to the image, as long as none of them is
+    /// dirty: what is written with a dirty page came with it, so nobody is waited for. With larger
+    /// clusters more is written, and the host's kernel would wait for a page in the middle of a write, with a
+    /// lock held of the file that the page is to be read from.
+    pub fn may_be_absent(&self) -> bool {
+        self.incremental && self.writer.granule() <= UNIT
     }
 
     /// Bytes of RAM written so far.

@@ -89,6 +89,11 @@ impl<'a> RamWriter<'a> {
         })
     }
 
+    /// Bytes that are written at once the first time one of their pages is.
+    pub(crate) fn granule(&self) -> u64 {
+        self.granule
+    }
+
     /// Where RAM lies.
     pub(crate) fn layout(&self) -> &RamLayout {
         &self.layout

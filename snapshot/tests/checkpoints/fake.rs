@@ -38,6 +38,7 @@ pub(crate) struct FakeImage {
     /// Steps that fail, by name, and how often each is let through before.
     faults: Mutex<BTreeMap<&'static str, usize>>,
     on_write: Mutex<Option<Hook>>,
+    on_read: Mutex<Option<Hook>>,
     /// Where VM state was read, while someone wants to know.
     reads: Mutex<Option<Vec<u64>>>,
     /// Changes begun and neither finished nor rolled back.
@@ -57,6 +58,7 @@ impl FakeImage {
             disk: Mutex::new(Disk { data: vec![0x11; 4096], snapshots: Vec::new() }),
             faults: Mutex::default(),
             on_write: Mutex::default(),
+            on_read: Mutex::default(),
             reads: Mutex::default(),
             open_changes: AtomicUsize::new(0),
         })
@@ -81,6 +83,11 @@ impl FakeImage {
 
     pub(crate) fn on_write(&self, hook: impl Fn() + Send + 'static) {
         *self.on_write.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// The hook is called before VM state is read.
+    pub(crate) fn on_read(&self, hook: impl Fn() + Send + 'static) {
+        *self.on_read.lock().unwrap() = Some(Box::new(hook));
     }
 
     /// The offsets of all reads of VM state during `work`.
@@ -371,6 +378,9 @@ impl VmStateRead for Reader<'_> {
 
     fn read(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
         self.image.step("read")?;
+        if let Some(hook) = &*self.image.on_read.lock().unwrap() {
+            hook();
+        }
         if let Some(reads) = &mut *self.image.reads.lock().unwrap() {
             reads.push(offset);
         }

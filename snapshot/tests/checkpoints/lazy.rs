@@ -6,10 +6,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use block::Progress;
-use snapshot::{Checkpoint, GuestMemory, LazyHost, LazyRam, Notice, Orders};
+use snapshot::save::{Save, SaveSetup};
+use snapshot::{
+    Checkpoint, GuestMemory, LazyHost, LazyRam, Notice, Orders, PageRun, PageSet, SaveImages,
+};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::support::{MIB, Machine, contents, new_ram};
+use crate::support::{MIB, Machine, contents, new_ram, stamp};
 
 /// How long a thing that must happen may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -256,4 +259,65 @@ fn what_was_touched_first_is_read_ahead_first() {
     });
     // RAM starts at 4 MiB of the VM state; two threads read ahead.
     assert!(reads[..2].contains(&((4 * MIB + last) / 65536 * 65536)), "{reads:x?}");
+}
+
+#[test]
+fn who_reads_the_rest_of_an_abandoned_load_hears_of_it_and_touches_nothing() {
+    let machine = Machine::new(65536);
+    machine.save("t").unwrap();
+    let ram = new_ram();
+    let Some((lazy, _notices)) = lend(&machine, "t", &ram, true) else { return };
+    let (reading, is_read) = channel();
+    let (go_on, may_go_on) = channel::<()>();
+    machine.images[0].on_read(move || {
+        // Nobody listens any more after the first one.
+        let _ = reading.send(());
+        let _ = may_go_on.recv();
+    });
+    assert!(!lazy.is_abandoned());
+    thread::scope(|scope| {
+        let rest = scope.spawn(|| lazy.complete(&Progress::default()));
+        is_read.recv_timeout(PATIENCE).unwrap();
+        lazy.abandon();
+        drop((go_on, is_read));
+        assert!(rest.join().unwrap().is_err());
+    });
+    assert!(lazy.is_abandoned());
+    assert!(contents(&ram).concat().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn an_incremental_save_of_clusters_up_to_a_unit_waits_for_no_page() {
+    for cluster in [4096, 65536, 131_072] {
+        let machine = Machine::new(cluster);
+        machine.save("base").unwrap();
+        let ram = &machine.ram;
+        let Some((lazy, _notices)) = lend(&machine, "base", ram, false) else { return };
+        ram.write_obj(0xee_u8, GuestAddress(MIB + 5000)).unwrap();
+        let mut dirty = PageSet::of(ram);
+        dirty.insert(PageRun { region: 0, first: 257, count: 1 });
+        let base = Checkpoint::open(&machine.nodes, "d0", "base").unwrap().base();
+        let images = SaveImages::of(&machine.nodes, "d0");
+        let (stamp, progress) = (stamp("t"), Progress::default());
+        let setup = SaveSetup {
+            nodes: &machine.nodes,
+            vmstate: "d0",
+            stamp: &stamp,
+            base: Some(&base),
+            compress: None,
+            absent: lazy.missing_bytes() > 0,
+            state_bytes: 1000,
+            ram,
+            progress: &progress,
+            threads: 1,
+        };
+        let mut save = Save::begin(&images, setup).unwrap();
+        assert!(save.is_incremental());
+        assert_eq!(save.may_be_absent(), cluster <= 65536);
+        if !save.may_be_absent() {
+            lazy.complete(&Progress::default()).unwrap();
+        }
+        let reads = machine.images[0].reads_of(|| save.write(&dirty).unwrap());
+        assert_eq!(reads, [0; 0], "cluster size {cluster}");
+    }
 }

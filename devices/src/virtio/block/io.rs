@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ::block::queue::{Completion, Op, OwnedBufs, Queue};
 use slab::Slab;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::SERIAL_SIZE;
 use super::config::MAX_RANGES;
@@ -18,6 +18,7 @@ use super::errors::{ErrorAction, IoErrors};
 use super::pending::{Account, Failure, Outcome, Pending};
 use super::request::{Extent, Operation, RANGE_SIZE, Range, Request};
 use super::throttled::{IoThrottle, Throttled};
+use crate::presence::Unusable;
 use crate::virtio::chain::{Chain, Malformed, SegmentList};
 use crate::virtio::{End, Ended, QueueHandler, Served, Token};
 use crate::{GuestMemory, Presence};
@@ -103,13 +104,13 @@ impl BlockHandler {
         match operation {
             Operation::Read(sector) => {
                 let extent = self.extent(sector, &chain.writable)?;
-                let bufs = self.bufs(mem, &chain.writable)?;
+                let bufs = self.bufs(mem, &chain.writable, Presence::wait_to_fill)?;
                 Ok((vec![Op::Read { offset: extent.offset }], bufs))
             }
             Operation::Write(sector) => {
                 self.writable()?;
                 let extent = self.extent(sector, &chain.readable)?;
-                let bufs = self.bufs(mem, &chain.readable)?;
+                let bufs = self.bufs(mem, &chain.readable, Presence::wait_for)?;
                 Ok((vec![Op::Write { offset: extent.offset, fua: self.write_through }], bufs))
             }
             Operation::Flush => plain(vec![Op::Flush]),
@@ -192,12 +193,17 @@ impl BlockHandler {
         Extent::new(sector, len, self.capacity()).ok_or(Failure::IoError)
     }
 
-    /// The segments as buffers.
-    fn bufs(&mut self, mem: &GuestMemory, data: &SegmentList) -> Result<OwnedBufs, Failure> {
+    /// The segments as buffers, once the host may use them.
+    fn bufs(
+        &mut self,
+        mem: &GuestMemory,
+        data: &SegmentList,
+        wait: fn(&Presence, &GuestMemory, GuestAddress, usize) -> Result<(), Unusable>,
+    ) -> Result<OwnedBufs, Failure> {
         let keep = self.memory.get_or_insert_with(|| Arc::new(mem.clone())).clone();
         let mut parts = Vec::with_capacity(data.segments().len());
         for segment in data.segments() {
-            let there = self.presence.wait_for(&keep, segment.addr, segment.len as usize);
+            let there = wait(&self.presence, &keep, segment.addr, segment.len as usize);
             there.map_err(|_| Failure::IoError)?;
             for slice in GuestMemoryBackend::get_slices(&*keep, segment.addr, segment.len as usize)
             {

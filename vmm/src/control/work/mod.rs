@@ -334,6 +334,8 @@ impl WorkContext {
         let Some(missing) = &self.missing else { return Ok(()) };
         match missing.ram.complete(&self.progress) {
             Ok(()) => Ok(()),
+            // A reset has put other contents in its place, of which nothing is missing.
+            Err(_) if missing.ram.is_abandoned() => Ok(()),
             Err(block::Error::Cancelled) => Err(WorkError::Cancelled),
             Err(error) => Err(WorkError::Failed(format!(
                 "RAM of snapshot '{}' could not be read from '{}': {error}",

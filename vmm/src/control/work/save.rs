@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use devices::Presence;
 use snapshot::fault::guard::WriteGuard;
 use snapshot::save::{Machine, Room, Save, SaveSetup, Saved, set_aside};
 use snapshot::{About, Lineage, PageSet, SaveError, SaveImages, SectionReader, Stamp};
@@ -53,8 +54,8 @@ pub(super) fn save(
     };
     let save = Save::begin(&images, setup).map_err(failed)?;
     let waits = context.missing.as_ref().is_some_and(|missing| missing.ram.failing().is_some());
-    if waits || !save.is_incremental() {
-        // What is missing is the base's, and is shared with it; all of RAM has to be read otherwise,
+    if waits || !save.may_be_absent() {
+        // What is missing is the base's, and is shared with it; more has to be read otherwise,
         // and what the guest waits for, or it could not be stopped.
         context.read_missing()?;
     }
@@ -130,7 +131,7 @@ impl Running<'_> {
         }
         // Memory can be watched for one thing at a time.
         self.context.read_missing()?;
-        match WriteGuard::start(&self.context.memory) {
+        match Guarded::start(self.context) {
             Ok(guard) => self.guarded(guard),
             Err(error) => {
                 warn!(
@@ -143,7 +144,7 @@ impl Running<'_> {
     }
 
     /// What is dirty is write-protected, not copied: the guest writes more than a pause can copy.
-    fn guarded(mut self, guard: WriteGuard) -> Outcome {
+    fn guarded(mut self, Guarded { guard, presence }: Guarded<'_>) -> Outcome {
         // What is guarded is copied when the guest writes to it, and the guest waits if that is much.
         let uninterrupted = self.context.progress.without_pause();
         let dirty = self.context.collect()?;
@@ -157,7 +158,7 @@ impl Running<'_> {
         let mut all = dirty;
         all.union(&again);
         self.save.write_kept(&guard, all.count()).map_err(failed)?;
-        drop(guard);
+        drop((guard, presence));
         self.context.send(WorkMessage::Unguarded);
         drop(uninterrupted);
         self.finish(&state)
@@ -213,6 +214,31 @@ impl Running<'_> {
         let rewind = rewinder.map(|rewinder| Box::new(rewind(rewinder)));
         context.send(WorkMessage::Saved { base, report, rewind });
         Ok(())
+    }
+}
+
+/// Guarded RAM, as the devices know.
+struct Guarded<'a> {
+    guard: WriteGuard,
+    presence: GuardedPresence<'a>,
+}
+
+impl<'a> Guarded<'a> {
+    /// The devices are told before the guest is paused. So what they have the kernel fill was given to it before
+    /// the switch, up to which writes go through, and is filled by then; or is written to before.
+    fn start(context: &'a WorkContext) -> std::io::Result<Self> {
+        let guard = WriteGuard::start(&context.memory)?;
+        context.presence.set_guarded(true);
+        Ok(Self { guard, presence: GuardedPresence(&context.presence) })
+    }
+}
+
+/// Tells the devices when it is dropped that RAM is no longer guarded.
+struct GuardedPresence<'a>(&'a Presence);
+
+impl Drop for GuardedPresence<'_> {
+    fn drop(&mut self) {
+        self.0.set_guarded(false);
     }
 }
 
