@@ -140,6 +140,44 @@ fn msrs_debug_and_control_registers_come_back() {
     vm.quit();
 }
 
+#[test]
+fn what_a_guest_has_where_it_once_asked_for_the_time_of_day_comes_back() {
+    if !require::kvm() {
+        return;
+    }
+    const WALL_CLOCK: u32 = 0x4b56_4d00;
+    const PLACE: u64 = SCRATCH + 0x3000;
+    const WORDS: [u64; 2] = [0x1111_2222_3333_4444, 0x5555_6666_7777_8888];
+    let dir = tempfile::tempdir().unwrap();
+    let spec = machine_with_disk(dir.path(), "32M", 1);
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    guest.set_msr(WALL_CLOCK, PLACE);
+    assert_ne!(guest.peek(PLACE) >> 32, 0, "KVM has not told the time");
+    let put = |guest: &mut Monitor, words: [u64; 2]| {
+        guest.poke(PLACE, words[0]);
+        guest.poke(PLACE + 8, words[1]);
+    };
+    let get = |guest: &mut Monitor| [guest.peek(PLACE), guest.peek(PLACE + 8)];
+    put(&mut guest, WORDS);
+    vm.save("asked", DISK);
+    // A rewind, then the long way.
+    for mode in ["lazy", "eager"] {
+        put(&mut guest, [7, 8]);
+        let mut arguments = json!({ "tag": "asked", "vmstate": "disk0", "devices": DISK });
+        arguments["x-mode"] = json!(mode);
+        vm.job_with("snapshot-load", arguments).unwrap();
+        assert_eq!(get(&mut guest), WORDS, "{mode}");
+        vm.save(mode, DISK);
+    }
+    vm.quit();
+    let vm = spec.args(&["--loadvm", "asked"]).start();
+    let mut guest = monitor(&vm);
+    assert_eq!(get(&mut guest), WORDS, "in a new process");
+    assert_eq!(guest.msr(WALL_CLOCK), PLACE);
+    vm.quit();
+}
+
 /// Words the vCPUs count in: one of their own each, a cache line apart, then one for all.
 const OWN: u64 = SCRATCH + 0x1000;
 const TOTAL: u64 = SCRATCH + 0x2000;

@@ -11,6 +11,8 @@ use super::{Error, IoctlContext, Result};
 pub const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: compared with the TSC, and armed only while the APIC timer is in that mode.
 const TSC_DEADLINE: u32 = 0x6e0;
+/// MSR_KVM_WALL_CLOCK_NEW and MSR_KVM_WALL_CLOCK: where KVM writes the time of day.
+pub const WALL_CLOCKS: [u32; 2] = [0x4b56_4d00, 0x11];
 /// IA32_MISC_ENABLE.
 const MISC_ENABLE: u32 = 0x1a0;
 /// IA32_MISC_ENABLE bit 0: fast strings.

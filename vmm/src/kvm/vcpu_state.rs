@@ -114,6 +114,11 @@ impl VcpuState {
         }
     }
 
+    /// Guest physical addresses to which KVM writes the time of day as this is restored; 0 is none.
+    pub fn wall_clocks(&self) -> impl Iterator<Item = u64> {
+        self.msrs.iter().filter(|msr| msrs::WALL_CLOCKS.contains(&msr.index)).map(|msr| msr.value)
+    }
+
     /// Whether the recorded state can be put on vCPUs of this host.
     pub fn check_fits(&self, info: &CaptureInfo) -> Result<()> {
         check_xsave(&self.xsave, info.xsave_size)

@@ -18,6 +18,7 @@ mod restore;
 pub mod spec;
 pub mod state;
 mod tracking;
+mod wall_clock;
 
 use std::sync::Arc;
 

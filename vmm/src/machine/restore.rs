@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::devices::DeviceSet;
 use super::state::MachineState;
+use super::wall_clock::WallClocks;
 use super::{Error, Machine, acpi};
 use crate::kvm::irqchip::{ClockState, IrqchipState};
 use crate::memory;
@@ -108,12 +109,14 @@ impl Machine {
     ) -> Result<(), Error> {
         // The interrupt chips first: restoring a LAPIC or a device can raise interrupts there.
         state.irqchip.restore(&self.vm)?;
+        let wall_clocks = WallClocks::note(&self.memory, state);
         let pairs = self.vcpus.iter().zip(&state.vcpus);
         let pending: Result<Vec<_>, _> = pairs.map(|(vcpu, to)| vcpu.restore(to.clone())).collect();
         meanwhile(self)?;
         for restored in pending? {
             restored.wait()?;
         }
+        wall_clocks.put_back(&self.memory);
         // A device's interrupt goes to a LAPIC that is in place.
         self.devices.restore(&state.devices)?;
         self.clock = state.clock;
