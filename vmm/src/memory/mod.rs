@@ -4,7 +4,6 @@ pub mod dirty_log;
 mod slots;
 
 use std::fs::File;
-use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 
 use devices::GuestMemory;
@@ -12,6 +11,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use snapshot::{PageSet, Piece};
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::layout::{self, LayoutError};
@@ -33,7 +33,7 @@ pub enum Error {
         /// Bytes of the region.
         size: usize,
         /// What the host said.
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
     },
     /// The regions do not fit together.
     #[error("guest RAM regions: {0}")]
@@ -56,29 +56,59 @@ pub enum Kind {
     Mixed,
 }
 
+/// Where regions begin: at multiples of a large page, as they do in the guest. KVM maps a large page only where
+/// both lie alike. Linux before 6.7 places large mappings anywhere.
+const ALIGN: usize = 2 << 20;
+
 /// Maps `size` bytes of guest RAM: private, given by the host as the guest touches it, in huge pages
-/// where the host has them, and not part of a core dump or of a child process.
+/// where the host has them, and not part of a core dump or of a child process. It lives as long as the
+/// process.
 pub fn allocate(size: u64, kind: Kind) -> Result<GuestMemory, Error> {
     const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
     const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let flags = match kind {
+        Kind::Anonymous => FLAGS | libc::MAP_ANONYMOUS,
+        Kind::Mixed => FLAGS,
+    };
     let mut regions = Vec::new();
     for (start, size) in layout::ram_regions(size)? {
         let failed = |source| Error::Map { size, source };
-        let anonymous = MmapRegion::build(None, size, PROT, FLAGS | libc::MAP_ANONYMOUS);
-        let mut mapping = anonymous.map_err(failed)?;
+        let at = map_aligned(size).map_err(|error| failed(MmapRegionError::Mmap(error)))?;
+        // SAFETY: the range is the mapping just made, which is never unmapped.
+        let mapping = unsafe { MmapRegion::build_raw(at, size, PROT, flags) }.map_err(failed)?;
         advise(&mapping, kind);
-        if kind == Kind::Mixed {
-            let memory = ManuallyDrop::new(mapping);
-            // SAFETY: the range is the mapping just made, which is never unmapped: guest RAM lives
-            // as long as the process.
-            mapping = unsafe { MmapRegion::build_raw(memory.as_ptr(), size, PROT, FLAGS) }
-                .map_err(failed)?;
-        }
-        let region = GuestRegion::new(mapping, start)
-            .ok_or(Error::Map { size, source: vm_memory::mmap::MmapRegionError::InvalidPointer })?;
+        let region =
+            GuestRegion::new(mapping, start).ok_or(failed(MmapRegionError::InvalidPointer))?;
         regions.push(region);
     }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Maps anonymous memory at a multiple of [`ALIGN`].
+fn map_aligned(size: usize) -> std::io::Result<*mut u8> {
+    const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
+    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let too_large = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+    let room = size.checked_add(ALIGN).ok_or_else(too_large)?;
+    // SAFETY: a new mapping at a place of the kernel's choice.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), room, PROT, FLAGS, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    let skip = start.addr().next_multiple_of(ALIGN) - start.addr();
+    let at = start.cast::<u8>().wrapping_add(skip);
+    give_back(start.cast(), skip);
+    give_back(at.wrapping_add(size), ALIGN - skip);
+    Ok(at)
+}
+
+/// Gives back an end of what [`map_aligned`] has mapped.
+fn give_back(at: *mut u8, len: usize) {
+    // SAFETY: the range is of the mapping just made, and nobody knows of it.
+    if len > 0 && unsafe { libc::munmap(at.cast(), len) } != 0 {
+        // Addresses are lost, and nothing else.
+        tracing::debug!("munmap: {}", std::io::Error::last_os_error());
+    }
 }
 
 /// Whether all of RAM is of [`Kind::Anonymous`], so that its pages can be dropped and served.
@@ -252,4 +282,28 @@ pub fn discard(memory: &GuestMemory) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn regions_begin_at_multiples_of_a_large_page_whatever_their_size() {
+        const MIB: u64 = 1 << 20;
+        for size in [33 * MIB, 35 * MIB + 4096, 64 * MIB, (3 << 30) + 5 * MIB] {
+            for kind in [Kind::Anonymous, Kind::Mixed] {
+                let memory = allocate(size, kind).unwrap();
+                assert_eq!(memory.iter().map(GuestMemoryRegion::len).sum::<u64>(), size);
+                assert_eq!(is_anonymous(&memory), kind == Kind::Anonymous);
+                for region in memory.iter() {
+                    assert!(region.as_ptr().addr().is_multiple_of(ALIGN), "{size:#x}");
+                    let last = GuestAddress(region.start_addr().0 + region.len() - 8);
+                    memory.write_obj(7_u64, last).unwrap();
+                }
+            }
+        }
+    }
 }
