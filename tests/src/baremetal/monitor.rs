@@ -236,9 +236,15 @@ impl Monitor {
         // What the guest said when it started would be taken for data.
         self.tsc();
         self.start(routine, &[address, length as u64]);
+        let bytes = self.received(length);
+        self.answer().unwrap();
+        bytes
+    }
+
+    /// Bytes that a routine sends before its answer.
+    pub fn received(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.read(&mut bytes);
-        self.answer().unwrap();
         bytes
     }
 

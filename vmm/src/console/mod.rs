@@ -1,25 +1,25 @@
 //! Where the guest's serial port goes: the terminal, a file, a socket, or nowhere.
 //!
 //! The guest writes from a vCPU thread, which pauses, stops and ends wait for, so output must not
-//! wait for a reader for ever: one that does not read (a client, a pipe, a terminal after Ctrl-S)
-//! holds the vCPU up for [`PATIENCE`] at a time, then bytes are dropped. Input is read by the main
-//! event loop.
+//! wait for a reader for ever: what one does not take at once (a client, a pipe, a terminal after Ctrl-S)
+//! is kept for it, see [`outbox`]. Input is read by the main event loop, which hands over what is kept, too.
 
+mod outbox;
 mod socket;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use qmp::schema::ChardevInfo;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::terminal::RawTerminal;
+use outbox::{Outbox, Reader};
 pub use socket::SocketConsole;
-
-/// How long output waits for a reader that does not read before it is dropped.
-const PATIENCE: Duration = Duration::from_millis(100);
 
 /// `--serial`: what the port is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub enum Console {
         input: File,
         /// Set while the terminal is raw; puts it back when dropped.
         terminal: Option<RawTerminal>,
+        /// The way to standard output.
+        output: StdioOutput,
     },
     /// Nowhere.
     Null,
@@ -80,7 +82,7 @@ impl Console {
         match spec {
             ConsoleSpec::Stdio => {
                 let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-                Ok(Self::Stdio { input, terminal: None })
+                Ok(Self::Stdio { input, terminal: None, output: StdioOutput::new()? })
             }
             ConsoleSpec::Null => Ok(Self::Null),
             ConsoleSpec::None => Ok(Self::None),
@@ -101,7 +103,7 @@ impl Console {
     /// # Errors
     /// The terminal refuses.
     pub fn take_terminal(&mut self) -> io::Result<()> {
-        if let Self::Stdio { input, terminal } = self {
+        if let Self::Stdio { input, terminal, .. } = self {
             *terminal = RawTerminal::enter(input, true)?;
         }
         Ok(())
@@ -113,10 +115,7 @@ impl Console {
     /// The host is out of descriptors.
     pub fn output(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match self {
-            Self::Stdio { .. } => {
-                let stdout = io::stdout().as_fd().try_clone_to_owned()?;
-                Box::new(PatientOutput(File::from(stdout)))
-            }
+            Self::Stdio { output, .. } => Box::new(output.clone()),
             Self::Null | Self::None => Box::new(io::sink()),
             Self::File(file) => Box::new(file.try_clone()?),
             Self::Socket(socket) => Box::new(socket.output()),
@@ -129,6 +128,42 @@ impl Console {
             Self::Stdio { input, .. } => vec![input.as_raw_fd()],
             Self::Null | Self::None | Self::File(_) => Vec::new(),
             Self::Socket(socket) => socket.watched(),
+        }
+    }
+
+    /// Readable when output waits for a reader: then [`Console::output_fd`] is to be watched for room.
+    pub fn output_waits(&self) -> Option<&EventFd> {
+        match self {
+            Self::Stdio { output, .. } => Some(&output.waits),
+            Self::Null | Self::None | Self::File(_) => None,
+            Self::Socket(socket) => Some(socket.output_waits()),
+        }
+    }
+
+    /// Where output goes that may wait; no other descriptor to be watched has this number.
+    pub fn output_fd(&self) -> Option<RawFd> {
+        match self {
+            Self::Stdio { output, .. } => Some(output.outbox.fd()),
+            Self::Null | Self::None | Self::File(_) => None,
+            Self::Socket(socket) => socket.output_fd(),
+        }
+    }
+
+    /// There is room at [`Console::output_fd`]: hands over what waits; tells whether something still does.
+    pub fn send_kept(&self) -> bool {
+        match self {
+            Self::Stdio { output, .. } => output.outbox.send_kept(),
+            Self::Null | Self::None | Self::File(_) => false,
+            Self::Socket(socket) => socket.send_kept(),
+        }
+    }
+
+    /// The machine has ended: what waits is still handed over, to a reader that reads.
+    pub fn finish(&self) {
+        match self {
+            Self::Stdio { output, .. } => output.outbox.finish(),
+            Self::Null | Self::None | Self::File(_) => {}
+            Self::Socket(socket) => socket.finish(),
         }
     }
 
@@ -167,7 +202,15 @@ impl Console {
         }
     }
 
-    /// After [`Input::End`], once its descriptor is watched no longer.
+    /// After [`Input::End`]: the descriptor of output that has to be watched no longer.
+    pub fn ended_output_fd(&self) -> Option<RawFd> {
+        match self {
+            Self::Socket(socket) => socket.ended_output_fd(),
+            _ => None,
+        }
+    }
+
+    /// After [`Input::End`], once its descriptors are watched no longer.
     pub fn close_ended(&mut self) {
         if let Self::Socket(socket) = self {
             socket.close_ended();
@@ -179,14 +222,30 @@ fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// A descriptor in blocking mode, written to only when it takes something.
-struct PatientOutput(File);
+fn new_event() -> io::Result<Arc<EventFd>> {
+    Ok(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
+}
 
-impl Write for PatientOutput {
+/// Standard output.
+#[derive(Clone)]
+pub struct StdioOutput {
+    outbox: Arc<Outbox>,
+    waits: Arc<EventFd>,
+}
+
+impl StdioOutput {
+    fn new() -> io::Result<Self> {
+        let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+        let waits = new_event()?;
+        let outbox = Outbox::new(Box::new(Blocking(File::from(stdout))), Arc::clone(&waits));
+        Ok(Self { outbox: Arc::new(outbox), waits })
+    }
+}
+
+impl Write for StdioOutput {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        // Ready means that there is room for a byte, not for all of them.
-        let first = &buf[..buf.len().min(1)];
-        if writable_within(&self.0, PATIENCE) { self.0.write(first) } else { Ok(buf.len()) }
+        self.outbox.write(buf);
+        Ok(buf.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -194,33 +253,30 @@ impl Write for PatientOutput {
     }
 }
 
-fn writable_within(fd: &impl AsRawFd, time: Duration) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    let millis = i32::try_from(time.as_millis().max(1)).unwrap_or(i32::MAX);
-    // SAFETY: the array has one element, and the descriptor is open while it is borrowed.
-    unsafe { libc::poll(&raw mut poll, 1, millis) > 0 }
+/// A descriptor in blocking mode, which others may have too: it is written to only when it takes something.
+struct Blocking(File);
+
+impl AsRawFd for Blocking {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-
-    #[test]
-    fn output_nobody_reads_is_dropped_and_what_is_read_arrives() {
-        let (writer, mut reader) = UnixStream::pair().unwrap();
-        let mut output = PatientOutput(File::from(OwnedFd::from(writer)));
-        output.write_all(b"hello").unwrap();
-        let mut buf = [0; 5];
-        reader.read_exact(&mut buf).unwrap();
-        assert_eq!(&buf, b"hello");
-        // More than any socket buffer holds; a blocking write would never come back.
-        let mut written = 0;
-        while output.write(&[0; 2]).unwrap() == 1 {
-            written += 1;
+impl Reader for Blocking {
+    fn offer(&self, bytes: &[u8]) -> io::Result<usize> {
+        if !writable_within(self.as_raw_fd(), Duration::ZERO) {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
-        assert!(written > 0);
+        // Ready means that there is room for a byte, not for all of them.
+        (&self.0).write(&bytes[..bytes.len().min(1)])
     }
+}
+
+/// Whether a descriptor takes bytes, or has an error to tell, within `time`.
+fn writable_within(fd: RawFd, time: Duration) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // Rounded up, or the last millisecond would be spent spinning.
+    let millis = i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+    // SAFETY: the array has one element. A number that is no descriptor is told in it.
+    unsafe { libc::poll(&raw mut poll, 1, millis) > 0 }
 }

@@ -6,20 +6,46 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-use super::{Input, PATIENCE, is_transient, writable_within};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::outbox::{Outbox, Reader};
+use super::{Input, is_transient, new_event};
 
 /// The client of the moment. The event loop replaces it; the serial port writes to it.
-type Client = Arc<Mutex<Option<Arc<UnixStream>>>>;
+type Current = Arc<Mutex<Option<Arc<Client>>>>;
+
+/// A client; what is kept for it goes with it.
+struct Client {
+    /// Where it is read from.
+    stream: UnixStream,
+    /// The way to it: over a descriptor of its own, which is watched by itself.
+    outbox: Outbox,
+}
+
+impl Client {
+    fn new(stream: UnixStream, waits: &Arc<EventFd>) -> io::Result<Arc<Self>> {
+        stream.set_nonblocking(true)?;
+        let outbox = Outbox::new(Box::new(stream.try_clone()?), Arc::clone(waits));
+        Ok(Arc::new(Self { stream, outbox }))
+    }
+}
+
+impl Reader for UnixStream {
+    fn offer(&self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+}
 
 /// A listening socket with one client at a time; the next waits in the backlog.
 pub struct SocketConsole {
     path: PathBuf,
     listener: UnixListener,
-    client: Client,
+    client: Current,
     /// A client that is gone, open until [`SocketConsole::close_ended`].
-    ended: Option<Arc<UnixStream>>,
+    ended: Option<Arc<Client>>,
+    /// Told when output waits for a client.
+    waits: Arc<EventFd>,
 }
 
 impl SocketConsole {
@@ -35,7 +61,8 @@ impl SocketConsole {
         }
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { path: path.to_owned(), listener, client: Client::default(), ended: None })
+        let (client, waits) = (Current::default(), new_event()?);
+        Ok(Self { path: path.to_owned(), listener, client, ended: None, waits })
     }
 
     /// Blocks until a client is there.
@@ -44,8 +71,7 @@ impl SocketConsole {
         let accepted = self.listener.accept();
         self.listener.set_nonblocking(true)?;
         let (stream, _) = accepted?;
-        stream.set_nonblocking(true)?;
-        *lock(&self.client) = Some(Arc::new(stream));
+        *lock(&self.client) = Some(Client::new(stream, &self.waits)?);
         Ok(())
     }
 
@@ -68,7 +94,7 @@ impl SocketConsole {
     /// The client where there is one, else the listener.
     pub fn watched(&self) -> Vec<RawFd> {
         match lock(&self.client).as_ref() {
-            Some(stream) => vec![stream.as_raw_fd()],
+            Some(client) => vec![client.stream.as_raw_fd()],
             None => vec![self.listener.as_raw_fd()],
         }
     }
@@ -77,16 +103,17 @@ impl SocketConsole {
     /// watch have changed.
     pub fn read(&mut self, fd: RawFd, buf: &mut [u8]) -> Input {
         if fd == self.listener.as_raw_fd() {
-            return match self.listener.accept() {
-                Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
-                    *lock(&self.client) = Some(Arc::new(stream));
+            let accepted = self.listener.accept();
+            return match accepted.and_then(|(stream, _)| Client::new(stream, &self.waits)) {
+                Ok(client) => {
+                    *lock(&self.client) = Some(client);
                     Input::End
                 }
-                _ => Input::Nothing,
+                Err(_) => Input::Nothing,
             };
         }
         let client = lock(&self.client).clone();
-        let read = client.as_deref().map_or(Ok(0), |mut stream| stream.read(buf));
+        let read = client.map_or(Ok(0), |client| (&client.stream).read(buf));
         match read {
             Ok(count) if count > 0 => Input::Bytes(count),
             Err(error) if is_transient(&error) => Input::Nothing,
@@ -95,6 +122,35 @@ impl SocketConsole {
                 Input::End
             }
         }
+    }
+
+    /// See [`super::Console::output_waits`].
+    pub fn output_waits(&self) -> &EventFd {
+        &self.waits
+    }
+
+    /// See [`super::Console::output_fd`].
+    pub fn output_fd(&self) -> Option<RawFd> {
+        lock(&self.client).as_ref().map(|client| client.outbox.fd())
+    }
+
+    /// See [`super::Console::send_kept`].
+    pub fn send_kept(&self) -> bool {
+        let client = lock(&self.client).clone();
+        client.is_some_and(|client| client.outbox.send_kept())
+    }
+
+    /// See [`super::Console::finish`].
+    pub fn finish(&self) {
+        let client = lock(&self.client).clone();
+        if let Some(client) = client {
+            client.outbox.finish();
+        }
+    }
+
+    /// See [`super::Console::ended_output_fd`].
+    pub fn ended_output_fd(&self) -> Option<RawFd> {
+        self.ended.as_ref().map(|client| client.outbox.fd())
     }
 
     /// Closes what [`Input::End`] was about. The caller has stopped watching it: an event loop that
@@ -111,34 +167,21 @@ impl Drop for SocketConsole {
     }
 }
 
-fn lock(client: &Client) -> MutexGuard<'_, Option<Arc<UnixStream>>> {
+fn lock(client: &Current) -> MutexGuard<'_, Option<Arc<Client>>> {
     client.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes to the client of the moment; without one the bytes go nowhere, as on an open cable.
 pub struct SocketOutput {
-    client: Client,
+    client: Current,
 }
 
 impl Write for SocketOutput {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         // The lock is given back before the write: a slow client must not hold up the event loop.
-        let Some(stream) = lock(&self.client).clone() else { return Ok(buf.len()) };
-        let deadline = Instant::now() + PATIENCE;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            match (&*stream).write(rest) {
-                Ok(count) => rest = &rest[count..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() || !writable_within(&*stream, left) {
-                        break;
-                    }
-                }
-                // The client is gone; the event loop sees it, too, and forgets it.
-                Err(_) => break,
-            }
+        let client = lock(&self.client).clone();
+        if let Some(client) = client {
+            client.outbox.write(buf);
         }
         Ok(buf.len())
     }
@@ -197,7 +240,19 @@ mod tests {
         assert_eq!(console.read(listener, &mut [0; 1]), Input::End);
         let block = vec![0; 4 << 20];
         console.output().write_all(&block).unwrap();
+        assert_eq!(console.output_waits().read().unwrap(), 1);
+        let fd = console.output_fd().unwrap();
+        assert_ne!(fd, console.watched()[0]);
+        assert!(console.send_kept());
+        // What is kept goes with the client.
         drop(client);
+        let input = console.watched()[0];
+        assert_eq!(console.read(input, &mut [0; 1]), Input::End);
+        assert_eq!((console.output_fd(), console.ended_output_fd()), (None, Some(fd)));
+        assert!(is_open(fd), "the event loop could not forget a closed descriptor");
+        console.close_ended();
+        assert!(!is_open(fd));
+        assert!(!console.send_kept());
     }
 
     #[test]

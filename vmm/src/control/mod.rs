@@ -204,6 +204,7 @@ impl Controller {
         self.server.shutdown();
         let machine = self.machine.shutdown();
         let images = self.blocks.close();
+        self.console.finish();
         machine?;
         images?;
         match self.failure {
@@ -237,10 +238,20 @@ impl Controller {
             Input::Nothing => {}
             Input::End => {
                 unwatch(ops, fd);
+                if let Some(output) = self.console.ended_output_fd() {
+                    unwatch(ops, output);
+                }
                 self.console.close_ended();
                 // A console that has another descriptor to watch now, or none.
                 self.watch_console(ops, Some(fd));
             }
+        }
+    }
+
+    /// The guest's output has a reader that takes some now.
+    fn write_console(&self, fd: RawFd, ops: &mut EventOps<'_>) {
+        if !self.console.send_kept() {
+            unwatch(ops, fd);
         }
     }
 
@@ -260,6 +271,9 @@ impl MutEventSubscriber for Controller {
         watch(ops, self.requests.event().as_raw_fd());
         watch(ops, self.signals.as_raw_fd());
         watch(ops, self.machine.devices().console_wants_input().as_raw_fd());
+        if let Some(waits) = self.console.output_waits() {
+            watch(ops, waits.as_raw_fd());
+        }
         self.watch_console(ops, None);
     }
 
@@ -281,6 +295,14 @@ impl MutEventSubscriber for Controller {
         } else if fd == self.machine.devices().console_wants_input().as_raw_fd() {
             self.machine.devices().acknowledge_console_wants_input();
             self.watch_console(ops, None);
+        } else if let Some(waits) = self.console.output_waits().filter(|w| w.as_raw_fd() == fd) {
+            // Empty if it was woken for nothing.
+            let _ = waits.read();
+            if let Some(output) = self.console.output_fd() {
+                watch_for(ops, output, EventSet::OUT);
+            }
+        } else if self.console.output_fd() == Some(fd) {
+            self.write_console(fd, ops);
         } else {
             self.read_console(fd, ops);
         }
@@ -288,7 +310,11 @@ impl MutEventSubscriber for Controller {
 }
 
 fn watch(ops: &mut EventOps<'_>, fd: RawFd) {
-    match ops.add(Events::new_raw(fd, EventSet::IN)) {
+    watch_for(ops, fd, EventSet::IN);
+}
+
+fn watch_for(ops: &mut EventOps<'_>, fd: RawFd, what: EventSet) {
+    match ops.add(Events::new_raw(fd, what)) {
         // It is watched already.
         Ok(()) | Err(event_manager::Error::FdAlreadyRegistered) => {}
         // A regular file as standard input: it has no readiness, and a guest no use for it.
