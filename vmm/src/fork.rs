@@ -187,6 +187,11 @@ impl Fork {
         }))
     }
 
+    /// The files of overlays that have names.
+    pub fn overlays(&self) -> impl Iterator<Item = &Path> {
+        self.overlays.iter().map(|overlay| overlay.path.as_path())
+    }
+
     /// The overlays are open: those that are not kept lose their names.
     pub fn overlays_are_open(&mut self) {
         if self.kept_in.is_none() {

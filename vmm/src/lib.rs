@@ -9,6 +9,7 @@ pub mod cli;
 pub mod client;
 pub mod console;
 pub mod control;
+pub mod early;
 pub mod fork;
 pub mod image;
 pub mod kvm;

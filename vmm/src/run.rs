@@ -22,6 +22,7 @@ use crate::control::daemon::{self, Daemon};
 use crate::control::mailbox::{Mailbox, Message, mailbox};
 use crate::control::work::{Ram, Revival, Target, WorkError, lazy_host};
 use crate::control::{self, Controller, Parts};
+use crate::early::Early;
 use crate::fork::{self, Fork};
 use crate::machine::devices::GuestSignals;
 use crate::machine::spec::MachineSpec;
@@ -82,15 +83,26 @@ pub enum Error {
 /// It cannot be started, or a disk cannot be flushed at its end.
 pub fn run(args: &MachineArgs) -> Result<(), Error> {
     let options = Options::from_args(args)?;
-    let _pidfile = options.pidfile.as_deref().map(PidFile::create).transpose()?;
+    let early = Early::begin(options.sockets())
+        .map_err(|source| Error::Host { what: "cannot take signals", source })?;
+    let pidfile = options.pidfile.as_deref().map(PidFile::create).transpose()?;
+    pidfile.iter().for_each(|file| early.made(&file.0));
     match &options.guest {
-        Some(guest) => run_machine(&options, guest, args),
-        None => run_daemon(&options, args),
+        Some(guest) => run_machine(&options, guest, args, early),
+        None => run_daemon(&options, args, early),
     }
 }
 
-fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> Result<(), Error> {
+fn run_machine(
+    options: &Options,
+    guest: &GuestOptions,
+    args: &MachineArgs,
+    early: Early,
+) -> Result<(), Error> {
     let mut start = Start::new(options, guest)?;
+    if let Start::Fork { fork, .. } = &start {
+        fork.overlays().for_each(|path| early.made(path));
+    }
     let graph = open_nodes(options, guest.incoming.is_some())?;
     match &mut start {
         Start::Boot(_) | Start::Load { .. } | Start::Wait(_) => {}
@@ -110,6 +122,7 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
     let (machine, lineage) = make_machine(&start, guest.load_mode, &graph, output, &mailbox)?;
     let (blocks, server, requests) = start_services(options, args, graph, &[])?;
     if let Start::Fork { fork, .. } = &start {
+        fork.overlays().for_each(|path| early.keep(path));
         fork.keep_overlays();
     }
     blocks.lineage().set(lineage);
@@ -121,6 +134,7 @@ fn run_machine(options: &Options, guest: &GuestOptions, args: &MachineArgs) -> R
         console,
         inbox,
         mailbox,
+        early,
         server,
         requests,
         no_reboot: guest.no_reboot,
@@ -191,7 +205,7 @@ fn open_recorded(
     Ok(())
 }
 
-fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
+fn run_daemon(options: &Options, args: &MachineArgs, early: Early) -> Result<(), Error> {
     if options.qmp.is_empty() && options.nbd_server.is_none() {
         // As in QEMU it is no error: it holds the images until a signal ends it.
         tracing::warn!(
@@ -200,7 +214,7 @@ fn run_daemon(options: &Options, args: &MachineArgs) -> Result<(), Error> {
     }
     let graph = open_nodes(options, false)?;
     let (blocks, server, requests) = start_services(options, args, graph, daemon::WITHOUT)?;
-    Ok(Daemon::new(blocks, server, requests)?.run()?)
+    Ok(Daemon::new(blocks, server, requests, early)?.run()?)
 }
 
 /// Starts the NBD server with its exports, then the QMP server: who waits for its socket finds all

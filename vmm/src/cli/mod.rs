@@ -12,7 +12,9 @@ pub mod values;
 pub use args::{Cli, MachineArgs, Subcommand};
 pub use dashes::doubled;
 
-use crate::blocks::exports::{ExportSpec, NbdServerSpec};
+use std::path::PathBuf;
+
+use crate::blocks::exports::{AddressSpec, ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
 use crate::control::migration::Incoming;
 use crate::fork::ForkSpec;
@@ -20,6 +22,7 @@ use crate::machine::spec::{DeviceSpec, MachineSpec};
 use crate::migration::address::Address;
 use crate::restore::RestoreSpec;
 use qmp::schema::LoadMode;
+use qmp::server::Place;
 use sockets::QmpSpec;
 use values::MachineType;
 
@@ -55,9 +58,28 @@ pub struct Options {
     /// Where the QMP servers listen.
     pub qmp: Vec<QmpSpec>,
     /// `--pidfile`.
-    pub pidfile: Option<std::path::PathBuf>,
+    pub pidfile: Option<PathBuf>,
     /// The guest; none with `--machine none`.
     pub guest: Option<GuestOptions>,
+}
+
+impl Options {
+    /// Files of sockets that are to be made.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let mut sockets = Vec::new();
+        if let Some(GuestOptions { serial: ConsoleSpec::Unix { path, .. }, .. }) = &self.guest {
+            sockets.push(path.clone());
+        }
+        for spec in &self.qmp {
+            if let QmpSpec::Listen { place: Place::Unix(path), .. } = spec {
+                sockets.push(path.clone());
+            }
+        }
+        if let Some(NbdServerSpec { address: AddressSpec::Unix(path), .. }) = &self.nbd_server {
+            sockets.push(path.into());
+        }
+        sockets
+    }
 }
 
 /// What is asked for of a guest.
@@ -240,8 +262,7 @@ fn recorded(
 
 /// Without a guest, what is said of one would have no effect.
 fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
-    let path =
-        |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     let flag = |on: bool| on.then(String::new);
     let given = [
         ("accel", args.accel.clone()),

@@ -13,10 +13,11 @@ use qmp::schema::Command;
 use serde_json::json;
 
 use super::block_stats::of_nodes;
-use super::{Error, end_signals, watch};
+use super::{Error, watch};
 use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::worker::Worker;
 use crate::blocks::{Answer, Blocks, is_block_command};
+use crate::early::Early;
 
 /// The commands that need a machine.
 pub const WITHOUT: &[&str] = &[
@@ -71,8 +72,9 @@ impl Daemon {
         blocks: Arc<Blocks>,
         server: qmp::Server,
         requests: qmp::Requests,
+        early: Early,
     ) -> Result<Self, Error> {
-        let signals = end_signals().map_err(Error::Signals)?;
+        let signals = early.end().map_err(Error::Signals)?;
         let worker = Worker::start(Arc::clone(&blocks)).map_err(Error::Worker)?;
         Ok(Self { blocks, worker, server, requests, signals, ending: false })
     }

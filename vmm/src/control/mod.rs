@@ -27,12 +27,12 @@ use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use qmp::schema::{Event, RunState, ShutdownCause};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tracing::error;
 
 use crate::blocks::Blocks;
 use crate::blocks::worker::Worker;
 use crate::console::{Console, Input};
+use crate::early::Early;
 use crate::machine::{self, Machine};
 use crate::vcpu::VcpuEvent;
 use mailbox::{Inbox, Mailbox, Message};
@@ -87,6 +87,8 @@ pub struct Parts {
     pub inbox: Inbox,
     /// The other end of it.
     pub mailbox: Mailbox,
+    /// Signals that have come, or will.
+    pub early: Early,
     /// The QMP server.
     pub server: qmp::Server,
     /// Commands of QMP clients.
@@ -143,7 +145,7 @@ impl Controller {
     /// # Errors
     /// Signals cannot be received, or the terminal refuses to be raw.
     pub fn new(mut parts: Parts) -> Result<Self, Error> {
-        let signals = end_signals().map_err(Error::Signals)?;
+        let signals = parts.early.end().map_err(Error::Signals)?;
         parts.console.take_terminal().map_err(Error::Terminal)?;
         let events = parts.server.events();
         let jobs = SnapshotJobs::new(parts.blocks.jobs().clone());
@@ -326,15 +328,6 @@ fn unwatch(ops: &mut EventOps<'_>, fd: RawFd) {
     if let Err(error) = ops.remove(Events::empty_raw(fd)) {
         tracing::debug!("descriptor {fd} was not watched: {error}");
     }
-}
-
-/// A stream that becomes readable when the process is told to end.
-pub(crate) fn end_signals() -> std::io::Result<UnixStream> {
-    let (receiver, sender) = UnixStream::pair()?;
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
-        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
-    }
-    Ok(receiver)
 }
 
 impl Controller {
