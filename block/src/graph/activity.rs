@@ -5,7 +5,7 @@
 //! holds no lock and its image refuses writes; it reads what the image was when it became so.
 //!
 //! Order: [`Graph::inactivate`] flushes, stores bitmaps and counts, puts an image that only reads in the
-//! place of each (`reopen.rs` has the steps), and gives up the locks last. [`Graph::activate`]
+//! place of each (`reopen/mod.rs` has the steps), and gives up the locks last. [`Graph::activate`]
 //! takes the locks first, then reads each image anew. Both are for all nodes or for none.
 
 use std::sync::Arc;

@@ -134,5 +134,4 @@ impl Range {
 }
 
 #[cfg(test)]
-#[path = "request_tests.rs"]
 mod tests;

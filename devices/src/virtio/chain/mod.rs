@@ -251,5 +251,4 @@ pub(super) fn out_of_memory(addr: GuestAddress, len: u32) -> Malformed {
 }
 
 #[cfg(test)]
-#[path = "chain_tests.rs"]
 mod tests;

@@ -280,5 +280,4 @@ impl Serial {
 }
 
 #[cfg(test)]
-#[path = "serial_tests.rs"]
 mod tests;
