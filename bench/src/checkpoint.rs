@@ -115,7 +115,7 @@ pub(crate) fn ticks_per_ms(guest: &mut Monitor) -> f64 {
 }
 
 /// Takes the image out of the host's page cache, so that a load reads the disk.
-fn forget_cached(path: &Path) {
+pub(crate) fn forget_cached(path: &Path) {
     let file = File::open(path).unwrap();
     file.sync_all().unwrap();
     // SAFETY: the descriptor is open; the advice changes no contents.

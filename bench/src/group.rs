@@ -39,16 +39,8 @@ pub(crate) fn measure(dir: &Path, report: &mut Report) {
 }
 
 fn one(program: Program, dir: &Path, report: &mut Report) {
-    let kernel = dir.join("guest.elf");
-    image::write(&kernel);
     let disks: Vec<PathBuf> = (0..DISKS).map(|n| make_disk(dir, n)).collect();
-    let mut command = program.command(&kernel, USED + 64);
-    for (n, disk) in disks.iter().enumerate().skip(1) {
-        let file = format!("file.driver=file,file.filename={}", disk.display());
-        command.args(["--blockdev", &format!("driver=qcow2,node-name=disk{n},{file}")]);
-        command.args(["--device", &format!("virtio-blk-device,drive=disk{n}")]);
-    }
-    let machine = Machine::start(program, command, &disks[0], dir);
+    let machine = start(program, &disks, USED, dir);
     let mut guest = machine.monitor();
     for range in used_ranges(USED) {
         guest.fill(range, 1);
@@ -78,7 +70,20 @@ fn one(program: Program, dir: &Path, report: &mut Report) {
     disks.iter().for_each(|disk| std::fs::remove_file(disk).unwrap());
 }
 
-fn make_disk(dir: &Path, number: usize) -> PathBuf {
+/// A machine with these disks as nodes `disk0`, `disk1`, ... and so much RAM in use.
+pub(crate) fn start(program: Program, disks: &[PathBuf], used: u64, dir: &Path) -> Machine {
+    let kernel = dir.join("guest.elf");
+    image::write(&kernel);
+    let mut command = program.command(&kernel, used + 64);
+    for (n, disk) in disks.iter().enumerate().skip(1) {
+        let file = format!("file.driver=file,file.filename={}", disk.display());
+        command.args(["--blockdev", &format!("driver=qcow2,node-name=disk{n},{file}")]);
+        command.args(["--device", &format!("virtio-blk-device,drive=disk{n}")]);
+    }
+    Machine::start(program, command, &disks[0], dir).with_disks(disks.len())
+}
+
+pub(crate) fn make_disk(dir: &Path, number: usize) -> PathBuf {
     let (disk, data) = (dir.join(format!("group{number}.qcow2")), dir.join("group-data"));
     std::fs::write(&data, vec![0x5a; usize::try_from(DATA << 20).unwrap()]).unwrap();
     let name = disk.display().to_string();

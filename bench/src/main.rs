@@ -4,7 +4,8 @@
 //! Prints a Markdown report and writes it to `target/bench/report.md`, with every single
 //! measurement in `report.json` beside it. Arguments are the sizes of used RAM in MiB, if not the
 //! usual ones; or `nbd` or `queue` and a part of a name, for such measurements of the block engine
-//! only; or `snapshots`, `forks`, `tracking` or `group`; or `machines`, `rewind` or `live` and sizes.
+//! only; or `snapshots`, `forks`, `tracking` or `group`; or `machines`, `rewind`, `live`, `load` or
+//! `speed` and sizes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark may fail")]
 #![allow(clippy::cast_precision_loss, reason = "numbers for people")]
 
@@ -14,6 +15,7 @@ mod forks;
 mod group;
 mod images;
 mod live;
+mod load;
 mod nbd;
 mod program;
 mod queue;
@@ -21,6 +23,7 @@ mod report;
 mod rewind;
 mod settle;
 mod snapshots;
+mod speed;
 mod start;
 mod tracking;
 
@@ -48,6 +51,8 @@ fn main() {
         [what, rest @ ..] if what == "nbd" => nbd::measure(&dir, &rest.join(" "), &mut report),
         [what, rest @ ..] if what == "queue" => queue::measure(&dir, &rest.join(" "), &mut report),
         [what, sizes @ ..] if what == "live" => live::measure(sizes, &dir, &mut report),
+        [what, sizes @ ..] if what == "load" => load::measure(sizes, &dir, &mut report),
+        [what, sizes @ ..] if what == "speed" => speed::measure(sizes, &dir, &mut report),
         [what, sizes @ ..] if what == "rewind" => rewind::measure(sizes, &dir, &mut report),
         [what, sizes @ ..] if what == "machines" => machines(sizes, &dir, &mut report),
         [what] if what == "tracking" => tracking::measure(&dir, &mut report),
@@ -58,6 +63,8 @@ fn main() {
             machines(&args, &dir, &mut report);
             forks::measure(&dir, &mut report);
             live::measure(&args, &dir, &mut report);
+            load::measure(&args, &dir, &mut report);
+            speed::measure(&args, &dir, &mut report);
             tracking::measure(&dir, &mut report);
             group::measure(&dir, &mut report);
             nbd::measure(&dir, "", &mut report);

@@ -73,6 +73,8 @@ pub(crate) struct Machine {
     qmp: PathBuf,
     serial: PathBuf,
     jobs: u32,
+    /// The nodes of its checkpoints.
+    disks: Vec<String>,
 }
 
 impl Machine {
@@ -96,7 +98,7 @@ impl Machine {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let machine = Self { child, qmp, serial, jobs: 0 };
+        let machine = Self { child, qmp, serial, jobs: 0, disks: Vec::new() }.with_disks(1);
         let deadline = Instant::now() + PATIENCE;
         // Who greets has made both sockets.
         while Client::connect_with(&machine.qmp, PATIENCE).is_err() {
@@ -104,6 +106,12 @@ impl Machine {
             std::thread::sleep(Duration::from_micros(200));
         }
         machine
+    }
+
+    /// Its checkpoints are of so many disks, `disk0`, `disk1`, ...
+    pub(crate) fn with_disks(mut self, count: usize) -> Self {
+        self.disks = (0..count).map(|n| format!("disk{n}")).collect();
+        self
     }
 
     pub(crate) fn monitor(&self) -> Monitor {
@@ -147,10 +155,21 @@ impl Machine {
 
     /// As [`Machine::job`] for a save or a load, with arguments that only ours has.
     pub(crate) fn job_with(&mut self, command: &str, tag: &str, more: &Value) -> Duration {
+        let mut qmp = self.connect();
+        self.job_on_with(&mut qmp, command, tag, more)
+    }
+
+    /// The same on a connection that is there.
+    pub(crate) fn job_on_with(
+        &mut self,
+        qmp: &mut Client,
+        command: &str,
+        tag: &str,
+        more: &Value,
+    ) -> Duration {
         let mut arguments = more.clone();
         arguments["vmstate"] = json!("disk0");
-        let mut qmp = self.connect();
-        self.run_job(&mut qmp, command, tag, &arguments)
+        self.run_job(qmp, command, tag, &arguments)
     }
 
     /// Deletes a checkpoint.
@@ -164,10 +183,16 @@ impl Machine {
         let mut arguments = more.clone();
         arguments["job-id"] = json!(format!("job{}", self.jobs));
         arguments["tag"] = json!(tag);
-        arguments["devices"] = json!(["disk0"]);
+        arguments["devices"] = json!(self.disks);
         let start = Instant::now();
         qmp.run_job(command, arguments, PATIENCE).unwrap();
         start.elapsed()
+    }
+
+    /// How long the last save kept the guest standing, by the program's own count, in milliseconds.
+    pub(crate) fn last_pause(&self) -> f64 {
+        let told = self.connect().execute("x-query-checkpoint-stats", json!({})).unwrap();
+        told["last-pause-ns"].as_f64().unwrap() / 1e6
     }
 
     /// Bytes that the process had written to disks so far.

@@ -13,6 +13,8 @@ use crate::program::{Machine, PATIENCE, Program};
 pub(super) enum Method {
     /// Ours, as it comes.
     Live,
+    /// The same with `x-compress: zstd`.
+    Compressed,
     /// Ours with the guest stopped while all of its RAM is written, without tracking: what Firecracker's
     /// full snapshot does.
     StopAndCopy,
@@ -25,7 +27,7 @@ pub(super) enum Method {
 impl Method {
     /// Those of programs that are here.
     pub(super) fn all(programs: &[Program]) -> Vec<Self> {
-        [Self::Live, Self::StopAndCopy, Self::QemuSave, Self::QemuBackground]
+        [Self::Live, Self::Compressed, Self::StopAndCopy, Self::QemuSave, Self::QemuBackground]
             .into_iter()
             .filter(|method| programs.contains(&method.program()))
             .collect()
@@ -33,7 +35,7 @@ impl Method {
 
     pub(super) fn program(self) -> Program {
         match self {
-            Self::Live | Self::StopAndCopy => Program::Tardigrade,
+            Self::Live | Self::Compressed | Self::StopAndCopy => Program::Tardigrade,
             Self::QemuSave | Self::QemuBackground => Program::Qemu,
         }
     }
@@ -41,10 +43,16 @@ impl Method {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Live => "Tardigrade",
+            Self::Compressed => "Tardigrade, zstd",
             Self::StopAndCopy => "stop and copy",
             Self::QemuSave => "QEMU snapshot-save",
             Self::QemuBackground => "QEMU background-snapshot",
         }
+    }
+
+    /// Whether it is ours with the guest running.
+    pub(super) fn is_live(self) -> bool {
+        matches!(self, Self::Live | Self::Compressed)
     }
 
     /// Options beyond those that all have.
@@ -55,12 +63,20 @@ impl Method {
         }
     }
 
+    /// How its image is made.
+    pub(super) fn image_options(self) -> &'static [&'static str] {
+        match self {
+            Self::Compressed => &["-o", "compression_type=zstd"],
+            _ => &[],
+        }
+    }
+
     /// How often a machine with that much RAM in use is saved. Only ours is quick enough for many.
     pub(super) fn saves(self, used: u64) -> usize {
         match self {
             Self::Live if used <= 256 => 35,
             Self::Live if used <= 1024 => 12,
-            Self::Live => 5,
+            Self::Live | Self::Compressed => 5,
             _ => 1,
         }
     }
@@ -69,6 +85,9 @@ impl Method {
     pub(super) fn save(self, machine: &mut Machine, tag: &str, dir: &Path) -> Duration {
         match self {
             Self::Live | Self::QemuSave => machine.job("snapshot-save", tag),
+            Self::Compressed => {
+                machine.job_with("snapshot-save", tag, &json!({ "x-compress": "zstd" }))
+            }
             Self::StopAndCopy => {
                 machine.job_with("snapshot-save", tag, &json!({ "x-mode": "stop" }))
             }

@@ -8,7 +8,6 @@ mod table;
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::json;
 use tardigrade_tests::baremetal::layout::{FREE, SCRATCH};
 use tardigrade_tests::baremetal::{Monitor, Routine, apic, image};
 use tardigrade_tests::disk::qemu_img;
@@ -61,7 +60,10 @@ fn one(method: Method, used: u64, rate: u64, dir: &Path, report: &mut Report) {
     image::write(&kernel);
     // It may be the first.
     let _ = std::fs::remove_file(&disk);
-    qemu_img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "64M"]);
+    let file = disk.display().to_string();
+    qemu_img(
+        &[&["create", "-q", "-f", "qcow2"], method.image_options(), &[&*file, "64M"]].concat(),
+    );
     let mut command = method.program().command(&kernel, used + 64);
     command.args(method.options()).args(["--smp", "2"]);
     let mut machine = Machine::start(method.program(), command, &disk, dir);
@@ -83,18 +85,15 @@ fn one(method: Method, used: u64, rate: u64, dir: &Path, report: &mut Report) {
         });
         let written = (machine.bytes_written() - before) as f64 / MIB as f64;
         let which = if number == 0 { "first" } else { "next" };
+        let told = method.is_live().then(|| machine.last_pause());
         let mut add = |name: &str, value| report.add(&what(name, rate), method.name(), used, value);
+        told.into_iter().for_each(|pause| add("told pause", pause));
         add("pause", gap as f64 / ticks);
         add(&format!("{which} MiB"), written);
         add(&format!("{which} ms"), took.as_secs_f64() * 1e3);
         if number > 0 {
             machine.delete(&format!("save{}", number - 1));
         }
-    }
-    if method == Method::Live {
-        let told = machine.connect().execute("x-query-checkpoint-stats", json!({})).unwrap();
-        let longest = told["longest-pause-ns"].as_f64().unwrap() / 1e6;
-        report.add(&what("told pause", rate), method.name(), used, longest);
     }
     guest.poke(STOP, 1);
     machine.quit();

@@ -11,6 +11,8 @@ use crate::report::Report;
 /// The rate that is shown, in MB/s.
 const RATE: u64 = 100;
 const SIZE: (u32, u32) = (720, 420);
+/// As many as there are methods.
+const COLOURS: [RGBColor; 5] = [BLUE, RGBColor(0, 150, 150), RGBColor(120, 120, 120), RED, MAGENTA];
 
 /// Draws what was measured at 100 MB/s; nothing when that is less than two sizes of RAM.
 pub(super) fn write(report: &Report, methods: &[Method], path: &Path) {
@@ -45,7 +47,7 @@ fn draw(
         .label_style(("sans-serif", 14))
         .draw()?;
     let sizes = report.sizes("live idle");
-    for (method, colour) in methods.iter().zip([BLUE, RGBColor(120, 120, 120), RED, MAGENTA]) {
+    for (method, colour) in methods.iter().zip(COLOURS) {
         let points: Vec<(f64, f64)> = sizes
             .iter()
             .filter_map(|&used| {

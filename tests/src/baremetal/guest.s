@@ -50,6 +50,7 @@ routines:                               # in the order of `Routine` in monitor.r
     .long trials - header
     .long touch - header
     .long disk_load - header
+    .long look - header
 routines_end:
 
 # ---- Start ----------------------------------------------------------------------------------
@@ -699,6 +700,43 @@ touch:
     sub rax, r9
     mov [r8 + 8], rax
     mov eax, ecx
+    ud2
+
+# Looks at words of random pages, rsi pages from rdi, until the word at rdx is not 0, and keeps a record of it:
+# every so many TSC ticks, as the word at rdx + 8 says, the time and the number of looks so far go to
+# the address at rdx + 16, which goes on by 16 up to the one at rdx + 24. Gives the number of looks.
+look:
+    mov r8, rdx
+    mov r9, [rdx + 16]
+    mov r11, rsi
+    xor ecx, ecx
+    xor r10d, r10d
+1:  cmp qword ptr [r8], 0
+    jne 2f
+    imul rsi, rsi, 0x41c64e6d
+    add rsi, 12345
+    mov rax, rsi
+    shr rax, 32
+    imul rax, r11
+    shr rax, 32
+    shl rax, 12
+    mov rax, [rdi + rax]
+    inc rcx
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    cmp rax, r10
+    jb 1b
+    mov r10, rax
+    add r10, [r8 + 8]
+    cmp r9, [r8 + 24]
+    jae 1b
+    mov [r9], rax
+    mov [r9 + 8], rcx
+    add r9, 16
+    mov [r8 + 16], r9
+    jmp 1b
+2:  mov rax, rcx
     ud2
 
 # A disk's load: writes blocks of 4 KiB, the first of each 64 KiB, all the time, and keeps in memory what each must
