@@ -40,7 +40,7 @@ pub use fault::{LazyHost, LazyRam, Notice, Notify, Orders};
 pub use format::FormatError;
 pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
-pub use map::{MapReport, Piece};
+pub use map::{MappedRam, Piece};
 pub use nodes::{NodesError, resolve};
 pub use rewind::Rewinder;
 pub use save::{Save, SaveError, SaveImages, SaveReport, SaveRequest, preflight_save, save};

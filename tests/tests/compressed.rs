@@ -113,8 +113,8 @@ fn forks_of_a_compressed_checkpoint_have_its_memory() {
     assert!(written < 4 * MIB, "{written} bytes are not compressed");
     vm.quit();
     let checkpoint = format!("{}#base", dir.path().join("disk0.qcow2").display());
-    let forks: Vec<_> =
-        (0..2).map(|_| VmSpec::bare().args(&["--fork", &checkpoint]).start()).collect();
+    let fork = |mode| VmSpec::bare().args(&["--fork", &checkpoint, "--load-mode", mode]).start();
+    let forks = ["lazy", "eager"].map(fork);
     for (n, vm) in (2..).zip(&forks) {
         let mut guest = monitor(vm);
         guest.verify(noise.clone(), 1);

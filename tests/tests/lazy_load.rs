@@ -459,6 +459,75 @@ fn a_guest_whose_memory_cannot_be_read_can_be_reset_loaded_and_ended() {
 }
 
 #[test]
+fn a_fork_reads_what_it_cannot_map_when_it_is_touched() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let damaged = Damaged::new(dir.path());
+    damaged.put(&[0xff; 2 << 16]);
+    let checkpoint = format!("{}#one", damaged.image.display());
+    let fork = VmSpec::bare().args(&["--fork", &checkpoint]).env("TMPDIR", dir.path());
+    let (status, stderr) = fork.clone().args(&["--load-mode", "eager"]).run();
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("RAM of snapshot 'one' could not be read"), "{stderr}");
+
+    let mut vm = fork.start();
+    let (mut qmp, mut guest) = (vm.qmp(), monitor(&vm));
+    let before_and_behind =
+        [FREE..BAD / CLUSTER * CLUSTER, BAD.next_multiple_of(CLUSTER)..USED.end];
+    before_and_behind.into_iter().for_each(|range| guest.verify(range, 1));
+    // All else is mapped.
+    assert_eq!(missing(&vm)["missing"], CLUSTER);
+    guest.start(Routine::User, &[Routine::Verify as u64, BAD, BAD + 4096, 1]);
+    let error = |event: &Value| event["event"] == "BLOCK_IO_ERROR";
+    assert_eq!(qmp.wait_event(PATIENCE, error).unwrap()["data"]["operation"], "read");
+    qmp.wait_event(PATIENCE, |event| event["event"] == "STOP").unwrap();
+    assert_eq!(vm.status(), "io-error");
+    let error = vm.job("snapshot-save", "two", DISK).unwrap_err();
+    assert!(error.contains("RAM of snapshot 'one' could not be read"), "{error}");
+
+    damaged.mend();
+    qmp.execute("cont", json!({})).unwrap();
+    assert_eq!(guest.answer().unwrap(), 0);
+    guest.verify(USED, 1);
+    wait_whole(&vm);
+    // It goes on like any other.
+    guest.fill(BAD - MIB..BAD + MIB, 2);
+    vm.save("two", DISK);
+    guest.fill(USED, 3);
+    vm.load("two", DISK);
+    guest.verify(FREE..BAD - MIB, 1);
+    guest.verify(BAD - MIB..BAD + MIB, 2);
+    vm.quit();
+}
+
+#[test]
+fn a_fork_whose_memory_cannot_be_read_can_be_reset_and_ended() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let damaged = Damaged::new(dir.path());
+    damaged.put(&[0xff; 2 << 16]);
+    let checkpoint = format!("{}#one", damaged.image.display());
+    let fork = VmSpec::bare().args(&["--fork", &checkpoint]).env("TMPDIR", dir.path());
+    for reset in [true, false] {
+        let vm = fork.start();
+        let (mut qmp, mut guest) = (vm.qmp(), monitor(&vm));
+        guest.start(Routine::Peek64, &[BAD]);
+        qmp.wait_event(PATIENCE, |event| event["event"] == "STOP").unwrap();
+        if reset {
+            qmp.execute("system_reset", json!({})).unwrap();
+            qmp.execute("cont", json!({})).unwrap();
+            guest.wait_started();
+            guest.verify_zero(USED);
+        }
+        vm.quit();
+    }
+}
+
+#[test]
 fn an_eager_load_of_what_cannot_be_read_is_refused() {
     if !require::kvm() {
         return;

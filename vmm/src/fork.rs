@@ -4,16 +4,20 @@ use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::qcow2::create::{CreateOptions, create};
 use block::{Graph, Progress};
+use qmp::schema::LoadMode;
 use serde_json::{Value, json};
-use snapshot::{Checkpoint, Lineage, Stamp};
+use snapshot::{Checkpoint, Lineage, LoadError, MappedRam, Stamp};
 use uuid::Uuid;
 
-use crate::control::work::IO_THREADS;
+use crate::control::mailbox::Mailbox;
+use crate::control::work::{IO_THREADS, lazy_host};
 use crate::image;
+use crate::machine::missing::Missing;
 use crate::machine::spec::MachineSpec;
 use crate::machine::state::MachineState;
 use crate::machine::{self, Machine, recorded};
@@ -209,7 +213,13 @@ impl Fork {
     ///
     /// # Errors
     /// The checkpoint cannot be used; the machine must not be run then.
-    pub fn revive(&self, machine: &mut Machine, graph: &Graph) -> Result<Lineage, Error> {
+    pub fn revive(
+        &self,
+        machine: &mut Machine,
+        graph: &Graph,
+        mode: LoadMode,
+        mailbox: &Mailbox,
+    ) -> Result<Lineage, Error> {
         let file = self.base.display().to_string();
         let base = File::open(&self.base).map_err(|source| Error::Base { file, source })?;
         let view = graph.get(&self.vmstate).and_then(|overlay| overlay.backing());
@@ -230,15 +240,43 @@ impl Fork {
                 false
             }
         };
-        let report = checkpoint.map_ram(&memory, IO_THREADS, &Progress::default(), map)?;
-        tracing::info!("forked: {report:?}");
+        let mapped = checkpoint.map_ram(&memory, map)?;
+        let missing = match mapped.rest_bytes() {
+            0 => None,
+            _ => unmapped(&checkpoint, &mapped, machine, mode, mailbox)?,
+        };
+        let (bytes, rest) = (mapped.mapped_bytes(), mapped.rest_bytes());
+        tracing::info!("forked: {bytes} bytes mapped, {rest} not");
         if self.clock == ClockPolicy::Host {
             state.clock.kvmclock_ns = state.clock.kvmclock_ns.saturating_add(since(&self.stamp));
         }
         // The image that RAM is of is no node that this machine saves to: there is no base.
         machine.restore(&state, None)?;
+        if let Some(missing) = missing {
+            machine.set_missing(missing)?;
+        }
         Ok(checkpoint.lineage())
     }
+}
+
+/// Has the RAM that is not mapped read: when it is needed, where that is wanted and the host lets us; else now.
+fn unmapped(
+    checkpoint: &Checkpoint,
+    mapped: &MappedRam,
+    machine: &Machine,
+    mode: LoadMode,
+    mailbox: &Mailbox,
+) -> Result<Option<Arc<Missing>>, LoadError> {
+    let memory = machine.memory();
+    let Some(host) = lazy_host(mode) else {
+        checkpoint.read_rest(mapped, memory, IO_THREADS)?;
+        return Ok(None);
+    };
+    let presence = machine.devices().presence();
+    Missing::lend(checkpoint, presence, mailbox, |notify| {
+        checkpoint.lend_rest(mapped, host, memory, &Arc::default(), notify)
+    })
+    .map(Some)
 }
 
 /// Nanoseconds of the host's time since a save; none if its clock was set back.

@@ -285,7 +285,8 @@ fn make_machine(
         }
         Start::Fork { fork, text } => {
             let mut machine = make()?;
-            let lineage = fork.revive(&mut machine, graph).map_err(|e| fork_error(text, e))?;
+            let lineage = fork.revive(&mut machine, graph, load_mode, mailbox);
+            let lineage = lineage.map_err(|e| fork_error(text, e))?;
             Ok((machine, lineage))
         }
         Start::Boot(_) => thread::scope(|scope| {

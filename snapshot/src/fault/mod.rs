@@ -38,15 +38,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use order::Orders;
 
-use crate::format::ram::RamLayout;
-use crate::revive::Stored;
 use crate::track::Base;
 use crate::{GuestMemory, memory};
 use order::Order;
 use scratch::Scratch;
 use uffd::Uffd;
-pub(crate) use units::UNIT;
-use units::Units;
+pub(crate) use units::{UNIT, Units};
 
 /// Where the missing pages are.
 pub(crate) struct Source {
@@ -183,12 +180,11 @@ pub struct LazyRam {
 }
 
 impl LazyRam {
-    /// Empties guest RAM, unless it is `fresh`, and serves its pages from `source`.
+    /// Empties guest RAM, unless it is `fresh`, and serves its units from `source`.
     pub(crate) fn start(
         LazyHost(uffd): LazyHost,
         source: Source,
-        stored: &[Stored],
-        layout: &RamLayout,
+        mut units: Units,
         ram: &GuestMemory,
         fresh: bool,
         notify: Notify,
@@ -199,7 +195,6 @@ impl LazyRam {
             offset: 0,
             source,
         };
-        let mut units = Units::new(ram, layout, stored);
         let ranges = units.ranges();
         let control = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| host("making an event descriptor", source))?;

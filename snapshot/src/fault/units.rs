@@ -35,6 +35,8 @@ const ZERO: u8 = 1;
 const STORED: u8 = 2;
 /// Someone reads it.
 const READING: u8 = 3;
+/// There by other means, in memory that cannot be watched.
+const MAPPED: u8 = 4;
 
 /// A contiguous piece of RAM.
 struct Region {
@@ -76,7 +78,7 @@ pub(super) enum Claim {
 }
 
 /// The state of every unit.
-pub(super) struct Units {
+pub(crate) struct Units {
     regions: Vec<Region>,
     states: Vec<AtomicU8>,
     /// Units that are stored and not yet there.
@@ -85,7 +87,7 @@ pub(super) struct Units {
 
 impl Units {
     /// All that is `stored` of RAM is missing.
-    pub(super) fn new(ram: &GuestMemory, layout: &RamLayout, stored: &[Stored]) -> Self {
+    pub(crate) fn new(ram: &GuestMemory, layout: &RamLayout, stored: &[Stored]) -> Self {
         let mut regions = Vec::new();
         let mut first = 0;
         for (slice, region) in memory::slices(ram).iter().zip(layout.regions()) {
@@ -98,22 +100,30 @@ impl Units {
             states: (0..first).map(|_| AtomicU8::new(PRESENT)).collect(),
             left: AtomicUsize::new(0),
         };
-        units.mark(stored);
+        let marked = units.mark(stored, STORED);
+        units.left = AtomicUsize::new(marked);
         units
     }
 
-    fn mark(&mut self, stored: &[Stored]) {
-        let mut left = 0;
-        for &Stored(region, offset, len) in stored {
+    /// Leaves parts alone that are there, in memory that cannot be watched: whole units of which nothing is stored.
+    pub(crate) fn beside(mut self, mapped: &[Stored]) -> Self {
+        self.mark(mapped, MAPPED);
+        self
+    }
+
+    /// Gives how many units have that state for the first time.
+    fn mark(&mut self, parts: &[Stored], to: u8) -> usize {
+        let mut marked = 0;
+        for &Stored(region, offset, len) in parts {
             let first = self.regions[region].first;
             let units = index(offset / UNIT)..index((offset + len).div_ceil(UNIT));
             for state in &mut self.states[first + units.start..first + units.end] {
                 let state = state.get_mut();
-                left += usize::from(*state != STORED);
-                *state = STORED;
+                marked += usize::from(*state != to);
+                *state = to;
             }
         }
-        self.left = AtomicUsize::new(left);
+        marked
     }
 
     /// The parts of RAM to be watched, as host address and length. Units in between that are not
@@ -134,6 +144,11 @@ impl Units {
                 let start = units.start as u64 * UNIT;
                 let end = (units.end as u64 * UNIT).min(region.len);
                 ranges.push((region.host + index(start), end - start));
+            }
+            for state in states {
+                if *state.get_mut() == MAPPED {
+                    *state.get_mut() = PRESENT;
+                }
             }
         }
         ranges
@@ -226,17 +241,24 @@ impl Units {
     }
 }
 
-/// The runs of stored units, those with fewer than `gap` others in between taken together.
+/// The runs of stored units, those with fewer than `gap` others in between taken together, unless one of these
+/// is mapped.
 fn stretches(states: &mut [AtomicU8], gap: usize) -> Vec<Range<usize>> {
     let mut stretches: Vec<Range<usize>> = Vec::new();
+    let mut apart = false;
     for (unit, state) in states.iter_mut().enumerate() {
-        if *state.get_mut() != STORED {
-            continue;
+        match *state.get_mut() {
+            STORED => {}
+            state => {
+                apart |= state == MAPPED;
+                continue;
+            }
         }
         match stretches.last_mut() {
-            Some(last) if unit - last.end < gap => last.end = unit + 1,
+            Some(last) if !apart && unit - last.end < gap => last.end = unit + 1,
             _ => stretches.push(unit..unit + 1),
         }
+        apart = false;
     }
     stretches
 }
@@ -264,6 +286,19 @@ mod tests {
         assert_eq!(units.ranges(), [(host, 4 * UNIT), (host + (8 << 20), UNIT)]);
         assert_eq!(units.claim(1), Claim::Zero);
         assert_eq!(units.claim(10), Claim::Present);
+    }
+
+    #[test]
+    fn what_is_mapped_is_not_watched() {
+        let stored = [Stored(0, 0, UNIT), Stored(0, 2 * UNIT, 1), Stored(0, 4 * UNIT, UNIT)];
+        let mut units = units(&stored).beside(&[Stored(0, UNIT, UNIT), Stored(0, 6 * UNIT, UNIT)]);
+        assert_eq!(units.left(), 3);
+        let host = units.regions[0].host;
+        let apart = [(host, UNIT), (host + index(2 * UNIT), 3 * UNIT)];
+        assert_eq!(units.ranges(), apart);
+        assert_eq!(units.claim(1), Claim::Present);
+        assert_eq!(units.claim(3), Claim::Zero);
+        assert_eq!(units.claim_run(0, 8).unwrap().count, 1);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::open::unreadable;
 use super::{Checkpoint, Found, LoadError};
 use crate::GuestMemory;
 use crate::config::{Difference, MachineConfig};
-use crate::fault::{LazyHost, LazyRam, Notify, Orders, Source};
+use crate::fault::{LazyHost, LazyRam, Notify, Orders, Source, Units};
 use crate::memory;
 use crate::revive::{ReviveReport, Stored, revive, stored_parts};
 use crate::units::human;
@@ -59,16 +59,20 @@ impl Checkpoint {
         orders: &Arc<Orders>,
         notify: Notify,
     ) -> Result<LazyRam, LoadError> {
-        let stored = self.stored(ram)?;
+        let units = Units::new(ram, &self.area.layout, self.stored(ram)?);
+        LazyRam::start(host, self.source(orders), units, ram, fresh, notify)
+            .map_err(|source| self.unread(source))
+    }
+
+    /// Where RAM is read from, and in which order ahead.
+    pub(crate) fn source(&self, orders: &Arc<Orders>) -> Source {
         let Found { format, snapshot, .. } = self.carrier();
-        let source = Source {
+        Source {
             format: format.clone(),
             id: snapshot.id.clone(),
             base: self.base(),
             orders: orders.clone(),
-        };
-        LazyRam::start(host, source, stored, &self.area.layout, ram, fresh, notify)
-            .map_err(|source| self.unread(source))
+        }
     }
 
     pub(crate) fn unread(&self, source: block::Error) -> LoadError {

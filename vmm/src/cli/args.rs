@@ -112,8 +112,8 @@ pub struct MachineArgs {
     /// defer, which leaves it to QMP's migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
     pub incoming: Option<String>,
-    /// When --loadvm reads RAM: lazy, as the guest needs it and in the background, or eager, before
-    /// the guest runs [default: lazy]
+    /// When --loadvm, --restore and --fork read RAM: lazy, as the guest needs it and in the background, or
+    /// eager, before the guest runs [default: lazy]
     #[arg(long, value_name = "MODE")]
     pub load_mode: Option<String>,
     /// Revive a checkpoint from the image with its RAM alone: the machine is as it was recorded

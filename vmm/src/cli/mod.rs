@@ -221,8 +221,8 @@ fn incoming(args: &MachineArgs) -> Result<Option<Incoming>, Error> {
 
 fn load_mode(args: &MachineArgs) -> Result<LoadMode, Error> {
     let Some(text) = &args.load_mode else { return Ok(LoadMode::Lazy) };
-    if args.loadvm.is_none() && args.restore.is_none() {
-        return Err(Error::new("load-mode", text, "needs --loadvm or --restore"));
+    if args.loadvm.is_none() && args.restore.is_none() && args.fork.is_none() {
+        return Err(Error::new("load-mode", text, "needs --loadvm, --restore or --fork"));
     }
     let mode = LoadMode::ALL.iter().find(|mode| mode.as_str() == text);
     mode.copied().ok_or_else(|| Error::new("load-mode", text, "must be lazy or eager"))

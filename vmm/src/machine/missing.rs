@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use devices::{GuestMemory, Presence};
-use snapshot::{Checkpoint, LazyHost, LazyRam, LoadError, Notice, Orders};
+use devices::Presence;
+use snapshot::{Checkpoint, LazyRam, LoadError, Notice, Notify};
 
 use super::{Error, Machine};
 use crate::control::mailbox::{Mailbox, Message};
@@ -22,18 +22,15 @@ pub struct Missing {
 }
 
 impl Missing {
-    /// Empties RAM and has it read from `checkpoint` when it is touched; the machine must be paused.
+    /// Has RAM read from `checkpoint` when it is touched, as `lend` does; the machine must be paused.
     ///
     /// # Errors
-    /// As [`Checkpoint::lend_ram`].
+    /// As `lend`.
     pub fn lend(
         checkpoint: &Checkpoint,
-        host: LazyHost,
-        memory: &GuestMemory,
-        fresh: bool,
         presence: &Presence,
-        orders: &Arc<Orders>,
         mailbox: &Mailbox,
+        lend: impl FnOnce(Notify) -> Result<LazyRam, LoadError>,
     ) -> Result<Arc<Self>, LoadError> {
         static LOADS: AtomicU64 = AtomicU64::new(0);
         let id = LOADS.fetch_add(1, Ordering::Relaxed);
@@ -47,7 +44,7 @@ impl Missing {
             }
             mailbox.send(Message::Missing { id, notice });
         };
-        let ram = checkpoint.lend_ram(host, memory, fresh, orders, Box::new(notify))?;
+        let ram = lend(Box::new(notify))?;
         let tag = checkpoint.info().tag.clone();
         Ok(Arc::new(Self { id, tag, node: checkpoint.vmstate_node().to_owned(), ram }))
     }

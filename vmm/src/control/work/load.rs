@@ -142,7 +142,9 @@ impl Revival {
             info!("loaded {report:?}");
             return Ok(None);
         };
-        let lent = Missing::lend(&self.checkpoint, host, memory, fresh, presence, orders, mailbox)?;
+        let lent = Missing::lend(&self.checkpoint, presence, mailbox, |notify| {
+            self.checkpoint.lend_ram(host, memory, fresh, orders, notify)
+        })?;
         // Pages that are read when they are needed count as done for the job.
         let bytes = self.checkpoint.layout().ram_bytes();
         progress.add_total(bytes);
