@@ -19,8 +19,5 @@ pub mod virtio;
 pub use interrupt::{EventFdLine, InterruptLine};
 pub use presence::Presence;
 
-/// The guest's RAM. A clone is a reference to the same mapping and keeps it alive.
-///
-/// Each region has a bit for each page, set when the host has written there: by vm-memory itself,
-/// after the data is in place, and by [`virtio::mark_filled`] for what it does not see.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
+/// What vm-memory does not see being written is marked by [`virtio::mark_filled`].
+pub use ram::GuestMemory;

@@ -29,9 +29,6 @@ mod units;
 /// Size of a page of guest RAM in bytes.
 pub const PAGE_SIZE: u64 = units::PAGE;
 
-/// Guest RAM as the devices have it: with a bit for each page that the host wrote.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
-
 pub use about::{About, Lineage, Stamp};
 pub use block::Progress;
 pub use config::MachineConfig;
@@ -42,6 +39,7 @@ pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
 pub use map::{MappedRam, Piece};
 pub use nodes::{NodesError, resolve};
+pub use ram::GuestMemory;
 pub use rewind::Rewinder;
 pub use save::{Save, SaveError, SaveImages, SaveReport, SaveRequest, preflight_save, save};
 pub use track::{Base, PageRun, PageSet, Tracker};

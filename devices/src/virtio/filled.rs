@@ -31,10 +31,10 @@ mod tests {
         let mem = GuestMemory::from_ranges(&regions).unwrap();
         mark_filled(&mem, &[Segment { addr: GuestAddress(0x2fff), len: 0x1002 }]);
         mark_filled(&mem, &[Segment { addr: GuestAddress(0x6000), len: 1 }]);
-        let marked: Vec<_> = mem
-            .iter()
-            .flat_map(|region| vm_memory::MmapRegion::bitmap(region).get_and_reset())
-            .collect();
-        assert_eq!(marked, [0b1100, 0b101]);
+        let mut marked = Vec::new();
+        for region in mem.iter() {
+            ram::MmapRegion::bitmap(region).take(|first, bits| marked.push((first, bits)));
+        }
+        assert_eq!(marked, [(0, 0b1100), (0, 0b101)]);
     }
 }

@@ -8,7 +8,7 @@ mod zero;
 use std::io;
 
 use block::{ReadBuf, WriteBuf};
-use vm_memory::bitmap::AtomicBitmap;
+use ram::GuestRegion;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) use copies::Copies;
@@ -18,9 +18,6 @@ pub(crate) use zero::page_is_zero;
 
 use crate::GuestMemory;
 use crate::units::{PAGE, index};
-
-/// One region of [`GuestMemory`].
-type GuestRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
 
 /// One region of guest RAM, borrowed from the guest memory that keeps it mapped.
 pub(crate) struct RamSlice<'a> {

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use block::Progress;
+use ram::MmapRegion;
 use snapshot::save::{self, Room, Save, SaveSetup, set_aside};
 use snapshot::{Checkpoint, PageSet, SaveError, SaveImages, SaveReport, Section, Tracker};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::fake::Disk;
 use crate::support::{MIB, Machine, contents, new_ram, stamp};
@@ -45,7 +46,8 @@ impl Live {
     fn collect(&mut self) -> PageSet {
         let mut written = PageSet::of(&self.machine.ram);
         for (at, region) in self.machine.ram.iter().enumerate() {
-            written.insert_words(at, &MmapRegion::bitmap(region).get_and_reset());
+            MmapRegion::bitmap(region)
+                .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         self.tracker.note(&written);
         self.tracker.take()

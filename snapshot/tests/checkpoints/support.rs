@@ -141,7 +141,7 @@ fn fill(ram: &GuestMemory) {
 
 /// All bytes of RAM.
 pub(crate) fn contents(ram: &GuestMemory) -> Vec<Vec<u8>> {
-    let of = |region: &vm_memory::GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>| {
+    let of = |region: &ram::GuestRegion| {
         let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
         ram.read_slice(&mut bytes, region.start_addr()).unwrap();
         bytes

@@ -2,12 +2,13 @@
 
 use block::Progress;
 use block::qcow2::Compression;
+use ram::MmapRegion;
 use snapshot::save::{Machine, Room, Save, SaveSetup, Saved, set_aside};
 use snapshot::{
     Checkpoint, GuestMemory, MachineConfig, PageSet, SaveImages, SaveReport, Section, Stamp,
     Tracker, delete,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::images::{Images, MIB, contents, ram, scribble};
 
@@ -39,7 +40,8 @@ impl Chain {
     fn collect(&mut self) -> PageSet {
         let mut written = PageSet::of(&self.memory);
         for (at, region) in self.memory.iter().enumerate() {
-            written.insert_words(at, &MmapRegion::bitmap(region).get_and_reset());
+            MmapRegion::bitmap(region)
+                .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         self.tracker.note(&written);
         self.tracker.take()

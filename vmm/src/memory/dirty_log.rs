@@ -171,7 +171,8 @@ impl DirtyLog {
         written: &mut PageSet,
     ) -> kvm::Result<()> {
         for (at, region) in memory.iter().enumerate() {
-            written.insert_words(at, &MmapRegion::bitmap(region).get_and_reset());
+            MmapRegion::bitmap(region)
+                .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         if !self.on {
             written.insert_all();

@@ -9,17 +9,14 @@ use std::os::fd::AsRawFd;
 use devices::GuestMemory;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use ram::{GuestRegion, MmapRegion};
 use snapshot::{PageSet, Piece};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::layout::{self, LayoutError};
 use crate::kvm;
 use dirty_log::DirtyLog;
-
-type GuestRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
-type MmapRegion = vm_memory::MmapRegion<AtomicBitmap>;
 
 /// Why there is no guest RAM.
 #[derive(Debug, thiserror::Error)]

@@ -114,7 +114,7 @@ impl Running {
     /// All of RAM, region by region.
     pub(crate) fn memory(&self) -> Vec<Vec<u8>> {
         let machine = self.machine();
-        let read = |region: &vm_memory::GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>| {
+        let read = |region: &ram::GuestRegion| {
             let mut bytes = vec![0; region.size()];
             machine.memory().read_slice(&mut bytes, region.start_addr()).unwrap();
             bytes
