@@ -53,6 +53,8 @@ pub(super) struct Copier {
     pub(super) target: Arc<Node>,
     /// Only what the source's own image has is copied.
     pub(super) top_only: bool,
+    /// The target is to be whole without anything below it.
+    pub(super) whole: bool,
     pub(super) compress: bool,
     /// Zeroes may give the target's space back.
     pub(super) unmap: bool,
@@ -132,11 +134,27 @@ impl Copier {
         written.map_err(at(Side::Target))
     }
 
+    /// Has zeroes be the target's own from now on, if it gets a part of a disk; says whether it does.
+    pub(super) fn records_zeroes(&self) -> bool {
+        let image = self.target.qcow2().filter(|_| !self.whole);
+        if let Some(image) = &image {
+            image.record_zeroes();
+        }
+        image.is_some()
+    }
+
+    /// Whether the rest of a chunk has to come with any part of it: the target has nothing to take the
+    /// rest from, and would hide what is below it later.
+    pub(super) fn takes_whole_chunks(&self) -> bool {
+        !self.whole && self.target.qcow2().is_some() && self.target.backing().is_none()
+    }
+
     /// Makes a range of the target read as zeroes, where it does not: saying so again could take
     /// space for tables.
     fn zero(&self, range: &Range<u64>, way: Way) -> Result<()> {
-        // A backing file that the image names, and that is not open now, may be below it later.
-        let alone = self.target.recorded_backing().is_none();
+        // What is not below it now may be later: under a part of a disk always, else where the image
+        // names it.
+        let alone = !self.records_zeroes() && self.target.recorded_backing().is_none();
         let mut start = range.start;
         while start < range.end {
             let ask = |format: &dyn Format| format.block_status(start, range.end - start);

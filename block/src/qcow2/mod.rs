@@ -109,6 +109,8 @@ pub struct Qcow2 {
     known_len: AtomicU64,
     read_only: bool,
     unmap: bool,
+    /// Zeroes are its own also where nothing is below it: [`Qcow2::record_zeroes`].
+    records_zeroes: AtomicBool,
     /// Discarded clusters keep their place; whether the host's space goes all the same.
     no_unref: Option<bool>,
     /// The image itself, once it is shared: for who flushes another that changed with it.
@@ -167,6 +169,7 @@ impl Qcow2 {
             unmarked: AtomicBool::new(false),
             read_only: options.read_only,
             unmap: true,
+            records_zeroes: AtomicBool::new(false),
             no_unref: options.discard_no_unref.then_some(options.pass_discard.request),
             me: Weak::new(),
         };

@@ -344,8 +344,15 @@ pub(super) fn commit(meta: &mut Meta, target: &Target) -> Result<()> {
 }
 
 impl Qcow2 {
-    /// Whether a whole range reads as zeroes without looking at data.
-    pub(super) fn maps_to_zero(&self, meta: &mut Meta, guest: u64, len: u64) -> Result<bool> {
+    /// Whether a whole range reads as zeroes without looking at data; `bare` says that what the image
+    /// does not have counts as zeroes.
+    pub(super) fn maps_to_zero(
+        &self,
+        meta: &mut Meta,
+        guest: u64,
+        len: u64,
+        bare: bool,
+    ) -> Result<bool> {
         let extents = map(
             meta,
             |meta, index| meta.l1.get(to_usize(index)).copied().unwrap_or(0),
@@ -354,7 +361,7 @@ impl Qcow2 {
         )?;
         Ok(extents.iter().all(|e| match e.source {
             Source::Zero => true,
-            Source::Backing => self.backing().is_none(),
+            Source::Backing => bare,
             _ => false,
         }))
     }

@@ -1,5 +1,7 @@
 //! Discard and write-zeroes.
 
+use std::sync::atomic::Ordering;
+
 use crate::num::to_usize;
 use crate::{Result, WriteBuf};
 
@@ -79,7 +81,8 @@ impl Qcow2 {
         {
             let mut meta = self.meta();
             meta.check_writable()?;
-            if self.maps_to_zero(&mut meta, guest, len)? {
+            let bare = self.backing().is_none() && !self.says_zeroes(&meta);
+            if self.maps_to_zero(&mut meta, guest, len, bare)? {
                 return Ok(());
             }
         }
@@ -157,14 +160,26 @@ impl Qcow2 {
         self.data.write_zeroes(start, end - start, wish != Wish::Keep)
     }
 
-    /// Where a cluster stays as it is, whether that is what was wished for. Where the image names a
-    /// backing file (`named`) that is not open, zeroes are said all the same: whoever opens the image by
-    /// its own names reads them then. Version 2 cannot say it.
-    fn as_it_is(&self, old: &Cluster, set: u32, wish: Wish, named: bool) -> Option<bool> {
+    /// Has zeroes that are written from now on be the image's own also where nothing is below it:
+    /// another image may come there later, which must not be seen through them.
+    pub(crate) fn record_zeroes(&self) {
+        self.records_zeroes.store(true, Ordering::Release);
+    }
+
+    /// Whether zeroes are recorded where the image has nothing and nothing is below it. So they are,
+    /// too, where the image names a backing file that is not open: whoever opens the image by its own
+    /// names reads them then. Version 2 cannot say zero and would take space for all of them.
+    fn says_zeroes(&self, meta: &Meta) -> bool {
+        let named = self.geometry.version >= 3 && meta.header.backing_file.is_some();
+        named || self.records_zeroes.load(Ordering::Acquire)
+    }
+
+    /// Where a cluster stays as it is, whether that is what was wished for. In version 2 zeroes that
+    /// have to be recorded (`said`) are to be written.
+    fn as_it_is(&self, old: &Cluster, set: u32, wish: Wish, said: bool) -> Option<bool> {
         let geometry = self.geometry;
         let v3 = geometry.version >= 3;
-        let alone = self.backing().is_none();
-        let bare = alone && !(v3 && named);
+        let bare = self.backing().is_none() && !(said && (v3 || wish != Wish::Discard));
         let every = set == mask(0..geometry.subclusters());
         let has_host = old.mapping.run(geometry).is_some();
         let stays = wish == Wish::Keep || self.no_unref.is_some();
@@ -177,7 +192,7 @@ impl Qcow2 {
         // A part of a compressed cluster cannot be zero on its own.
         let part = !every && matches!(old.mapping, Mapping::Compressed { .. });
         // Version 2 over a backing file: a discarded cluster reads as before.
-        let shows_backing = !v3 && !alone;
+        let shows_backing = !v3 && !bare;
         (part || shows_backing).then_some(wish == Wish::Discard)
     }
 
@@ -195,8 +210,8 @@ impl Qcow2 {
         let geometry = self.geometry;
         let old = meta.cluster(guest)?;
         let set = mask(geometry.touched(guest, len));
-        let named = meta.header.backing_file.is_some();
-        if let Some(done) = self.as_it_is(&old, set, wish, named) {
+        let said = self.says_zeroes(meta);
+        if let Some(done) = self.as_it_is(&old, set, wish, said) {
             return Ok(done);
         }
         let v3 = geometry.version >= 3;

@@ -123,6 +123,7 @@ impl Backup {
             source: source.clone(),
             target: target.clone(),
             top_only: options.sync == SyncMode::Top,
+            whole: options.sync.is_whole(&source),
             compress: options.compress,
             unmap: true,
             piece: PIECE.max(unit),

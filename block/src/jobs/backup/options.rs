@@ -34,6 +34,13 @@ impl SyncMode {
     }
 }
 
+impl SyncMode {
+    /// Whether all that is read through the source is copied.
+    pub(in crate::jobs) fn is_whole(self, source: &Node) -> bool {
+        self == Self::Full || (self == Self::Top && source.backing().is_none())
+    }
+}
+
 /// What becomes of the bitmap: QMP's `BitmapSyncMode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BitmapMode {

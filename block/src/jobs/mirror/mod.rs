@@ -142,6 +142,8 @@ impl Mirror {
             source: source.clone(),
             target,
             top_only: false,
+            // What a commit goes into has all that is below it.
+            whole: options.sync.is_whole(&source) || images.is_some(),
             compress: false,
             unmap: options.unmap,
             piece: (most - most % unit).max(unit),

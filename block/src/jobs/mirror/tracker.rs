@@ -111,19 +111,27 @@ impl Tracker {
         result
     }
 
-    /// Makes a change on the target that was made on the source.
-    fn follow(&self, change: &Change<'_>) -> Result<bool> {
-        let target = &self.copier.target;
-        match change.kind {
+    /// Makes a change on the target that was made on the source, which touches these chunks.
+    fn follow(&self, change: &Change<'_>, chunks: &Range<u64>) -> Copied<bool> {
+        let copier = &self.copier;
+        let end = chunks.end.min(copier.source.size());
+        let all = change.offset == chunks.start && change.end() == end;
+        if !all && !matches!(change.kind, ChangeKind::Discard) && copier.takes_whole_chunks() {
+            copier.copy(&(chunks.start..end), Kind::Data, Way::Through)?;
+            return Ok(true);
+        }
+        let result = match change.kind {
             ChangeKind::Write(bufs) | ChangeKind::Compressed(bufs) => {
-                target.write(change.offset, bufs)?;
+                copier.target.write(change.offset, bufs)
             }
             ChangeKind::Zeroes { unmap } => {
-                target.write_zeroes(change.offset, change.len, unmap && self.copier.unmap)?;
+                copier.records_zeroes();
+                copier.target.write_zeroes(change.offset, change.len, unmap && copier.unmap)
             }
             // What it reads as afterwards only the source tells.
             ChangeKind::Discard => return Ok(false),
-        }
+        };
+        result.map_err(|error| Failed { side: Side::Target, error })?;
         Ok(true)
     }
 }
@@ -159,8 +167,7 @@ impl Turn for BothSides<'_> {
         let Self { tracker, seized } = *self;
         // One that failed may have been made in part.
         let done = result.is_ok()
-            && tracker.follow(change).unwrap_or_else(|error| {
-                let failed = Failed { side: Side::Target, error };
+            && tracker.follow(change, &seized).unwrap_or_else(|failed| {
                 let mut place = tracker.failed.lock().unwrap_or_else(PoisonError::into_inner);
                 place.get_or_insert(failed);
                 tracker.has_failed.store(true, Ordering::Release);

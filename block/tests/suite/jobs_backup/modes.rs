@@ -69,6 +69,52 @@ fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_o
 }
 
 #[test]
+fn zeroes_are_the_targets_own_where_it_gets_a_backing_file_later() {
+    if !have_qemu_img("backup to an image that gets a backing file later") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = base(dir.path());
+    for kind in ["", "cluster_size=4k", "compat=0.10", "extended_l2=on"] {
+        let source = over(&base, "s.qcow2", "");
+        write_over(&source);
+        let target = create(dir.path(), "t.qcow2", "8M", kind);
+        let graph = Graph::new();
+        let s = add(&graph, "s", &source, &json!({}));
+        let expected = contents(&s);
+        let t = add(&graph, "t", &target, &json!({}));
+        let mut backup = Backup::new(&graph, options(SyncMode::Top)).unwrap();
+        // Writes copy, too.
+        put(&s, (3 << 20) + 5000, &[9; 1000]);
+        finish(&mut backup, &Control::default()).unwrap();
+        drop((backup, s, t));
+        drop(graph);
+        check(&target);
+        qemu_img(&["rebase", "-u", "-b", &path(&base), "-F", "qcow2", &path(&target)]);
+        assert!(qemu_contents(dir.path(), &target, None) == expected, "{kind}");
+    }
+}
+
+#[test]
+fn a_full_backup_of_zeroes_takes_no_space_for_tables() {
+    if !have_qemu_img("full backup of zeroes") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = create(dir.path(), "s.qcow2", "64G", "");
+    let target = create(dir.path(), "t.qcow2", "64G", "");
+    let before = std::fs::metadata(&target).unwrap().len();
+    let graph = Graph::new();
+    let s = add(&graph, "s", &source, &json!({}));
+    let t = add(&graph, "t", &target, &json!({}));
+    let mut backup = Backup::new(&graph, options(SyncMode::Full)).unwrap();
+    finish(&mut backup, &Control::default()).unwrap();
+    drop((backup, s, t));
+    drop(graph);
+    assert_eq!(std::fs::metadata(&target).unwrap().len(), before);
+}
+
+#[test]
 fn a_target_over_its_source_shows_the_moment_for_as_long_as_the_job_is_there() {
     if !have_qemu_img("fleecing") {
         return;

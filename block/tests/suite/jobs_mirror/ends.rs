@@ -170,3 +170,45 @@ fn zeroes_are_the_targets_own_where_its_image_names_a_backing_file_that_is_not_o
         assert!(qemu_contents(dir.path(), &target, None) == expected, "{sync:?}, {copy_mode:?}");
     }
 }
+
+#[test]
+fn zeroes_are_the_targets_own_where_it_gets_a_backing_file_later() {
+    if !have_qemu_img("mirror to an image that gets a backing file later") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = base(dir.path());
+    for (sync, copy_mode, kind) in [
+        (SyncMode::Top, CopyMode::Background, ""),
+        (SyncMode::Top, CopyMode::WriteBlocking, "cluster_size=4k"),
+        (SyncMode::Top, CopyMode::Background, "compat=0.10"),
+        (SyncMode::None, CopyMode::Background, "extended_l2=on"),
+        (SyncMode::None, CopyMode::WriteBlocking, "compat=0.10"),
+    ] {
+        let source = over(&base, "s.qcow2", "");
+        // What the target is not given must be the backing file's.
+        if sync == SyncMode::Top {
+            write_over(&source);
+        }
+        let target = create(dir.path(), "t.qcow2", "8M", kind);
+        let graph = Graph::new();
+        let s = add(&graph, "s", &source, &json!({}));
+        let t = add(&graph, "t", &target, &json!({}));
+        let mirror = MirrorOptions { copy_mode, ..options(sync) };
+        let mut mirror = Mirror::new(&graph, mirror).unwrap();
+        thread::scope(|scope| {
+            let Ready { control, job, .. } = until_ready(scope, &mut mirror);
+            s.write_zeroes(64 << 10, 64 << 10, false).unwrap();
+            s.write_zeroes((2 << 20) + 512, 1024, true).unwrap();
+            control.cancel(false);
+            job.join().unwrap().unwrap();
+        });
+        let expected = contents(&s);
+        drop((mirror, s, t));
+        drop(graph);
+        check(&target);
+        qemu_img(&["rebase", "-u", "-b", &path(&base), "-F", "qcow2", &path(&target)]);
+        let found = qemu_contents(dir.path(), &target, None);
+        assert!(found == expected, "{sync:?}, {copy_mode:?}, {kind}");
+    }
+}
