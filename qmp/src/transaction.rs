@@ -8,8 +8,10 @@
 //! ```
 //!
 //! - `prepare` and `point` go in the order of the actions, so that a later action finds what an earlier
-//!   one has done, and the first failure is the reply. Actions that have long preparations have them
-//!   before requests are held back; where no action has, each is prepared and done before the next.
+//!   one has done. Actions that have long preparations have them before requests are held back; where no
+//!   action has, each is prepared and done before the next.
+//! - The reply is the failure of the first action that cannot be done, as in QEMU. So where one cannot be
+//!   prepared, those before it are tried at a moment of their own, which is undone with them.
 //! - Requests are held back until all is committed; where every action allows it, only for `point`.
 //! - `abort` and `commit` go from the last action to the first, as in QEMU.
 
@@ -75,11 +77,11 @@ pub trait Action {
 /// That of the first action that failed; no action has had an effect.
 pub fn run<A: Action + ?Sized, H>(
     actions: &mut [Box<A>],
-    hold: impl FnOnce() -> Result<H, Error>,
+    hold: impl Fn() -> Result<H, Error>,
 ) -> Result<(), Error> {
     let long = actions.iter().any(|action| action.prepares_long());
     if long {
-        prepare_all(actions)?;
+        prepare_all(actions, &hold)?;
     }
     let held = match hold() {
         Ok(held) => held,
@@ -107,14 +109,23 @@ pub fn run<A: Action + ?Sized, H>(
     Ok(())
 }
 
-/// Prepares all; where one fails, those before it are aborted.
+/// Prepares all; where one fails, those before it have their point tried and are aborted.
 ///
 /// # Errors
-/// That of the first that failed.
-pub fn prepare_all<A: Action + ?Sized>(actions: &mut [Box<A>]) -> Result<(), Error> {
+/// That of the first that cannot be done.
+pub fn prepare_all<A: Action + ?Sized, H>(
+    actions: &mut [Box<A>],
+    hold: impl Fn() -> Result<H, Error>,
+) -> Result<(), Error> {
     for at in 0..actions.len() {
         if let Err(error) = actions[at].prepare() {
-            abort(&mut actions[..at]);
+            let before = &mut actions[..at];
+            if let Ok(_held) = hold() {
+                each(before, |action| action.point())?;
+                abort(before);
+            } else {
+                abort(before);
+            }
             return Err(error);
         }
     }
@@ -318,6 +329,19 @@ mod tests {
         assert!(log(&[PLAIN, bad]).ends_with("publish0* publish1* abort1* abort0* release"));
     }
 
+    #[test]
+    fn what_comes_before_an_action_that_cannot_be_prepared_fails_first() {
+        let long = Plan { long: true, ..PLAIN };
+        let bad = Plan { fails: Some("prepare"), ..long.clone() };
+        let all = "prepare0 prepare1 prepare2 point0* point1* abort1* abort0* release";
+        assert_eq!(log(&[PLAIN, PLAIN, bad.clone()]), all);
+        let short = Plan { fails: Some("point"), ..PLAIN };
+        let all = "prepare0 prepare1 prepare2 point0* abort1* abort0* release";
+        assert_eq!(log(&[short.clone(), long, bad.clone()]), all);
+        let (result, _) = play(&[short, bad], BTreeMap::new());
+        assert_eq!(result.unwrap_err().desc, "point0");
+    }
+
     fn plan() -> impl Strategy<Value = Plan> {
         let steps = vec![None, None, None, None, Some("prepare"), Some("point"), Some("secure")];
         let fails = prop_oneof![prop::sample::select(steps), Just(Some("publish"))];
@@ -334,13 +358,21 @@ mod tests {
         ) {
             let (result, world) = play(&plans, values.clone());
             let world = world.borrow();
+            let first = |steps: &[&str]| {
+                let fails = |(id, plan): (usize, &Plan)| {
+                    plan.fails.filter(|step| steps.contains(step)).map(|step| format!("{step}{id}"))
+                };
+                plans.iter().enumerate().find_map(fails)
+            };
+            let failure = first(&["prepare", "point"]).or_else(|| first(&["secure"]));
+            let failure = failure.or_else(|| first(&["publish"]));
             let mut expected = values;
-            if result.is_ok() {
+            if failure.is_none() {
                 for plan in &plans {
                     *expected.entry(plan.key).or_default() += plan.add;
                 }
             }
-            prop_assert_eq!(result.is_ok(), plans.iter().all(|plan| plan.fails.is_none()));
+            prop_assert_eq!(result.err().map(|error| error.desc), failure.clone());
             prop_assert_eq!(&world.values, &expected);
             prop_assert!(!world.held);
             for (id, plan) in plans.iter().enumerate() {

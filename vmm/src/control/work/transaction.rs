@@ -22,7 +22,7 @@ pub(super) fn run(
     snapshot::preflight_save(&nodes, &target.vmstate, &target.tag)?;
     let resources = Resources::new(&context.blocks, &others);
     let mut actions = context.blocks.actions(&others, &resources);
-    transaction::prepare_all(&mut actions).map_err(refused)?;
+    transaction::prepare_all(&mut actions, || Ok(context.graph.hold_all())).map_err(refused)?;
     let early = state.job_id.is_some();
     let mut together = Together { context, actions, early, ended: false };
     let how = SaveOptions { mode: SaveMode::Live, compress: None };
