@@ -2,6 +2,8 @@
 //! snapshot would still read, and a disk that goes back to a snapshot is not what a job copies.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -141,6 +143,73 @@ fn a_disk_whose_place_another_took_is_neither_saved_nor_gone_back_to_as_the_gues
     assert_eq!(vm.status(), "running");
     vm.save("u", &["disk0"]);
     vm.load("u", &["disk0"]);
+    vm.quit();
+    disk.check();
+    target.check();
+}
+
+/// A line of the monitor that was sent and read, and is not answered yet.
+struct Sent(BufReader<UnixStream>);
+
+impl Sent {
+    fn new(vm: &Vm, line: &str) -> Self {
+        let mut sent = Self(BufReader::new(UnixStream::connect(vm.qmp_path()).unwrap()));
+        let enable = json!({ "execute": "qmp_capabilities", "arguments": { "enable": ["oob"] } });
+        let line = json!({ "execute": "human-monitor-command", "id": "line",
+            "arguments": { "command-line": line } });
+        // Answered once what came before it was handed on.
+        let after = json!({ "exec-oob": "query-jobs", "id": "after" });
+        for message in [enable, line, after] {
+            sent.0.get_mut().write_all(message.to_string().as_bytes()).unwrap();
+        }
+        sent.answer("after");
+        sent
+    }
+
+    fn answer(&mut self, id: &str) -> Value {
+        loop {
+            let mut text = String::new();
+            assert!(self.0.read_line(&mut text).unwrap() > 0, "the connection has ended");
+            let message: Value = serde_json::from_str(&text).unwrap();
+            if message["id"] == id {
+                return message["return"].clone();
+            }
+            assert_ne!(message["id"], "line", "{text}");
+        }
+    }
+}
+
+#[test]
+fn savevm_behind_a_job_saves_the_disk_that_the_guest_has_when_its_turn_comes() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::qcow2(dir.path().join("disk0.qcow2"), "16M");
+    let target = Disk::qcow2(dir.path().join("target.qcow2"), "16M");
+    let kernel = dir.path().join("counter.elf");
+    std::fs::write(&kernel, counter::kernel(128 << 20)).unwrap();
+    let kernel = kernel.display().to_string();
+    let mut vm = VmSpec::new("256M", 1).args(&["--kernel", &kernel]).disk(&disk).start();
+    let mut qmp = vm.qmp();
+    let node = json!({ "driver": "qcow2", "node-name": "target",
+        "file": { "driver": "file", "filename": target.path } });
+    qmp.execute("blockdev-add", node).unwrap();
+    mirror(&mut qmp, "m", "disk0", "target");
+    let save = json!({ "job-id": "s", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
+    qmp.execute("snapshot-save", save).unwrap();
+    qmp.execute("job-pause", json!({ "id": "s" })).unwrap();
+    let paused = |event: &Value| event["data"]["id"] == "s" && event["data"]["status"] == "paused";
+    qmp.wait_event(PATIENCE, paused).unwrap();
+    let mut sent = Sent::new(&vm, "savevm u");
+    complete(&vm, "m");
+    qmp.execute("job-cancel", json!({ "id": "s" })).unwrap();
+    assert_eq!(sent.answer("line"), "");
+    let tags = |disk: &Disk| qemu_img(&["snapshot", "-U", "-l", &disk.path.display().to_string()]);
+    assert!(tags(&target).contains(" u "), "{}", tags(&target));
+    assert!(!tags(&disk).contains(" u "), "{}", tags(&disk));
+    // And it is there to go back to.
+    vm.load("u", &["target"]);
     vm.quit();
     disk.check();
     target.check();

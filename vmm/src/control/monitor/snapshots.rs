@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::super::Controller;
-use super::super::snapshot_jobs::Asker;
+use super::super::snapshot_jobs::Line;
 use super::super::work::{SaveMode, SaveOptions, Target, Task};
 use crate::image::text::{clock, date, size};
 
@@ -26,57 +26,60 @@ impl Controller {
         nodes.filter(|node| !node.read_only()).collect()
     }
 
-    /// The disks by name, and the one with the VM state; `None` answers that there is none.
-    fn target(&self, tag: &str) -> Option<Target> {
-        let disks = self.writable_disks();
-        let vmstate = disks.iter().find(|node| node.access().supports_snapshots())?;
-        Some(Target {
-            tag: tag.to_owned(),
-            vmstate: vmstate.name().to_owned(),
-            devices: disks.iter().map(|node| node.name().to_owned()).collect(),
-        })
-    }
-
     /// A checkpoint of that name is deleted first, as in QEMU.
     pub(super) fn savevm(&mut self, tag: Option<&str>, reply: qmp::Reply) {
         let tag = tag.map_or_else(name_of_now, str::to_owned);
-        let Some(target) = self.target(&tag) else { return reply.value(&NO_DISK) };
-        let there = self.writable_disks().iter().any(|node| has(node, &tag));
-        let options = SaveOptions { mode: SaveMode::Live, compress: None };
-        let directory = std::env::current_dir().unwrap_or_default().display().to_string();
-        let devices = target.devices.clone();
-        let save = Task::Save(target, options, About { directory, ..About::default() });
-        if there {
-            self.run_for(Asker { reply, then: Some(save) }, Task::Delete { tag, devices });
-        } else {
-            self.run_for(Asker { reply, then: None }, save);
-        }
+        self.run_line(Line::Save(tag), reply);
     }
 
     pub(super) fn loadvm(&mut self, tag: &str, reply: qmp::Reply) {
-        match self.target(tag) {
-            Some(mut target) => {
-                // It is on the disk where it was saved, whichever that is.
-                let state = |node: &Arc<Node>| {
-                    node.snapshots().iter().any(|s| s.tag == tag && s.vm_state_size > 0)
-                };
-                if let Some(node) = self.writable_disks().iter().find(|node| state(node)) {
-                    target.vmstate = node.name().to_owned();
-                }
-                let task = Task::Load(target, LoadMode::Lazy);
-                self.run_for(Asker { reply, then: None }, task);
-            }
-            None => reply.value(&NO_DISK),
-        }
+        self.run_line(Line::Load(tag.to_owned()), reply);
     }
 
     pub(super) fn delvm(&mut self, tag: &str, reply: qmp::Reply) {
-        match self.target(tag) {
-            Some(Target { tag, devices, .. }) => {
-                self.run_for(Asker { reply, then: None }, Task::Delete { tag, devices });
+        self.run_line(Line::Delete(tag.to_owned()), reply);
+    }
+
+    /// What a line is to do with the disks that the machine has now, and the line that follows if that
+    /// succeeds.
+    ///
+    /// # Errors
+    /// The answer where no disk can have checkpoints.
+    pub(in crate::control) fn task_of_line(
+        &self,
+        line: &Line,
+    ) -> Result<(Task, Option<Line>), &'static str> {
+        let disks = self.writable_disks();
+        let can_have = |node: &&Arc<Node>| node.access().supports_snapshots();
+        let Some(first) = disks.iter().find(can_have) else {
+            return Err(if matches!(line, Line::Delete(_)) { "" } else { NO_DISK });
+        };
+        let devices: Vec<String> = disks.iter().map(|node| node.name().to_owned()).collect();
+        let target = |tag: &str, vmstate: &Node| Target {
+            tag: tag.to_owned(),
+            vmstate: vmstate.name().to_owned(),
+            devices: devices.clone(),
+        };
+        Ok(match line {
+            Line::Save(tag) if disks.iter().any(|node| has(node, tag)) => {
+                (Task::Delete { tag: tag.clone(), devices }, Some(line.clone()))
             }
-            None => reply.value(&""),
-        }
+            Line::Save(tag) => {
+                let options = SaveOptions { mode: SaveMode::Live, compress: None };
+                let directory = std::env::current_dir().unwrap_or_default().display().to_string();
+                let about = About { directory, ..About::default() };
+                (Task::Save(target(tag, first), options, about), None)
+            }
+            Line::Load(tag) => {
+                // It is on the disk where it was saved, whichever that is.
+                let state = |node: &&Arc<Node>| {
+                    node.snapshots().iter().any(|s| s.tag == *tag && s.vm_state_size > 0)
+                };
+                let vmstate = disks.iter().find(state).unwrap_or(first);
+                (Task::Load(target(tag, vmstate), LoadMode::Lazy), None)
+            }
+            Line::Delete(tag) => (Task::Delete { tag: tag.clone(), devices }, None),
+        })
     }
 
     /// Those on all disks, by tag, then those on some.

@@ -7,7 +7,6 @@ use block::Progress;
 use qmp::jobs::{Work, WorkReport};
 
 use crate::blocks::jobs::JobList;
-use crate::control::work::Task;
 
 /// What the job list and the main thread know of a job's work.
 #[derive(Clone)]
@@ -23,12 +22,24 @@ pub(in crate::control) struct Handle {
     pub(super) answer: Arc<Mutex<Option<qmp::Reply>>>,
 }
 
-/// A line of the monitor that is done by what jobs do.
+/// A line of the monitor that is done by what jobs do, with its tag. It names no disks: those of the
+/// machine are looked for when its turn comes, as a job before it may have put others in their place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::control) enum Line {
+    /// `savevm`
+    Save(String),
+    /// `loadvm`
+    Load(String),
+    /// `delvm`
+    Delete(String),
+}
+
+/// Who waits for the end of a line.
 pub(in crate::control) struct Asker {
     /// Where the text goes.
     pub(in crate::control) reply: qmp::Reply,
-    /// What is done after this, if that succeeds.
-    pub(in crate::control) then: Option<Task>,
+    /// What is done after what is done now, if that succeeds.
+    pub(in crate::control) then: Option<Line>,
 }
 
 impl Work for Handle {
@@ -66,6 +77,15 @@ impl Handle {
     pub(super) fn take_asker(&self) -> Option<Asker> {
         let asker = self.asker.as_ref()?;
         asker.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What is done after this for who waits for the line.
+    pub(super) fn set_then(&self, then: Option<Line>) {
+        if let Some(asker) = &self.asker
+            && let Some(asker) = &mut *asker.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            asker.then = then;
+        }
     }
 
     pub(super) fn new(list: JobList, id: String, answer: Option<qmp::Reply>) -> Self {

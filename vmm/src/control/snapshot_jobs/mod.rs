@@ -18,7 +18,8 @@ use super::mailbox::Message;
 use super::work::{self, Task, WorkContext, WorkError};
 use crate::blocks::jobs::JobList;
 use crate::machine::recorded;
-pub(super) use handle::{Asker, Handle};
+use handle::Asker;
+pub(super) use handle::{Handle, Line};
 
 /// The jobs, and what they are to do.
 pub(super) struct SnapshotJobs {
@@ -31,8 +32,14 @@ pub(super) struct SnapshotJobs {
 
 struct Waiting {
     id: String,
-    task: Task,
+    work: Queued,
     handle: Handle,
+}
+
+/// What waits for its turn.
+enum Queued {
+    Task(Task),
+    Line(Line),
 }
 
 pub(super) struct Current {
@@ -100,27 +107,57 @@ impl Controller {
         };
         let handle = Handle::new(self.jobs.list.clone(), id.clone(), None);
         self.jobs.list.lock().create(NewJob::new(&id, kind), Box::new(handle.clone()))?;
-        self.jobs.waiting.push_back(Waiting { id, task, handle });
+        self.jobs.waiting.push_back(Waiting { id, work: Queued::Task(task), handle });
         self.start_next_job();
         Ok(())
     }
 
     /// Does what a line of the monitor asks for, when its turn comes, and answers.
-    pub(super) fn run_for(&mut self, asker: Asker, task: Task) {
-        let asker = Some(Arc::new(Mutex::new(Some(asker))));
-        // It is not in the list: nobody can pause it.
-        let handle = Handle { asker, ..Handle::new(self.jobs.list.clone(), String::new(), None) };
-        self.jobs.waiting.push_back(Waiting { id: String::new(), task, handle });
+    pub(super) fn run_line(&mut self, line: Line, reply: qmp::Reply) {
+        let waiting = self.waiting_line(line, reply);
+        self.jobs.waiting.push_back(waiting);
         self.start_next_job();
     }
 
-    /// The job is over.
+    fn waiting_line(&self, line: Line, reply: qmp::Reply) -> Waiting {
+        let asker = Some(Arc::new(Mutex::new(Some(Asker { reply, then: None }))));
+        // It is not in the list: nobody can pause it.
+        let handle = Handle { asker, ..Handle::new(self.jobs.list.clone(), String::new(), None) };
+        Waiting { id: String::new(), work: Queued::Line(line), handle }
+    }
+
+    /// What is to be done now that the turn of something has come; a line that cannot be done is
+    /// answered.
+    fn task_of(&self, work: Queued, handle: &Handle) -> Option<Task> {
+        let line = match work {
+            Queued::Task(task) => return Some(task),
+            Queued::Line(line) => line,
+        };
+        match self.task_of_line(&line) {
+            Ok((task, then)) => {
+                handle.set_then(then);
+                Some(task)
+            }
+            Err(text) => {
+                if let Some(Asker { reply, .. }) = handle.take_asker() {
+                    reply.value(&text);
+                }
+                None
+            }
+        }
+    }
+
+    /// The job is over; the next may begin.
     fn conclude(&mut self, id: &str, handle: &Handle, outcome: work::Outcome) {
         let Some(Asker { reply, then }) = handle.take_asker() else {
             return self.jobs.finish(id, outcome);
         };
         match (outcome, then) {
-            (Ok(()), Some(task)) => self.run_for(Asker { reply, then: None }, task),
+            (Ok(()), Some(line)) => {
+                // Nothing comes in between.
+                let waiting = self.waiting_line(line, reply);
+                self.jobs.waiting.push_front(waiting);
+            }
             (Ok(()), None) => reply.value(&""),
             (Err(WorkError::Cancelled), _) => reply.value(&"Error: Operation canceled\r\n"),
             (Err(WorkError::Failed(text)), _) => reply.value(&format!("Error: {text}\r\n")),
@@ -138,7 +175,8 @@ impl Controller {
 
     pub(super) fn start_next_job(&mut self) {
         while self.jobs.current.is_none() && !self.ending {
-            let Some(Waiting { id, task, handle }) = self.jobs.next() else { return };
+            let Some(Waiting { id, work, handle }) = self.jobs.next() else { return };
+            let Some(task) = self.task_of(work, &handle) else { continue };
             if let Task::Load(target, mode) = &task
                 && self.can_rewind(target, *mode)
             {

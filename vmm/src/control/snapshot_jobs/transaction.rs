@@ -4,7 +4,7 @@ use qmp::jobs::{AutoFlags, NewJob};
 use qmp::schema::{JobType, TransactionAction, TransactionArguments};
 use snapshot::About;
 
-use super::{Handle, Waiting};
+use super::{Handle, Queued, Waiting};
 use crate::control::Controller;
 use crate::control::work::Task;
 
@@ -44,7 +44,7 @@ impl Controller {
             return;
         }
         let task = Task::Transaction(arguments, about);
-        self.jobs.waiting.push_back(Waiting { id, task, handle });
+        self.jobs.waiting.push_back(Waiting { id, work: Queued::Task(task), handle });
         self.start_next_job();
     }
 
