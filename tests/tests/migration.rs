@@ -333,13 +333,14 @@ fn a_damaged_stream_ends_the_process_with_the_reason_and_the_disk_untouched() {
         std::fs::copy(&good, &bad).unwrap();
         damage(&bad, at);
         let stderr = incoming(&bench.uri("file", "bad"), &bench.spec);
+        assert_eq!(stderr.matches("migration failed: ").count(), 1, "{at}: {stderr}");
         assert!(stderr.contains("load of migration failed: "), "{at}: {stderr}");
     }
     for len in [0, 10, 1000, length / 2, length - 1] {
         std::fs::copy(&good, &bad).unwrap();
         std::fs::OpenOptions::new().write(true).open(&bad).unwrap().set_len(len).unwrap();
         let stderr = incoming(&bench.uri("file", "bad"), &bench.spec);
-        assert!(stderr.contains("ends after"), "{len}: {stderr}");
+        assert_eq!(stderr.matches("ends after").count(), 1, "{len}: {stderr}");
     }
     let stderr = incoming("exec:exit 5", &bench.spec);
     assert!(stderr.contains("exit status: 5"), "{stderr}");

@@ -24,9 +24,6 @@ impl Controller {
             Err(WorkError::Cancelled) => (MigrationStatus::Cancelled, None),
             Err(WorkError::Failed(text)) => (MigrationStatus::Failed, Some(text)),
         };
-        if let Some(text) = &text {
-            error!("migration failed: {text}");
-        }
         match outgoing {
             true => self.sent(status, text),
             false => self.received(status, text),
@@ -35,6 +32,9 @@ impl Controller {
     }
 
     fn sent(&mut self, status: MigrationStatus, text: Option<String>) {
+        if let Some(text) = &text {
+            error!("migration failed: {text}");
+        }
         let gone = self.migration.last.as_ref().is_some_and(|last| last.disks_are_gone);
         if status == MigrationStatus::Completed || gone {
             self.leave_guest();
@@ -51,10 +51,14 @@ impl Controller {
         }
         if let Some(text) = text {
             let exits = self.migration.awaits.as_ref().is_some_and(|awaits| awaits.exit_on_error);
-            self.migration_ended(status, Some(format!("load of migration failed: {text}")));
+            let told = format!("load of migration failed: {text}");
+            self.migration_ended(status, Some(told.clone()));
             if exits {
+                // The process's last word.
                 self.failure = Some(Error::Incoming(text));
                 self.ending = true;
+            } else {
+                error!("{told}");
             }
             return;
         }
