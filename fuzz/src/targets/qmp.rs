@@ -118,6 +118,7 @@ impl Choices<'_> {
         match ty {
             Type::Str => json!(["a", "", "d", "disk0", "#x", "ä\u{1f600}"][self.below(6)]),
             Type::Int => json!([0, 1, -1, i64::MIN, i64::MAX, 512][self.below(6)]),
+            Type::Uint32 => json!([0, 1, u32::MAX, 65536][self.below(4)]),
             Type::Uint => json!([0, 1, u64::MAX, 65536][self.below(4)]),
             Type::Number => json!([0.0, -0.5, 1e308][self.below(3)]),
             Type::Bool => json!(self.below(2) == 0),

@@ -19,7 +19,7 @@ objects! {
         /// The bitmap's name.
         "name" name: String,
         /// Bytes that one bit stands for; the cluster size, within 4 KiB and 64 KiB, without it.
-        "granularity" granularity: Option<i64>,
+        "granularity" granularity: Option<u32>,
         /// Store it in the image when that is closed.
         "persistent" persistent: Option<bool>,
         /// Do not note writes yet.

@@ -87,7 +87,12 @@ fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), E
         Type::Str => expect(value.is_string(), "string"),
         Type::Int => expect(value.is_i64(), "integer"),
         // QEMU takes negative numbers here too, and wraps them.
-        Type::Uint => expect(value.is_u64(), "uint64"),
+        Type::Uint if value.is_u64() => Ok(()),
+        Type::Uint32 if value.as_u64().is_some_and(|value| u32::try_from(value).is_ok()) => Ok(()),
+        Type::Uint32 if value.is_u64() || value.is_i64() => {
+            Err(Error::out_of_range(path, "uint32_t"))
+        }
+        Type::Uint | Type::Uint32 => Err(Error::out_of_range(path, "uint64")),
         Type::Number => expect(value.is_number(), "number"),
         Type::Bool => expect(value.is_boolean(), "boolean"),
         // Who runs the command looks at open unions.
@@ -121,7 +126,7 @@ fn check_value(ty: &Type, value: &Value, name: &str, path: &str) -> Result<(), E
 fn is_of(ty: &Type, value: &Value) -> bool {
     match ty {
         Type::Str | Type::Enum(_) => value.is_string(),
-        Type::Int | Type::Uint | Type::Number => value.is_number(),
+        Type::Int | Type::Uint | Type::Uint32 | Type::Number => value.is_number(),
         Type::Bool => value.is_boolean(),
         Type::Array(_) => value.is_array(),
         Type::Object(_) | Type::Union(_) | Type::Open(_) => value.is_object(),

@@ -117,7 +117,7 @@ objects! {
         /// Bytes a second at most; 0 is no limit.
         "speed" speed: Option<i64>,
         /// Bytes that one bit of the dirty bitmap stands for.
-        "granularity" granularity: Option<i64>,
+        "granularity" granularity: Option<u32>,
         /// Bytes that may be in flight.
         "buf-size" buf_size: Option<i64>,
         /// What happens when the source cannot be read; `report` by default.
@@ -149,7 +149,7 @@ objects! {
         /// Bytes a second at most; 0 is no limit.
         "speed" speed: Option<i64>,
         /// Bytes that one bit of the dirty bitmap stands for.
-        "granularity" granularity: Option<i64>,
+        "granularity" granularity: Option<u32>,
         /// Bytes that may be in flight.
         "buf-size" buf_size: Option<i64>,
         /// What happens when the source cannot be read; `report` by default.

@@ -25,13 +25,13 @@ objects! {
         /// Where it listens.
         "addr" addr: SocketAddress,
         /// Seconds that a handshake may take; 0 is no limit. Default 10.
-        "handshake-max-seconds" handshake_max_seconds: Option<i64>,
+        "handshake-max-seconds" handshake_max_seconds: Option<u32>,
         /// Credentials for TLS; refused, there is none.
         "tls-creds" tls_creds: Option<String>,
         /// Authorization of TLS clients; refused.
         "tls-authz" tls_authz: Option<String>,
         /// Clients at the same time; 0 is no limit. Default 100.
-        "max-connections" max_connections: Option<i64>,
+        "max-connections" max_connections: Option<u32>,
     }
 
     /// Arguments of `block-export-add`: a flat union by `type`, of which there is one.

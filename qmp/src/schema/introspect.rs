@@ -54,7 +54,7 @@ impl Types {
     fn name(&mut self, ty: &Type) -> String {
         match ty {
             Type::Str => self.builtin("str", "string"),
-            Type::Int | Type::Uint => self.builtin("int", "int"),
+            Type::Int | Type::Uint | Type::Uint32 => self.builtin("int", "int"),
             Type::Number => self.builtin("number", "number"),
             Type::Bool => self.builtin("bool", "boolean"),
             Type::Any => self.builtin("any", "value"),

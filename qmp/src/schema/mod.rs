@@ -69,6 +69,8 @@ pub enum Type {
     Int,
     /// An unsigned 64-bit integer (`uint64`, `size`).
     Uint,
+    /// An unsigned 32-bit integer (`uint32`).
+    Uint32,
     /// A number (`number`).
     Number,
     /// `true` or `false` (`bool`).
@@ -223,6 +225,10 @@ impl Qapi for String {
 
 impl Qapi for i64 {
     const TYPE: Type = Type::Int;
+}
+
+impl Qapi for u32 {
+    const TYPE: Type = Type::Uint32;
 }
 
 impl Qapi for u64 {

@@ -67,7 +67,7 @@ impl Page {
     fn name(&mut self, ty: &Type) -> String {
         let name = match ty {
             Type::Str => return "string".to_owned(),
-            Type::Int | Type::Uint => return "integer".to_owned(),
+            Type::Int | Type::Uint | Type::Uint32 => return "integer".to_owned(),
             Type::Number => return "number".to_owned(),
             Type::Bool => return "boolean".to_owned(),
             Type::Any => return "any".to_owned(),
@@ -134,7 +134,7 @@ impl Page {
                 self.line(&format!("\nOne of: {}.", choices.join("; ")));
             }
             // They have no description of their own.
-            Type::Str | Type::Int | Type::Uint | Type::Number | Type::Bool => {}
+            Type::Str | Type::Int | Type::Uint | Type::Uint32 | Type::Number | Type::Bool => {}
             Type::Any | Type::Null | Type::Array(_) => {}
         }
     }

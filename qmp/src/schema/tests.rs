@@ -18,6 +18,7 @@ const MEMBERS: &[Member] = {
         doc: "",
         members: &[
             Member { name: "size", doc: "", ty: Type::Uint, optional: true },
+            Member { name: "short", doc: "", ty: Type::Uint32, optional: true },
             Member { name: "kind", doc: "", ty: JobType::TYPE, optional: false },
         ],
     };
@@ -35,7 +36,7 @@ fn refusal(value: Value) -> String {
 
 #[test]
 fn arguments_of_the_right_types_are_accepted() {
-    let inner = json!({ "kind": "mirror", "size": u64::MAX });
+    let inner = json!({ "kind": "mirror", "size": u64::MAX, "short": u32::MAX });
     for value in [
         json!({ "inner": { "kind": "commit" } }),
         json!({ "inner": inner, "list": [], "count": i64::MIN, "any": null }),
@@ -71,7 +72,19 @@ fn refusals_name_the_path_of_what_is_wrong() {
         (json!({ "inner": inner, "list": [{}] }), "Parameter 'list[0].kind' is missing"),
         (
             json!({ "inner": { "kind": "mirror", "size": -1 } }),
-            "Invalid parameter type for 'inner.size', expected: uint64",
+            "Parameter 'inner.size' expects uint64",
+        ),
+        (
+            json!({ "inner": { "kind": "mirror", "short": 1_u64 << 32 } }),
+            "Parameter 'inner.short' expects uint32_t",
+        ),
+        (
+            json!({ "inner": { "kind": "mirror", "short": -1 } }),
+            "Parameter 'inner.short' expects uint32_t",
+        ),
+        (
+            json!({ "inner": { "kind": "mirror", "short": "1" } }),
+            "Parameter 'inner.short' expects uint64",
         ),
         (
             json!({ "inner": inner, "count": 1.5 }),
@@ -108,7 +121,7 @@ fn example(ty: &Type, depth: usize) -> Value {
     match ty {
         Type::Str => json!("text"),
         Type::Int => json!(-1),
-        Type::Uint => json!(1),
+        Type::Uint | Type::Uint32 => json!(1),
         Type::Number => json!(0.5),
         Type::Bool => json!(true),
         Type::Any | Type::Open(_) => json!({ "any": 1 }),

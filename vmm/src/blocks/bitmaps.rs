@@ -9,24 +9,15 @@ use serde_json::Value;
 
 use super::{Blocks, failed};
 
-/// Most of what QMP's `uint32` takes.
-const MAX_GRANULARITY: i64 = u32::MAX as i64;
-
 impl Blocks {
     /// block-dirty-bitmap-add.
     pub(super) fn add_bitmap(&self, arguments: &BitmapAddArguments) -> Result<(), qmp::Error> {
-        let granularity = match arguments.granularity {
-            Some(bytes) if !(0..=MAX_GRANULARITY).contains(&bytes) => {
-                return Err(qmp::Error::generic("Parameter 'granularity' expects uint32_t"));
-            }
-            other => other.map(i64::unsigned_abs),
-        };
         let name = &arguments.node;
         // QEMU has another text here than for the other commands.
         let node = self.graph.get(name).ok_or_else(|| qmp::Error::no_node(name))?;
         node.add_bitmap(&NewBitmap {
             name: &arguments.name,
-            granularity,
+            granularity: arguments.granularity.map(u64::from),
             persistent: arguments.persistent.unwrap_or(false),
             disabled: arguments.disabled.unwrap_or(false),
         })

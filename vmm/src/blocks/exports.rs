@@ -65,7 +65,7 @@ impl NbdServerSpec {
     /// From the arguments of nbd-server-start.
     ///
     /// # Errors
-    /// A number is out of its range, or something is asked for that is not done.
+    /// Something is asked for that is not done.
     pub fn from_arguments(arguments: NbdServerArguments) -> Result<Self> {
         for (name, given) in [
             ("tls-creds", arguments.tls_creds.is_some()),
@@ -73,14 +73,8 @@ impl NbdServerSpec {
         ] {
             refuse(name, given)?;
         }
-        let number = |name, value: Option<i64>, default| match value {
-            None => Ok(default),
-            Some(value) => {
-                u32::try_from(value).map_err(|_| qmp::Error::out_of_range(name, "uint32_t"))
-            }
-        };
-        let max_connections = number("max-connections", arguments.max_connections, 100)?;
-        let seconds = number("handshake-max-seconds", arguments.handshake_max_seconds, 10)?;
+        let max_connections = arguments.max_connections.unwrap_or(100);
+        let seconds = arguments.handshake_max_seconds.unwrap_or(10);
         let address = match arguments.addr {
             SocketAddress::Unix(unix) => AddressSpec::Unix(unix.path),
             SocketAddress::Inet(inet) => AddressSpec::Inet { host: inet.host, port: inet.port },

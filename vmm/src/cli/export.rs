@@ -29,13 +29,19 @@ fn read_nbd_server(text: &str) -> Result<NbdServerSpec> {
     };
     let arguments = NbdServerArguments {
         addr,
-        handshake_max_seconds: all.number("handshake-max-seconds")?,
+        handshake_max_seconds: short(&mut all, "handshake-max-seconds")?,
         tls_creds: all.string("tls-creds")?,
         tls_authz: all.string("tls-authz")?,
-        max_connections: all.number("max-connections")?,
+        max_connections: short(&mut all, "max-connections")?,
     };
     all.end(&[])?;
     NbdServerSpec::from_arguments(arguments).or_else(|error| invalid(error.desc))
+}
+
+/// A number of 32 bits.
+fn short(all: &mut Members, name: &str) -> Result<Option<u32>> {
+    let number = all.number(name)?.map(u32::try_from).transpose();
+    number.or_else(|_| invalid(format!("Parameter '{name}' expects uint32_t")))
 }
 
 fn address(mut all: Members) -> Result<SocketAddress> {

@@ -75,19 +75,17 @@ impl Blocks {
         };
         self.check_filter(arguments.filter_node_name.as_deref())?;
         let copy_mode = arguments.copy_mode.unwrap_or(MirrorCopyMode::Background);
-        let number = |name: &str, value: Option<i64>, expects: &str| {
-            let bytes = value.map(u64::try_from).transpose();
-            bytes.map_err(|_| Error::out_of_range(name, expects))
-        };
-        let range = "a value in range [512B, 64MB]";
+        let buf_size = arguments.buf_size.map(u64::try_from).transpose();
+        let buf_size =
+            buf_size.map_err(|_| Error::out_of_range("buf-size", "a non-negative value"))?;
         let options = MirrorOptions {
             replaces: arguments.replaces,
             copy_mode: match copy_mode {
                 MirrorCopyMode::Background => CopyMode::Background,
                 MirrorCopyMode::WriteBlocking => CopyMode::WriteBlocking,
             },
-            granularity: number("granularity", arguments.granularity, range)?,
-            buf_size: number("buf-size", arguments.buf_size, "a non-negative value")?.unwrap_or(0),
+            granularity: arguments.granularity.map(u64::from),
+            buf_size: buf_size.unwrap_or(0),
             on_source_error: on_error(arguments.on_source_error),
             on_target_error: on_error(arguments.on_target_error),
             unmap,
