@@ -254,7 +254,8 @@ impl Exports {
         chain: bool,
         writable: bool,
     ) -> Result<BitmapHold> {
-        let mut next = Some(self.graph.get(node).ok_or_else(|| qmp::Error::no_node(node))?);
+        let missing = || text(format!("Node '{node}' not found"));
+        let mut next = Some(self.graph.get(node).ok_or_else(missing)?);
         while let Some(node) = next {
             if let Ok(bitmap) = node.bitmaps().get(name) {
                 let hold = bitmap.hold().map_err(super::failed)?;
