@@ -36,13 +36,15 @@ impl Graph {
         self.state().check_no_overlay(node)
     }
 
-    /// Refuses a node that another one is over.
+    /// Refuses a node that another one is over, or that a job works on: in QEMU its filter is over it.
     ///
     /// # Errors
     /// One is; QEMU's text.
     pub fn check_root(&self, node: &str) -> Result<()> {
         let state = self.state();
-        if state.users_of(node).any(|edge| matches!(edge.parent, Parent::Node(_))) {
+        let below = state.users_of(node).any(|edge| matches!(edge.parent, Parent::Node(_)));
+        let in_job = state.get(node).is_some_and(|node| node.check_no_job().is_err());
+        if below || in_job {
             return Err(Error::Invalid("Need a root block node".to_owned()));
         }
         Ok(())

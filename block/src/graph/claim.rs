@@ -57,6 +57,15 @@ impl Graph {
 }
 
 impl State {
+    /// Whether it is what a mirror or a commit writes to.
+    pub(super) fn is_written_by_job(&self, name: &str) -> bool {
+        let writes = |claim: &Claimed| {
+            matches!(claim.job, "mirror" | "commit")
+                && claim.nodes.last().is_some_and(|last| last == name)
+        };
+        self.claims.values().any(writes)
+    }
+
     pub(super) fn check_unclaimed(&self, name: &str) -> Result<()> {
         match self.claims.values().rev().find(|claim| claim.nodes.iter().any(|n| n == name)) {
             None => Ok(()),

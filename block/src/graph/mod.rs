@@ -345,6 +345,14 @@ impl State {
 
 fn check_unused(state: &State, node: &Arc<Node>) -> Result<()> {
     let name = node.name();
+    let lasting = |edge: &Edge| match &edge.parent {
+        Parent::User { id, .. } => state.followers.contains_key(id),
+        Parent::Node(_) => false,
+    };
+    // A device, an export, or the one that QEMU writes to a target by.
+    if state.users_of(name).any(lasting) || state.is_written_by_job(name) {
+        return Err(Error::Invalid(format!("Node {name} is in use")));
+    }
     state.check_unclaimed(name)?;
     if node.check_no_job().is_err() {
         return Err(Error::Invalid(format!("Block device {name} is in use")));
@@ -366,8 +374,11 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Refuses names that QEMU refuses.
-fn check_name(name: &str) -> Result<()> {
+/// Refuses names that no node can have.
+///
+/// # Errors
+/// With QEMU's text.
+pub fn check_name(name: &str) -> Result<()> {
     const LONGEST: usize = 31;
     if !is_well_formed(name) {
         return Err(Error::Invalid(format!("Invalid node-name: '{name}'")));

@@ -35,6 +35,18 @@ pub struct StreamOptions {
     pub on_error: OnError,
 }
 
+impl StreamOptions {
+    /// Refuses two names of what stays below.
+    fn check_alone(&self) -> Result<()> {
+        match (&self.base, &self.base_node, &self.bottom) {
+            (Some(_), Some(_), _) => together("base", "base-node"),
+            (Some(_), _, Some(_)) => together("base", "bottom"),
+            (_, Some(_), Some(_)) => together("bottom", "base-node"),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A block-stream operation; the module has its order.
 pub struct Stream {
     graph: Graph,
@@ -57,6 +69,7 @@ impl Stream {
     /// With QEMU's texts; besides, a node with internal snapshots is refused: these would lose what
     /// they read from below.
     pub fn new(graph: &Graph, options: &StreamOptions) -> Result<Self> {
+        options.check_alone()?;
         let device = options.device.as_str();
         let chain = graph.chain(device)?;
         let last = last_streamed(graph, &chain, options)?;
@@ -135,9 +148,6 @@ fn last_streamed(graph: &Graph, chain: &[Arc<Node>], options: &StreamOptions) ->
         Ok(chain.iter().position(|node| node.name() == name))
     };
     match (base, base_node, bottom) {
-        (Some(_), Some(_), _) => together("base", "base-node"),
-        (Some(_), _, Some(_)) => together("base", "bottom"),
-        (_, Some(_), Some(_)) => together("bottom", "base-node"),
         (None, None, None) => Ok(chain.len() - 1),
         (Some(base), ..) => match find_image(chain, base) {
             Some(at) => Ok(at - 1),

@@ -96,8 +96,8 @@ impl Jobs {
     /// Adds a job: created, not yet started.
     ///
     /// # Errors
-    /// When the id is malformed or taken, also by a concluded job that was not dismissed; or a job of
-    /// its group was started.
+    /// When the id is malformed or taken, also by a concluded job that was not dismissed; a job of its
+    /// group was started; or the speed is below 0: then the job goes again at once.
     pub fn create(&mut self, new: NewJob<'_>, work: Box<dyn Work>) -> Result<(), Error> {
         let NewJob { id, kind, auto, speed, group, hidden } = new;
         if !hidden && !is_valid_id(id) {
@@ -114,6 +114,11 @@ impl Jobs {
         let mut job = Job::new(id, kind, auto, work);
         (job.speed, job.group, job.hidden) = (speed, Some(group), hidden);
         let created = job.become_(JobStatus::Created, &mut self.sink);
+        if speed < 0 {
+            // Found when there is a job already, as in QEMU.
+            created.and_then(|()| job.become_(JobStatus::Null, &mut self.sink))?;
+            return Err(Error::out_of_range("speed", "a non-negative value"));
+        }
         self.jobs.push(job);
         self.groups.entry(group).or_default();
         created.map_err(Error::from)

@@ -12,7 +12,7 @@
 use crate::graph::{Claim, Graph, User};
 use crate::jobs::mirror::{Below, Mirror, MirrorHandle, MirrorOptions};
 use crate::jobs::{Control, OnError, Operation, SyncMode};
-use crate::{Error, Perm, Permissions, Preallocation, Progress, Result};
+use crate::{Error, Perm, Permissions, Result};
 
 /// A commit of the active image; see the module.
 pub(super) struct Active {
@@ -68,10 +68,6 @@ fn start(graph: &Graph, chain: &[&str], on_error: OnError, claim: Claim) -> Resu
     let used = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
     let shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
     let writer = graph.attach(base, User::unnamed(used, shared))?;
-    let (source, target) = (reader.node(), writer.node());
-    if target.size() < source.size() {
-        target.resize(source.size(), Preallocation::Off, &Progress::default())?;
-    }
     let options = MirrorOptions {
         on_source_error: on_error,
         on_target_error: on_error,
@@ -84,6 +80,7 @@ fn start(graph: &Graph, chain: &[&str], on_error: OnError, claim: Claim) -> Resu
 
 impl Operation for Active {
     fn run(&mut self, control: &Control) -> Result<()> {
+        self.mirror.grow_target()?;
         self.mirror.run(control)
     }
 

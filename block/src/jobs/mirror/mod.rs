@@ -34,7 +34,7 @@ use super::crew::{Crew, PARALLEL, with_crew};
 use super::{Control, Finish, Operation, Side, SyncMode, Wake};
 use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
 use crate::perm::{Perm, Permissions};
-use crate::{Error, Result, WriteObserver};
+use crate::{Error, Preallocation, Progress, Result, WriteObserver};
 
 /// Once all was copied, no more than this being left counts as ready, in bytes: a guest that always
 /// writes would hardly ever let there be nothing.
@@ -95,19 +95,16 @@ impl Mirror {
         let find = |name: &str| graph.get(name).ok_or_else(|| not_found(name));
         let source = find(&options.source)?;
         graph.check_root(&options.source)?;
-        if source.check_no_job().is_err() {
-            // QEMU has a filter above it then.
-            return Err(Error::Invalid("Need a root block node".to_owned()));
-        }
         let target = find(&options.target)?;
-        options.check()?;
+        options.check_granularity()?;
         target.check_no_job()?;
         // What is over it would read something else from the first write on.
         graph.check_no_overlay(&options.target)?;
+        options.check_replaces(graph, &source)?;
+        options.check_way()?;
         if Arc::ptr_eq(&source, &target) {
             return Err(Error::Invalid("Can't mirror node into itself".to_owned()));
         }
-        options.check_replaces(graph, &source)?;
         graph.check_no_format_above(&options.target)?;
         let claim = graph.claim(&[&options.source, &options.target], "mirror")?;
         // The target is not what it is to be before the end: nobody else uses it.
@@ -172,6 +169,15 @@ impl Mirror {
     /// For those who watch.
     pub fn handle(&self) -> MirrorHandle {
         MirrorHandle(self.tracker.clone())
+    }
+
+    /// Gives a target that is smaller the source's size.
+    pub(super) fn grow_target(&self) -> Result<()> {
+        let Copier { source, target, .. } = self.tracker.copier();
+        if target.size() < source.size() {
+            target.resize(source.size(), Preallocation::Off, &Progress::default())?;
+        }
+        Ok(())
     }
 
     /// Whether the target was to take the source's place.

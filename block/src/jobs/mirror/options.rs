@@ -28,14 +28,14 @@ pub struct MirrorOptions {
     pub target: String,
     /// Name of the node that the target takes the place of; the source without it.
     pub replaces: Option<String>,
-    /// What is copied of the contents that there are: [`Sync::Full`], [`Sync::Top`] or [`Sync::None`].
+    /// What is copied of the contents that there are: [`SyncMode::Full`], [`SyncMode::Top`] or [`SyncMode::None`].
     pub sync: SyncMode,
     /// How writes come to the target.
     pub copy_mode: CopyMode,
     /// Bytes of the parts that are copied as a whole; a target with larger clusters has these.
     pub granularity: Option<u64>,
-    /// Bytes of pieces that are under way together; 0 for the default.
-    pub buf_size: u64,
+    /// Bytes of pieces that are under way together; 0 for the default. Refused below that.
+    pub buf_size: i64,
     /// Whether zeroes may give the target's space back.
     pub unmap: bool,
     /// What is done when the source cannot be read.
@@ -61,7 +61,7 @@ impl MirrorOptions {
         }
     }
 
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn check_granularity(&self) -> Result<()> {
         let refuse = |text: String| Err(Error::Invalid(text));
         if let Some(granularity) = self.granularity.filter(|bytes| *bytes > 0) {
             if !(512..=64 << 20).contains(&granularity) {
@@ -73,10 +73,18 @@ impl MirrorOptions {
                 return refuse("Parameter 'granularity' expects a power of 2".to_owned());
             }
         }
-        if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
-            return refuse(format!("Sync mode '{}' not supported", self.sync.name()));
-        }
         Ok(())
+    }
+
+    pub(super) fn check_way(&self) -> Result<()> {
+        let refuse = |text: String| Err(Error::Invalid(text));
+        match self.sync {
+            SyncMode::Incremental | SyncMode::Bitmap => {
+                refuse(format!("Sync mode '{}' not supported", self.sync.name()))
+            }
+            _ if self.buf_size < 0 => refuse("Invalid parameter 'buf-size'".to_owned()),
+            _ => Ok(()),
+        }
     }
 
     /// Bytes of a part. One of a smaller size than the target's clusters would leave the rest of a
@@ -89,7 +97,7 @@ impl MirrorOptions {
     }
 
     pub(super) fn buf_size(&self) -> u64 {
-        if self.buf_size == 0 { DEFAULT_BUF_SIZE } else { self.buf_size }
+        if self.buf_size == 0 { DEFAULT_BUF_SIZE } else { self.buf_size.unsigned_abs() }
     }
 
     /// Refuses a node that does not show what the source does.

@@ -76,8 +76,9 @@ fn refusals_of_stream_have_the_texts_of_qemu_and_leave_nothing_claimed() {
     assert_eq!(with(&|_| ()), busy);
     drop(held);
     let running = Stream::new(&graph, &stream(Some("n1"))).unwrap();
-    let busy = "Node 'n3' is busy: block device is in use by block job: stream";
-    assert_eq!(Commit::new(&graph, &commit("n2", "n0")).err().unwrap().to_string(), busy);
+    // QEMU has a filter above it.
+    let error = Commit::new(&graph, &commit("n2", "n0")).err().unwrap().to_string();
+    assert_eq!(error, "Need a root block node");
     drop(running);
     common::save(&*user.node().format(), "snap");
     let told = with(&|_| ());

@@ -18,6 +18,8 @@ fn what_cannot_be_mirrored_is_refused_and_leaves_everything_as_it_was() {
     let range = "Parameter 'granularity' expects a value in range [512B, 64MB]";
     assert_eq!((granularity(256).as_str(), granularity(128 << 20).as_str()), (range, range));
     assert_eq!(granularity(1000), "Parameter 'granularity' expects a power of 2");
+    let buf_size = MirrorOptions { buf_size: -1, ..options(SyncMode::Full) };
+    assert_eq!(new(buf_size), "Invalid parameter 'buf-size'");
     let replaces = |name: &str| {
         new(MirrorOptions { replaces: Some(name.to_owned()), ..options(SyncMode::Full) })
     };
@@ -33,7 +35,9 @@ fn what_cannot_be_mirrored_is_refused_and_leaves_everything_as_it_was() {
     assert_eq!(to("s", "small"), "Need a root block node");
     let busy = "Node 't' is busy: block device is in use by block job: mirror";
     assert_eq!(to("small", "t"), busy);
-    assert_eq!(error_of(graph.remove("t")), busy);
+    assert_eq!(to("t", "small"), "Need a root block node");
+    assert_eq!(error_of(graph.remove("s")), busy.replace("'t'", "'s'"));
+    assert_eq!(error_of(graph.remove("t")), "Node t is in use");
     let export = error_of(graph.attach_export("t", false).map(drop));
     assert!(export.contains("'consistent read' are both required by"), "{export}");
     drop(mirror);

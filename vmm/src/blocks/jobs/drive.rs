@@ -63,6 +63,9 @@ impl Blocks {
         &self,
         arguments: DriveMirrorArguments,
     ) -> Result<(), Error> {
+        let device = &arguments.device;
+        self.graph.get(device).ok_or_else(|| Error::no_node(device))?;
+        self.graph.check_root(device).map_err(failed)?;
         if arguments.replaces.is_some() && arguments.node_name.is_none() {
             let words = "a node-name must be provided when replacing a named node of the graph";
             return Err(text(words));

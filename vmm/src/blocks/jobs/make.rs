@@ -11,7 +11,7 @@ use qmp::schema::{
 };
 use qmp::{Error, ErrorClass};
 
-use super::{JobOptions, Kind, NewOperation, RunningMirror};
+use super::{Filter, JobOptions, Kind, NewOperation, RunningMirror};
 use crate::blocks::{Blocks, failed, text};
 
 impl Blocks {
@@ -41,8 +41,8 @@ impl Blocks {
             auto_finalize: arguments.auto_finalize,
             auto_dismiss: arguments.auto_dismiss,
             group,
+            filter: Filter::inserted(arguments.filter_node_name.clone()),
         };
-        self.check_filter(arguments.filter_node_name.as_deref())?;
         let options = BackupOptions {
             bitmap: arguments.bitmap.clone(),
             bitmap_mode: arguments.bitmap_mode.map(|mode| match mode {
@@ -72,12 +72,9 @@ impl Blocks {
             auto_finalize: arguments.auto_finalize,
             auto_dismiss: arguments.auto_dismiss,
             group: None,
+            filter: Filter::new(arguments.filter_node_name),
         };
-        self.check_filter(arguments.filter_node_name.as_deref())?;
         let copy_mode = arguments.copy_mode.unwrap_or(MirrorCopyMode::Background);
-        let buf_size = arguments.buf_size.map(u64::try_from).transpose();
-        let buf_size =
-            buf_size.map_err(|_| Error::out_of_range("buf-size", "a non-negative value"))?;
         let options = MirrorOptions {
             replaces: arguments.replaces,
             copy_mode: match copy_mode {
@@ -85,7 +82,7 @@ impl Blocks {
                 MirrorCopyMode::WriteBlocking => CopyMode::WriteBlocking,
             },
             granularity: arguments.granularity.map(u64::from),
-            buf_size: buf_size.unwrap_or(0),
+            buf_size: arguments.buf_size.unwrap_or(0),
             on_source_error: on_error(arguments.on_source_error),
             on_target_error: on_error(arguments.on_target_error),
             unmap,
@@ -105,8 +102,8 @@ impl Blocks {
             auto_finalize: arguments.auto_finalize,
             auto_dismiss: arguments.auto_dismiss,
             group: None,
+            filter: Filter::inserted(arguments.filter_node_name),
         };
-        self.check_filter(arguments.filter_node_name.as_deref())?;
         let options = StreamOptions {
             device: arguments.device,
             base: arguments.base,
@@ -133,8 +130,8 @@ impl Blocks {
             auto_finalize: arguments.auto_finalize,
             auto_dismiss: arguments.auto_dismiss,
             group: None,
+            filter: Filter::new(arguments.filter_node_name),
         };
-        self.check_filter(arguments.filter_node_name.as_deref())?;
         let options = CommitOptions {
             device,
             top: arguments.top,
@@ -149,17 +146,18 @@ impl Blocks {
         Ok(self.block_job(&job, JobType::Commit, kind, Box::new(operation))?.start()?)
     }
 
-    /// Adds the job of an operation.
+    /// Adds the job of an operation, which is undone if it cannot be added.
     fn block_job(
         &self,
         options: &JobOptions,
         kind: JobType,
         work: Kind,
-        operation: Box<dyn Operation>,
+        mut operation: Box<dyn Operation>,
     ) -> Result<NewOperation, Error> {
-        let speed = options.speed.unwrap_or(0);
-        if speed < 0 {
-            return Err(Error::out_of_range("speed", "a non-negative value"));
+        // As in QEMU, where the filter is made when the nodes are known to do.
+        if let Err(error) = self.check_filter(&options.filter) {
+            operation.abort();
+            return Err(error);
         }
         let auto = AutoFlags {
             finalize: options.auto_finalize.unwrap_or(true),
@@ -167,22 +165,23 @@ impl Blocks {
         };
         // QEMU's default is the name of a backend, which nodes of blockdev-add do not have.
         let id = options.id.as_deref().unwrap_or_default();
+        let speed = options.speed.unwrap_or(0);
         let new = NewJob { auto, speed, group: options.group, ..NewJob::new(id, kind) };
         NewOperation::create(&self.jobs, new, work, operation)
     }
 
     /// The name of a filter has to be one that a node could have. No node is made: writes are seen at
     /// the node itself.
-    fn check_filter(&self, name: Option<&str>) -> Result<(), Error> {
-        match name {
-            Some(name) if !block::graph::is_well_formed(name) => {
-                Err(text(format!("Invalid node-name: '{name}'")))
+    fn check_filter(&self, filter: &Filter) -> Result<(), Error> {
+        let Some(name) = &filter.name else { return Ok(()) };
+        let words = match block::graph::check_name(name) {
+            Err(error) => error.to_string(),
+            Ok(()) if self.graph.get(name).is_some() => {
+                format!("Duplicate nodes with node-name='{name}'")
             }
-            Some(name) if self.graph.get(name).is_some() => {
-                Err(text(format!("Duplicate nodes with node-name='{name}'")))
-            }
-            _ => Ok(()),
-        }
+            Ok(()) => return Ok(()),
+        };
+        Err(text(format!("{}{words}", filter.before_error)))
     }
 }
 

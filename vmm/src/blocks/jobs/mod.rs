@@ -8,4 +8,4 @@ mod operation;
 
 pub use commands::{is_job_command, run};
 pub use list::JobList;
-pub use operation::{JobOptions, Kind, NewOperation, RunningMirror};
+pub use operation::{Filter, JobOptions, Kind, NewOperation, RunningMirror};

@@ -327,4 +327,26 @@ pub struct JobOptions {
     pub auto_dismiss: Option<bool>,
     /// What it ends with.
     pub group: Option<GroupId>,
+    /// The node that it is said to put above its source.
+    pub filter: Filter,
+}
+
+/// The filter of a job.
+pub struct Filter {
+    /// Its node's name, if it was given one.
+    pub name: Option<String>,
+    /// How QEMU's errors about it begin.
+    pub before_error: &'static str,
+}
+
+impl Filter {
+    /// One that is opened.
+    pub fn new(name: Option<String>) -> Self {
+        Self { name, before_error: "" }
+    }
+
+    /// One that is put above a node as it is made.
+    pub fn inserted(name: Option<String>) -> Self {
+        Self { name, before_error: "Could not create node: " }
+    }
 }
