@@ -229,6 +229,7 @@ fn the_other_disks_are_found_beside_the_image_or_given() {
     monitor(&vm).fill(FREE..20 * MIB, 3);
     // The VM state is on the second disk of the machine.
     vm.job("snapshot-save", "both", &["disk1", "disk0"]).unwrap();
+    succeed(&["snapshot", "load", "--qmp", path(vm.qmp_path()), "both"]);
     vm.quit();
 
     let in_place = restore(&format!("{}#both", first.file()));

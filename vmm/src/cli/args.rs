@@ -261,7 +261,7 @@ pub struct SnapshotArgs {
     pub target: QmpTarget,
     /// Name of the checkpoint
     pub tag: String,
-    /// Disk (node name) that keeps RAM and devices [default: the first writable disk]
+    /// Disk (node name) that keeps RAM and devices [default: the one that has them, else the first writable disk]
     #[arg(long, value_name = "NODE")]
     pub vmstate: Option<String>,
     /// Disks (node names) to include [default: all writable disks]

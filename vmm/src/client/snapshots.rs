@@ -105,6 +105,16 @@ struct Disk {
     snapshots: Value,
 }
 
+impl Disk {
+    /// Whether RAM and devices of the checkpoint are on it.
+    fn keeps_state_of(&self, tag: &str) -> bool {
+        let keeps = |snapshot: &Value| {
+            snapshot["name"] == json!(tag) && snapshot["vm-state-size"].as_u64() > Some(0)
+        };
+        self.snapshots.as_array().is_some_and(|snapshots| snapshots.iter().any(keeps))
+    }
+}
+
 fn disks(client: &mut Client) -> Result<Vec<Disk>, Error> {
     let missing = |member| Error::Answer { command: "query-block", member };
     let blocks = client.execute("query-block", json!({}))?;
@@ -131,15 +141,13 @@ fn run_job(
         return Err(Error::EmptyTag);
     }
     let mut client = connect_to_guest(&args.target)?;
+    let disks = disks(&mut client)?;
     let devices = match args.devices.as_slice() {
-        [] => disks(&mut client)?.into_iter().map(|disk| disk.node).collect(),
+        [] => disks.iter().map(|disk| disk.node.clone()).collect(),
         named => named.to_vec(),
     };
-    let vmstate = match (&args.vmstate, devices.first()) {
-        (Some(node), _) => node.clone(),
-        (None, Some(first)) => first.clone(),
-        (None, None) => return Err(Error::NoDisk),
-    };
+    let keeper = || disks.iter().find(|disk| disk.keeps_state_of(&args.tag)).map(|disk| &disk.node);
+    let vmstate = args.vmstate.as_ref().or_else(keeper).or(devices.first()).ok_or(Error::NoDisk)?;
     // Unique among clients of this machine that are at work at the same time.
     let id = format!("cli-{}", std::process::id());
     let mut arguments = json!({ "job-id": id, "tag": args.tag, "devices": devices });
