@@ -234,6 +234,10 @@ impl Report {
             ("guest loaded ms", "the same guest ready to run (`-S`), ms"),
             ("Linux loaded ms", "Linux bzImage ready to run (`-S`), ms"),
             ("memory MiB", "memory beside guest RAM, MiB"),
+            (
+                "private MiB",
+                "of it each machine's own (not program files, which machines share), MiB",
+            ),
         ] {
             for size in self.sizes(what) {
                 let value = |who| number(self.median(what, who, size), 1);

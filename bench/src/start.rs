@@ -36,7 +36,8 @@ pub(crate) fn measure(program: Program, dir: &Path, report: &mut Report) {
     qemu_img(&["create", "-q", "-f", "qcow2", &disk.display().to_string(), "64M"]);
     let machine = Machine::start(program, program.command(&kernel, RAM), &disk, dir);
     machine.monitor();
-    report.add("memory MiB", program.name(), RAM, beside_ram(machine.pid()));
+    report.add("memory MiB", program.name(), RAM, beside_ram(machine.pid(), "Rss:"));
+    report.add("private MiB", program.name(), RAM, beside_ram(machine.pid(), "Private_Dirty:"));
     machine.quit();
     std::fs::remove_file(&disk).unwrap();
 }
@@ -77,19 +78,19 @@ fn loaded(program: Program, kernel: &Path, dir: &Path) -> Duration {
     time
 }
 
-/// Resident MiB of the process in mappings that are smaller than guest RAM.
-fn beside_ram(pid: u32) -> f64 {
+/// MiB of one kind that the process has in mappings that are smaller than guest RAM.
+fn beside_ram(pid: u32, kind: &str) -> f64 {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let mut resident = 0;
+    let mut kib = 0;
     let mut is_ram = false;
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let (name, number) = (words.next(), words.next().and_then(|word| word.parse::<u64>().ok()));
         match (name, number) {
-            (Some("Size:"), Some(kib)) => is_ram = kib >= RAM << 10,
-            (Some("Rss:"), Some(kib)) if !is_ram => resident += kib,
+            (Some("Size:"), Some(n)) => is_ram = n >= RAM << 10,
+            (Some(name), Some(n)) if name == kind && !is_ram => kib += n,
             _ => {}
         }
     }
-    resident as f64 / 1024.0
+    kib as f64 / 1024.0
 }

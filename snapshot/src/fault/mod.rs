@@ -38,6 +38,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use order::Orders;
 
+use crate::memory::FormerRam;
 use crate::track::Base;
 use crate::{GuestMemory, memory};
 use order::Order;
@@ -160,6 +161,10 @@ struct Shared {
     first: Order,
     /// How much of `first` was taken by those who read ahead.
     first_taken: AtomicUsize,
+    /// The unit behind the last that somebody waited for: likely to be next.
+    behind_fault: AtomicUsize,
+    /// What was in their place before: the pages are used again.
+    former: FormerRam,
     /// Wakes the thread that serves faults.
     control: EventFd,
     state: Mutex<State>,
@@ -198,9 +203,13 @@ impl LazyRam {
         let ranges = units.ranges();
         let control = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| host("making an event descriptor", source))?;
+        let mut former = FormerRam::default();
         if !fresh {
-            drop(memory::empty(&memory::slices(ram)).map_err(|source| host("emptying", source))?);
+            former =
+                FormerRam::take(&memory::slices(ram)).map_err(|source| host("emptying", source))?;
         }
+        // Pages that cannot be given would be held beside their copies.
+        former = former.keep(if uffd.can_give() { &ranges } else { &[] });
         for &(start, len) in &ranges {
             uffd.register(start, len).map_err(|source| host("watching", source))?;
         }
@@ -210,7 +219,9 @@ impl LazyRam {
             ranges,
             first: source.orders.of(&source.base),
             first_taken: AtomicUsize::new(0),
+            behind_fault: AtomicUsize::new(service::NOWHERE),
             source,
+            former,
             control,
             state: Mutex::new(State::at_start()),
             changed: Condvar::new(),
@@ -287,7 +298,7 @@ impl LazyRam {
     pub fn complete(&self, progress: &Progress) -> block::Result<()> {
         let shared = &*self.shared;
         let vmstate = shared.source.open()?;
-        let mut scratch = Scratch::new(service::AHEAD);
+        let mut scratch = Scratch::new().map_err(service::host_error)?;
         loop {
             for unit in 0..shared.units.len() {
                 if shared.is_stopped() {

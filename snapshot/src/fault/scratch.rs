@@ -1,34 +1,77 @@
-//! Buffers that a unit is read into before it becomes guest RAM.
+//! Where pages are read to before they become guest RAM.
+
+use std::io;
 
 use block::ReadBuf;
+use vm_memory::MmapRegion;
 
-use super::units::UNIT;
-use crate::units::{PAGE, index};
+use super::uffd::Uffd;
+use super::units::{BLOCK, Piece};
+use crate::memory::FormerRam;
+use crate::units::index;
 
-#[derive(Clone, Copy)]
-#[repr(C, align(4096))]
-struct Page([u8; index(PAGE)]);
-
-/// Memory for a read of whole pages, aligned for the host's disks.
-pub(super) struct Scratch(Vec<Page>);
+/// Memory for a read of a block, aligned as a huge page is.
+pub(super) struct Scratch {
+    memory: MmapRegion<()>,
+    /// Offset of the block in it.
+    skip: usize,
+}
 
 impl Scratch {
-    /// Room for so many units, filled with zeroes.
-    pub(super) fn new(units: usize) -> Self {
-        Self(vec![Page([0; index(PAGE)]); units * index(UNIT / PAGE)])
+    /// # Errors
+    /// The host has no memory.
+    pub(super) fn new() -> io::Result<Self> {
+        let memory = MmapRegion::new(2 * index(BLOCK)).map_err(io::Error::other)?;
+        let skip = memory.as_ptr().addr().wrapping_neg() % index(BLOCK);
+        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTFORK] {
+            // SAFETY: the range is the mapping just made; neither advice changes its contents. These are
+            // wishes: without huge pages pages are given one by one.
+            unsafe { libc::madvise(memory.as_ptr().cast(), memory.size(), advice) };
+        }
+        Ok(Self { memory, skip })
     }
 
-    /// The first `len` bytes, to be filled.
-    ///
-    /// Panics if there are not as many, which would be an error of this crate.
-    pub(super) fn buf(&mut self, len: u64) -> ReadBuf<'_> {
-        assert!(index(len) <= size_of_val(self.0.as_slice()));
-        // SAFETY: the pages are that many bytes without padding, borrowed as long as the buffer.
-        unsafe { ReadBuf::from_raw(self.0.as_mut_ptr().cast(), index(len)) }
+    fn start(&self) -> *mut u8 {
+        self.memory.as_ptr().wrapping_add(self.skip)
+    }
+}
+
+/// Memory for the bytes of a claimed piece of guest RAM.
+pub(super) struct Place<'a> {
+    start: *mut u8,
+    len: u64,
+    /// Its pages may become guest RAM themselves.
+    given: bool,
+    _memory: std::marker::PhantomData<&'a mut Scratch>,
+}
+
+impl<'a> Place<'a> {
+    /// Where the piece was in guest RAM before, if that is known: its pages need neither be found nor
+    /// cleared by the host. Else `scratch`.
+    pub(super) fn of(piece: &Piece, former: &'a FormerRam, scratch: &'a mut Scratch) -> Self {
+        assert!(piece.len <= BLOCK, "a piece is of one block");
+        let former = former.place(piece.host, piece.len);
+        // A part of a huge page would have to be cut out of it; that costs more than a copy.
+        let given = former.is_some() || piece.len == BLOCK;
+        let start = former.unwrap_or_else(|| scratch.start());
+        Self { start, len: piece.len, given, _memory: std::marker::PhantomData }
     }
 
-    /// The first byte.
-    pub(super) fn start(&self) -> *const u8 {
-        self.0.as_ptr().cast()
+    /// The bytes, to be filled.
+    pub(super) fn buf(&mut self) -> ReadBuf<'_> {
+        // SAFETY: either is private memory of that many bytes, mapped as long as it is borrowed: scratch
+        // memory of the thread that borrows it, or a place that only who claimed the piece asks for.
+        unsafe { ReadBuf::from_raw(self.start, index(self.len)) }
+    }
+
+    /// Makes them guest RAM from host address `to` on, and wakes who waits for it.
+    pub(super) fn put(self, uffd: &Uffd, to: usize) -> io::Result<()> {
+        if self.given {
+            // SAFETY: as for `buf`; the place is used up.
+            unsafe { uffd.give(to, self.start, self.len) }
+        } else {
+            // SAFETY: as for `buf`.
+            unsafe { uffd.copy(to, self.start, self.len) }
+        }
     }
 }

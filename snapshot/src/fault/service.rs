@@ -9,18 +9,26 @@ use std::thread;
 use block::snapshot::VmStateRead;
 
 use super::order::{Order, has_room};
-use super::scratch::Scratch;
-use super::units::{Claim, Piece};
+use super::scratch::{Place, Scratch};
+use super::units::{self, Claim, Piece};
 use super::{Notice, Policy, Shared};
-/// Units read at a time when nobody waits for them.
-pub(super) const AHEAD: usize = 8;
+use crate::units::index;
+
+/// Units read at a time when nobody waits for them: a block, so that it can be a huge page.
+pub(super) const AHEAD: usize = index(units::BLOCK / units::UNIT);
+/// No unit.
+pub(super) const NOWHERE: usize = usize::MAX;
 /// Threads that read ahead.
 const READERS: usize = 2;
 
 /// Serves faults until all is there or the service is to end.
 pub(super) fn run(shared: &Shared, opened: &Sender<block::Result<()>>) {
-    let vmstate = match shared.source.open() {
-        Ok(vmstate) => vmstate,
+    let opened_all = shared.source.open().and_then(|vmstate| {
+        let scratch = Scratch::new().map_err(host_error)?;
+        Ok((vmstate, scratch))
+    });
+    let (vmstate, scratch) = match opened_all {
+        Ok(both) => both,
         Err(error) => {
             shared.end();
             // Whoever started the service waits for this.
@@ -32,18 +40,16 @@ pub(super) fn run(shared: &Shared, opened: &Sender<block::Result<()>>) {
     thread::scope(|scope| {
         for n in 0..READERS {
             let reader = thread::Builder::new().name(format!("ram-ahead-{n}"));
+            let started = Scratch::new().and_then(|scratch| {
+                reader.spawn_scoped(scope, || shared.read_ahead(&*vmstate, scratch))
+            });
             // Without them, pages come when they are needed.
-            if let Err(error) = reader.spawn_scoped(scope, || shared.read_ahead(&*vmstate)) {
+            if let Err(error) = started {
                 tracing::warn!("RAM is not read ahead: {error}");
             }
         }
-        let mut faults = Faults {
-            shared,
-            vmstate: &*vmstate,
-            scratch: Scratch::new(1),
-            busy: Vec::new(),
-            touched: Order::new(),
-        };
+        let mut faults =
+            Faults { shared, vmstate: &*vmstate, scratch, busy: Vec::new(), touched: Order::new() };
         faults.serve();
         shared.source.orders.learn(&shared.source.base, &faults.touched);
         // Also where serving ended by an error of the host.
@@ -62,9 +68,9 @@ impl Shared {
         piece: &Piece,
         scratch: &mut Scratch,
     ) -> block::Result<()> {
-        vmstate.read(piece.offset, &[scratch.buf(piece.len)])?;
-        // SAFETY: the scratch memory has just been filled with that many bytes.
-        unsafe { self.uffd.copy(piece.host, scratch.start(), piece.len) }.map_err(host_error)?;
+        let mut place = Place::of(piece, &self.former, scratch);
+        vmstate.read(piece.offset, &[place.buf()])?;
+        place.put(&self.uffd, piece.host).map_err(host_error)?;
         if self.units.filled(piece) {
             self.wake();
         }
@@ -81,31 +87,36 @@ impl Shared {
     }
 
     /// Reads what nobody asked for yet.
-    fn read_ahead(&self, vmstate: &dyn VmStateRead) {
-        let mut scratch = Scratch::new(AHEAD);
+    fn read_ahead(&self, vmstate: &dyn VmStateRead, mut scratch: Scratch) {
         let mut from = 0;
         while let Some(attempt) = self.may_read_ahead() {
-            let units = &self.units;
-            let first = self.first.get(self.first_taken.fetch_add(1, Ordering::Relaxed));
-            if let Some(piece) = first.and_then(|unit| units.claim_run(*unit, 1)) {
-                self.fill_ahead(vmstate, &piece, &mut scratch, attempt);
-                continue;
-            }
-            if first.is_some() {
-                continue;
-            }
-            let next = (from..units.len()).find_map(|unit| units.claim_run(unit, AHEAD));
-            let Some(piece) = next else {
-                if from == 0 {
-                    self.wait_for_missing();
-                }
+            match self.next_ahead(&mut from) {
+                Some(piece) => self.fill_ahead(vmstate, &piece, &mut scratch, attempt),
+                None if from == 0 => self.wait_for_missing(),
                 // What others gave back.
-                from = 0;
-                continue;
-            };
-            from = piece.unit + piece.count;
-            self.fill_ahead(vmstate, &piece, &mut scratch, attempt);
+                None => from = 0,
+            }
         }
+    }
+
+    /// Claims what comes next: what was touched after earlier loads, what lies behind the last fault,
+    /// then all the rest from unit `from` on.
+    fn next_ahead(&self, from: &mut usize) -> Option<Piece> {
+        let units = &self.units;
+        while let Some(unit) = self.first.get(self.first_taken.fetch_add(1, Ordering::Relaxed)) {
+            if let Some(piece) = units.claim_run(*unit, 1) {
+                return Some(piece);
+            }
+        }
+        let behind_fault = self.behind_fault.swap(NOWHERE, Ordering::Relaxed);
+        if behind_fault < units.len()
+            && let Some(piece) = units.claim_run(behind_fault, AHEAD)
+        {
+            return Some(piece);
+        }
+        let piece = (*from..units.len()).find_map(|unit| units.claim_run(unit, AHEAD))?;
+        *from = piece.unit + piece.count;
+        Some(piece)
     }
 
     fn fill_ahead(
@@ -245,6 +256,7 @@ impl Faults<'_> {
 
     fn read(&mut self, piece: &Piece) -> block::Result<()> {
         self.shared.fill(self.vmstate, piece, &mut self.scratch)?;
+        self.shared.behind_fault.store(piece.unit + piece.count, Ordering::Relaxed);
         if has_room(&self.touched) {
             self.touched.push(piece.unit);
         }
@@ -288,7 +300,7 @@ impl Faults<'_> {
     }
 }
 
-fn host_error(source: std::io::Error) -> block::Error {
+pub(super) fn host_error(source: std::io::Error) -> block::Error {
     let filename = "guest RAM".to_owned();
     block::Error::Io { operation: "filling", filename, offset: 0, source }
 }

@@ -18,12 +18,15 @@ const IOC_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const IOC_WAKE: libc::c_ulong = 0x8010_aa02;
 const IOC_COPY: libc::c_ulong = 0xc028_aa03;
 const IOC_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+const IOC_MOVE: libc::c_ulong = 0xc028_aa05;
 const IOC_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 
 const MODE_MISSING: u64 = 1;
 const MODE_WRITEPROTECT: u64 = 2;
 /// Faults at write-protected pages, and protection of pages that are not there (Linux 6.4).
 const FEATURES_WRITES: u64 = 1 | 1 << 13;
+/// [`Uffd::give`] works (Linux 6.8).
+const FEATURE_MOVE: u64 = 1 << 16;
 /// Of a write-protect request: protect. Without it the pages are let go, and who waits is woken.
 const PROTECT: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -63,6 +66,15 @@ struct CopyRequest {
 }
 
 #[repr(C)]
+struct MoveRequest {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
+}
+
+#[repr(C)]
 struct ZeroRequest {
     range: RangeRequest,
     mode: u64,
@@ -91,7 +103,10 @@ struct Message {
 /// Serves missing pages of this process's anonymous memory, for faults of threads and of the
 /// kernel alike.
 #[derive(Debug)]
-pub(crate) struct Uffd(OwnedFd);
+pub(crate) struct Uffd {
+    fd: OwnedFd,
+    can_give: bool,
+}
 
 impl Uffd {
     /// Opens one that sees faults of the kernel too, as those of KVM are.
@@ -123,10 +138,12 @@ impl Uffd {
             }
             other => other?,
         };
-        let uffd = Self(fd);
+        let mut uffd = Self { fd, can_give: false };
         let mut api = ApiRequest { api: API, features, ioctls: 0 };
         // SAFETY: the kernel reads and writes a structure of the size that the number names.
         unsafe { uffd.call(IOC_API, &mut api) }?;
+        // The kernel tells all that it has, whatever was asked for.
+        uffd.can_give = api.features & FEATURE_MOVE != 0;
         Ok(uffd)
     }
 
@@ -193,6 +210,39 @@ impl Uffd {
         })
     }
 
+    /// Whether [`Uffd::give`] gives pages instead of copying them.
+    pub(crate) fn can_give(&self) -> bool {
+        self.can_give
+    }
+
+    /// Puts the pages from `from` themselves in the missing pages from `to`, and wakes who waits; huge
+    /// pages stay such. What cannot be given is copied, and the rest of `from` is empty.
+    ///
+    /// # Safety
+    /// The range from `from` is of private anonymous memory, which nobody else uses.
+    pub(crate) unsafe fn give(&self, to: usize, from: *mut u8, len: u64) -> io::Result<()> {
+        let mut done = 0;
+        while self.can_give && done < len {
+            let mut request = MoveRequest {
+                dst: (to as u64) + done,
+                src: (from.addr() as u64) + done,
+                len: len - done,
+                mode: 0,
+                moved: 0,
+            };
+            // SAFETY: as for `copy`; what is taken away from `from` is the caller's to give.
+            let result = unsafe { self.call(IOC_MOVE, &mut request) };
+            done += u64::try_from(request.moved).unwrap_or(0);
+            match result {
+                // A part was done, or the address space changed meanwhile.
+                Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => break,
+                _ => {}
+            }
+        }
+        // SAFETY: the rest is as it was, and readable.
+        unsafe { self.copy(to + index(done), from.wrapping_add(index(done)), len - done) }
+    }
+
     /// Makes the missing pages of the range zero, and wakes who waits.
     pub(crate) fn zero(&self, to: usize, len: u64) -> io::Result<()> {
         self.in_steps(to, len, |done| {
@@ -238,7 +288,7 @@ impl Uffd {
         let mut messages = [Message::default(); MESSAGES];
         // SAFETY: the buffer is that large, and any bytes are a message.
         let read = unsafe {
-            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
+            libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
         };
         let Ok(bytes) = usize::try_from(read) else {
             let error = io::Error::last_os_error();
@@ -256,7 +306,7 @@ impl Uffd {
     /// `T` must be what the number names, and the call sound with it.
     unsafe fn call<T>(&self, number: libc::c_ulong, request: &mut T) -> io::Result<()> {
         // SAFETY: the caller vouches for the structure, which outlives the call.
-        match unsafe { libc::ioctl(self.0.as_raw_fd(), number, std::ptr::from_mut(request)) } {
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), number, std::ptr::from_mut(request)) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
@@ -265,7 +315,7 @@ impl Uffd {
 
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

@@ -23,6 +23,10 @@ use crate::units::{MIB, index};
 /// Bytes of a unit.
 pub(crate) const UNIT: u64 = 64 << 10;
 
+/// Units are claimed together if they are of one part of memory of this size, which may be a huge page
+/// of the host.
+pub(super) const BLOCK: u64 = 2 * MIB;
+
 /// Stretches of RAM that the image does not store are left alone if they are longer than this: the
 /// host gives zeroes, and huge pages, by itself. Each stretch costs a mapping.
 const LEAST_GAP: u64 = 2 * MIB;
@@ -194,15 +198,18 @@ impl Units {
         state.compare_exchange(STORED, READING, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Takes the unit and those after it that are missing too, `most` at most; none if it is not.
+    /// Takes the unit and those after it that are missing too, `most` at most and none of another
+    /// [`BLOCK`]; none if it is not missing.
     pub(super) fn claim_run(&self, unit: usize, most: usize) -> Option<Piece> {
         if !self.take(unit) {
             return None;
         }
         let region = self.region(unit);
+        let host = region.host + (unit - region.first) * index(UNIT);
+        let to_block_end = (index(BLOCK) - host % index(BLOCK)).div_ceil(index(UNIT));
         let end = region.first + index(region.len.div_ceil(UNIT));
-        let count =
-            1 + (unit + 1..end.min(unit + most)).take_while(|&next| self.take(next)).count();
+        let end = end.min(unit + most.min(to_block_end));
+        let count = 1 + (unit + 1..end).take_while(|&next| self.take(next)).count();
         Some(self.piece(unit, count))
     }
 
@@ -313,6 +320,18 @@ mod tests {
         let piece = units.claim_run(unit, 8).unwrap();
         assert_eq!((piece.len, piece.count), (4096, 1));
         assert!(units.filled(&piece));
+    }
+
+    #[test]
+    fn a_run_ends_with_its_block() {
+        let per_block = index(BLOCK / UNIT);
+        let units = units(&[Stored(0, 0, 8 << 20)]);
+        // The host may have put the region anywhere.
+        let before = (index(BLOCK) - units.regions[0].host % index(BLOCK)).div_ceil(index(UNIT));
+        let piece = units.claim_run(before - 1, per_block).unwrap();
+        assert_eq!((piece.unit, piece.count), (before - 1, 1));
+        let piece = units.claim_run(before, 2 * per_block).unwrap();
+        assert_eq!((piece.unit, piece.count), (before, per_block));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use ram::GuestRegion;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) use copies::Copies;
-pub(crate) use former::empty;
+pub(crate) use former::FormerRam;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use zero::page_is_zero;
 
