@@ -359,20 +359,26 @@ mod tests {
     use crate::qcow2::create::{CreateOptions, create};
     use crate::storage::memory::MemoryStorage;
 
+    /// An image of 512-byte clusters, with counts of `1 << order` bits.
+    pub(super) fn small_clusters(order: u32) -> (Arc<dyn Storage>, Header, Refcounts) {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            size: 1 << 20,
+            cluster_size: Some(512),
+            refcount_bits: Some(1 << order),
+            ..CreateOptions::default()
+        };
+        create(&*storage, None, &options, &Progress::default()).unwrap();
+        let header = Header::read(&*storage).unwrap();
+        let counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+        (storage, header, counts)
+    }
+
     /// A long L1 table or refcount table of an image of small clusters, say.
     #[test]
     fn a_run_may_be_longer_than_the_range_of_a_block() {
         for (order, lens) in [(4, [255, 256, 257, 1000, 5000]), (6, [63, 64, 130, 4000, 9000])] {
-            let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
-            let options = CreateOptions {
-                size: 1 << 20,
-                cluster_size: Some(512),
-                refcount_bits: Some(1 << order),
-                ..CreateOptions::default()
-            };
-            create(&*storage, None, &options, &Progress::default()).unwrap();
-            let header = Header::read(&*storage).unwrap();
-            let mut counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+            let (_storage, _header, mut counts) = small_clusters(order);
             let mut taken: Vec<Run> = Vec::new();
             for len in lens {
                 let run = counts.allocate(len, true, &|_| None).unwrap();
@@ -399,12 +405,7 @@ mod tests {
 
     #[test]
     fn the_first_search_for_a_free_cluster_of_a_full_image_stays_within_the_cache() {
-        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
-        let options =
-            CreateOptions { size: 1 << 20, cluster_size: Some(512), ..CreateOptions::default() };
-        create(&*storage, None, &options, &Progress::default()).unwrap();
-        let header = Header::read(&*storage).unwrap();
-        let mut counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+        let (storage, header, mut counts) = small_clusters(4);
         // 40 blocks of 256 counts.
         let mut last = HostCluster(0);
         while last < HostCluster(40 * 256) {

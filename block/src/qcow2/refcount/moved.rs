@@ -98,20 +98,11 @@ impl Refcounts {
 mod tests {
     use super::*;
     use crate::num::{be64, to_u64};
-    use crate::qcow2::create::{CreateOptions, create};
-    use crate::qcow2::header::Header;
-    use crate::storage::memory::MemoryStorage;
-    use crate::{Progress, storage::Storage};
-    use std::sync::Arc;
+    use crate::qcow2::refcount::tests::small_clusters;
 
     #[test]
     fn a_moved_block_is_read_from_its_new_place_and_the_old_one_stays_as_it_was() {
-        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
-        let options =
-            CreateOptions { size: 1 << 20, cluster_size: Some(512), ..CreateOptions::default() };
-        create(&*storage, None, &options, &Progress::default()).unwrap();
-        let header = Header::read(&*storage).unwrap();
-        let mut counts = Refcounts::open(&storage, &header, 1 << 20).unwrap();
+        let (storage, header, mut counts) = small_clusters(4);
         let old_table = counts.table_run();
         let holds = |_| None;
         let table = counts.allocate(old_table.count, true, &holds).unwrap();
