@@ -6,15 +6,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use qmp::client::Client;
 use serde_json::{Value, json};
 use tardigrade_tests::counter;
 use tardigrade_tests::disk::{Disk, qemu_img};
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{Vm, VmSpec};
+use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn gone(vm: &Vm, id: &str, ask: impl FnOnce(&mut qmp::client::Client)) {
+fn gone(vm: &Vm, id: &str, ask: impl FnOnce(&mut Client)) {
     let mut qmp = vm.qmp();
     ask(&mut qmp);
     let over = |event: &Value| event["data"]["id"] == id && event["data"]["status"] == "null";
@@ -84,7 +86,7 @@ fn nobody_snapshots_or_reverts_a_disk_that_is_streamed_or_committed() {
 }
 
 /// Has `to` become the same as `from`; it is ready.
-fn mirror(qmp: &mut qmp::client::Client, id: &str, from: &str, to: &str) {
+fn mirror(qmp: &mut Client, id: &str, from: &str, to: &str) {
     let arguments = json!({ "job-id": id, "device": from, "target": to, "sync": "full" });
     qmp.execute("blockdev-mirror", arguments).unwrap();
     let ready =
@@ -98,34 +100,50 @@ fn complete(vm: &Vm, id: &str) {
     });
 }
 
+/// A guest whose disk is mirrored by the job `m`, ready for the pivot, while the save `s` is paused.
+struct Mirrored {
+    dir: TempDir,
+    disk: Disk,
+    target: Disk,
+    vm: Vm,
+    qmp: Client,
+}
+
+impl Mirrored {
+    fn with_a_paused_save() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::qcow2(dir.path().join("disk0.qcow2"), "16M");
+        let target = Disk::qcow2(dir.path().join("target.qcow2"), "16M");
+        let kernel = dir.path().join("counter.elf");
+        // A save that takes a while.
+        std::fs::write(&kernel, counter::kernel(128 << 20)).unwrap();
+        let kernel = kernel.display().to_string();
+        let vm = VmSpec::new("256M", 1).args(&["--kernel", &kernel]).disk(&disk).start();
+        let mut qmp = vm.qmp();
+        let node = json!({ "driver": "qcow2", "node-name": "target",
+            "file": { "driver": "file", "filename": target.path } });
+        qmp.execute("blockdev-add", node).unwrap();
+        mirror(&mut qmp, "m", "disk0", "target");
+        let save = json!({ "job-id": "s", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
+        qmp.execute("snapshot-save", save).unwrap();
+        qmp.execute("job-pause", json!({ "id": "s" })).unwrap();
+        let paused =
+            |event: &Value| event["data"]["id"] == "s" && event["data"]["status"] == "paused";
+        qmp.wait_event(PATIENCE, paused).unwrap();
+        Self { dir, disk, target, vm, qmp }
+    }
+}
+
 #[test]
 fn a_disk_whose_place_another_took_is_neither_saved_nor_gone_back_to_as_the_guests() {
     if !require::kvm() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::qcow2(dir.path().join("disk0.qcow2"), "16M");
-    let target = Disk::qcow2(dir.path().join("target.qcow2"), "16M");
-    let kernel = dir.path().join("counter.elf");
-    // A save that takes a while.
-    std::fs::write(&kernel, counter::kernel(128 << 20)).unwrap();
-    let kernel = kernel.display().to_string();
-    let mut vm = VmSpec::new("256M", 1).args(&["--kernel", &kernel]).disk(&disk).start();
-    let mut qmp = vm.qmp();
-    let node = json!({ "driver": "qcow2", "node-name": "target",
-        "file": { "driver": "file", "filename": target.path } });
-    qmp.execute("blockdev-add", node).unwrap();
-    mirror(&mut qmp, "m", "disk0", "target");
-    let save = json!({ "job-id": "s", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
-    qmp.execute("snapshot-save", save).unwrap();
-    qmp.execute("job-pause", json!({ "id": "s" })).unwrap();
-    let is = |event: &Value, status: &str| {
-        event["data"]["id"] == "s" && event["data"]["status"] == status
-    };
-    qmp.wait_event(PATIENCE, |event| is(event, "paused")).unwrap();
+    let Mirrored { dir: _dir, disk, target, mut vm, mut qmp } = Mirrored::with_a_paused_save();
     complete(&vm, "m");
     qmp.execute("job-resume", json!({ "id": "s" })).unwrap();
-    qmp.wait_event(PATIENCE, |event| is(event, "concluded")).unwrap();
+    let over = |event: &Value| event["data"]["id"] == "s" && event["data"]["status"] == "concluded";
+    qmp.wait_event(PATIENCE, over).unwrap();
     let jobs = qmp.execute("query-jobs", json!({})).unwrap();
     let error = jobs[0]["error"].as_str().unwrap();
     assert!(error.contains("were 'disk0' when the job began and are 'target' now"), "{error}");
@@ -182,23 +200,7 @@ fn savevm_behind_a_job_saves_the_disk_that_the_guest_has_when_its_turn_comes() {
     if !require::kvm() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::qcow2(dir.path().join("disk0.qcow2"), "16M");
-    let target = Disk::qcow2(dir.path().join("target.qcow2"), "16M");
-    let kernel = dir.path().join("counter.elf");
-    std::fs::write(&kernel, counter::kernel(128 << 20)).unwrap();
-    let kernel = kernel.display().to_string();
-    let mut vm = VmSpec::new("256M", 1).args(&["--kernel", &kernel]).disk(&disk).start();
-    let mut qmp = vm.qmp();
-    let node = json!({ "driver": "qcow2", "node-name": "target",
-        "file": { "driver": "file", "filename": target.path } });
-    qmp.execute("blockdev-add", node).unwrap();
-    mirror(&mut qmp, "m", "disk0", "target");
-    let save = json!({ "job-id": "s", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
-    qmp.execute("snapshot-save", save).unwrap();
-    qmp.execute("job-pause", json!({ "id": "s" })).unwrap();
-    let paused = |event: &Value| event["data"]["id"] == "s" && event["data"]["status"] == "paused";
-    qmp.wait_event(PATIENCE, paused).unwrap();
+    let Mirrored { dir: _dir, disk, target, mut vm, mut qmp } = Mirrored::with_a_paused_save();
     let mut sent = Sent::new(&vm, "savevm u");
     complete(&vm, "m");
     qmp.execute("job-cancel", json!({ "id": "s" })).unwrap();
