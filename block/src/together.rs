@@ -11,16 +11,25 @@
 //!
 //! Where that has failed for one, each later flush of any of them tries it again for all that are left, one flush at
 //! a time: the guest may have no reason ever to flush the one that failed.
+//!
+//! A try has a handle of an image, takes the locks of its format and comes to no node's gate. So who holds back an
+//! image's requests to put another in its place waits for it ([`Together::between_tries`]), and has the image to
+//! itself once its own flush has returned: no try comes after that.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::{Error, Result};
 
 /// An image that can be told to make its change durable.
 pub(crate) trait Follow: Send + Sync {
-    /// As a flush of it that waits for no other image; tells of it by [`Together::settled`].
+    /// As a flush of it that waits for no other image; tells of it by [`Together::followed`].
     fn follow(&self) -> Result<()>;
 }
+
+/// Names an image within its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place(usize);
 
 #[derive(Default)]
 struct State {
@@ -30,7 +39,9 @@ struct State {
     failed: bool,
     /// A flush is trying again.
     trying: bool,
-    images: Vec<Weak<dyn Follow>>,
+    /// Those left that can be told to follow.
+    images: BTreeMap<Place, Weak<dyn Follow>>,
+    next: usize,
 }
 
 /// A group of images that change together; see the module.
@@ -56,12 +67,22 @@ impl Together {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a flush of another image try again for this one, as long as it is there.
-    pub(crate) fn join(&self, image: Weak<dyn Follow>) {
-        self.state().images.push(image);
+    /// Has a flush of another image try again for this one, as long as it is there and has not followed.
+    pub(crate) fn join(&self, image: Weak<dyn Follow>) -> Place {
+        let mut state = self.state();
+        let place = Place(state.next);
+        state.next += 1;
+        state.images.insert(place, image);
+        place
     }
 
-    /// One image more is durably changed, or will never be. Once for each.
+    /// One that has joined is durably changed, or will never be. Once for each.
+    pub(crate) fn followed(&self, place: Place) {
+        self.state().images.remove(&place);
+        self.settled();
+    }
+
+    /// One that has not joined is durably changed, or will never be. Once for each.
     pub fn settled(&self) {
         let mut state = self.state();
         state.left = state.left.saturating_sub(1);
@@ -87,14 +108,15 @@ impl Together {
     /// One could not be, now neither.
     pub fn wait(&self) -> Result<()> {
         let state = self.state();
-        let under_way = |state: &mut State| state.left > 0 && (!state.failed || state.trying);
+        // A try that goes on may still have handles of those that have followed.
+        let under_way = |state: &mut State| state.trying || (state.left > 0 && !state.failed);
         let mut state =
             self.changed.wait_while(state, under_way).unwrap_or_else(PoisonError::into_inner);
         if state.left == 0 {
             return Ok(());
         }
         state.trying = true;
-        let images = state.images.clone();
+        let images: Vec<_> = state.images.values().cloned().collect();
         drop(state);
         for image in images.iter().filter_map(Weak::upgrade) {
             if let Err(error) = image.follow() {
@@ -108,6 +130,14 @@ impl Together {
         drop(state);
         self.changed.notify_all();
         if left == 0 { Ok(()) } else { Err(Error::Apart) }
+    }
+
+    /// Calls `look` while no flush is trying again, hence none has a handle of an image; waits for one that is.
+    pub(crate) fn between_tries<T>(&self, look: impl FnOnce() -> T) -> T {
+        let trying = |state: &mut State| state.trying;
+        let _state =
+            self.changed.wait_while(self.state(), trying).unwrap_or_else(PoisonError::into_inner);
+        look()
     }
 }
 
@@ -138,7 +168,7 @@ mod tests {
     }
 
     /// Follows at the third try.
-    struct Slow(Arc<Together>, Mutex<u32>);
+    struct Slow(Arc<Together>, Mutex<u32>, Place);
 
     impl Follow for Slow {
         fn follow(&self) -> Result<()> {
@@ -147,7 +177,7 @@ mod tests {
             if *tries < 3 {
                 return Err(Error::Apart);
             }
-            self.0.settled();
+            self.0.followed(self.2);
             Ok(())
         }
     }
@@ -155,15 +185,19 @@ mod tests {
     #[test]
     fn each_flush_after_a_failure_tries_again_for_an_image_that_is_there() {
         let together = Together::new(1);
-        let slow: Arc<dyn Follow> = Arc::new(Slow(together.clone(), Mutex::new(0)));
-        together.join(Arc::downgrade(&slow));
+        let slow = Arc::new_cyclic(|slow: &Weak<Slow>| {
+            let place = together.join(slow.clone());
+            Slow(together.clone(), Mutex::default(), place)
+        });
         together.failed();
         let results: Vec<_> = (0..3).map(|_| together.wait().is_ok()).collect();
         assert_eq!(results, [false, false, true]);
+        assert_eq!(*slow.1.lock().unwrap(), 3);
 
         let together = Together::new(1);
-        together.join(Arc::downgrade(&slow));
+        let gone: Weak<Slow> = Arc::downgrade(&slow);
         drop(slow);
+        together.join(gone);
         together.failed();
         assert!(together.wait().is_err(), "nobody is there who could follow");
     }

@@ -28,8 +28,17 @@ impl Node {
         drop(old);
     }
 
-    /// Whether only this node has its image: no job works on its snapshots. With the gate closed.
+    /// Whether only this node has its image: no job works on its snapshots. With the gate closed. Waits for a
+    /// flush of another image that makes up for what this one has not on disk yet.
     pub(crate) fn is_alone_with_format(&self) -> bool {
+        let together = self.qcow2().and_then(|image| image.together());
+        match together {
+            Some(together) => together.between_tries(|| self.has_no_other_handle()),
+            None => self.has_no_other_handle(),
+        }
+    }
+
+    fn has_no_other_handle(&self) -> bool {
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
         let handles = 1 + usize::from(live.details.qcow2.is_some());
         Arc::strong_count(&live.format) == handles

@@ -115,3 +115,6 @@ pub(super) fn carry_out(
 fn cannot_change<T>(option: &str) -> Result<T> {
     Err(Error::Invalid(format!("Cannot change the option '{option}'")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,10 +18,10 @@
 //!
 //! Free clusters must not be taken while their space is being given back: the same freeze keeps them.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::together::Follow;
+use crate::together::{Follow, Place};
 use crate::{Result, Together};
 
 use super::Qcow2;
@@ -62,12 +62,13 @@ impl Drop for Frozen<'_> {
 #[derive(Debug)]
 pub(super) struct Member {
     together: Arc<Together>,
+    place: Place,
     settled: bool,
 }
 
 impl Member {
-    pub(super) fn new(together: &Arc<Together>) -> Self {
-        Self { together: together.clone(), settled: false }
+    pub(super) fn join(together: &Arc<Together>, image: Weak<Qcow2>) -> Self {
+        Self { together: together.clone(), place: together.join(image), settled: false }
     }
 
     pub(super) fn together(&self) -> &Arc<Together> {
@@ -76,7 +77,7 @@ impl Member {
 
     fn settle(&mut self) {
         if !std::mem::replace(&mut self.settled, true) {
-            self.together.settled();
+            self.together.followed(self.place);
         }
     }
 }
@@ -116,12 +117,16 @@ impl Qcow2 {
     /// Makes all durable that was completed before, on the images that changed together too.
     pub(super) fn flush_disk(&self) -> Result<()> {
         self.flush_alone()?;
-        let together = self.meta_to_look().member.as_ref().map(|member| member.together.clone());
-        let Some(together) = together else { return Ok(()) };
+        let Some(together) = self.together() else { return Ok(()) };
         together.wait()?;
         // Another change may have begun meanwhile.
         self.meta().member.take_if(|member| Arc::ptr_eq(&member.together, &together));
         Ok(())
+    }
+
+    /// The images that it changed together with, until all are durably changed.
+    pub(crate) fn together(&self) -> Option<Arc<Together>> {
+        self.meta_to_look().member.as_ref().map(|member| member.together.clone())
     }
 
     /// As [`Qcow2::flush_disk`], for this image alone.

@@ -170,8 +170,7 @@ impl SnapshotChange for Revert<'_> {
         // The new table has been durable since `prepare`, and all that it leads to, so the header may lead to it
         // at any time. What left the old tables in memory is given back after a sync, hence after the header.
         meta.unsettled = true;
-        meta.member = Some(Member::new(together));
-        together.join(self.image.me.clone());
+        meta.member = Some(Member::join(together, self.image.me.clone()));
         self.image.bitmaps_after_revert(new.disk_size);
         self.old = Some(old);
         self.shown = true;
