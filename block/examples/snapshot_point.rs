@@ -1,7 +1,8 @@
 //! What a snapshot of a large disk costs its guest: `snapshot_point DIR SIZE [WRITERS]`.
 //!
-//! A disk of SIZE (as qemu-img takes it), all allocated, gets three snapshots while threads write 4 KiB
-//! anywhere. Says how long the switch and the other steps take, and how long writes take meanwhile.
+//! A disk of SIZE (as qemu-img takes it), all allocated, gets three snapshots, of which two are deleted, while
+//! threads write 4 KiB anywhere. Says how long the switch and the other steps take, and how long writes take
+//! meanwhile.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a tool for developers")]
 
 use std::process::Command;
@@ -84,6 +85,13 @@ fn main() {
                 std::thread::sleep(Duration::from_secs(1));
                 Ok(())
             });
+        }
+        for round in [1, 2] {
+            println!("deletion {round}");
+            let mut change = format.delete_snapshot(&round.to_string()).unwrap();
+            step(&format!("prepare deletion {round}"), &mut spans, || change.prepare());
+            step(&format!("publish deletion {round}"), &mut spans, || change.publish());
+            step(&format!("finish deletion {round}"), &mut spans, || change.finish());
         }
         stop.store(true, Ordering::Release);
     });

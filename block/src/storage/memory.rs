@@ -45,13 +45,28 @@ struct State {
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
     state: Mutex<State>,
-    before_flush: Mutex<Option<Hook>>,
+    before_read: Mutex<Option<Hook<u64>>>,
+    before_flush: Mutex<Option<Hook<()>>>,
 }
 
-#[derive(Clone)]
-struct Hook(Arc<dyn Fn() + Send + Sync>);
+struct Hook<T>(Arc<dyn Fn(T) + Send + Sync>);
 
-impl Debug for Hook {
+impl<T> Hook<T> {
+    fn set(place: &Mutex<Option<Self>>, hook: impl Fn(T) + Send + Sync + 'static) {
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(Self(Arc::new(hook)));
+    }
+
+    /// Outside the lock: a hook may wait.
+    fn call(place: &Mutex<Option<Self>>, with: T) {
+        let hook =
+            place.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|h| h.0.clone());
+        if let Some(hook) = hook {
+            hook(with);
+        }
+    }
+}
+
+impl<T> Debug for Hook<T> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str("Hook")
     }
@@ -61,7 +76,7 @@ impl MemoryStorage {
     /// Storage that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
         let state = State { flushed: bytes.clone(), bytes, ..State::default() };
-        Self { state: Mutex::new(state), before_flush: Mutex::default() }
+        Self { state: Mutex::new(state), ..Self::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -99,8 +114,12 @@ impl MemoryStorage {
 
     /// Has every flush call `hook` first, which may wait, or fail the storage.
     pub fn before_flush(&self, hook: impl Fn() + Send + Sync + 'static) {
-        let hook = Hook(Arc::new(hook));
-        *self.before_flush.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
+        Hook::set(&self.before_flush, move |()| hook());
+    }
+
+    /// Has every read call `hook` first, with its offset, which may wait.
+    pub fn before_read(&self, hook: impl Fn(u64) + Send + Sync + 'static) {
+        Hook::set(&self.before_read, hook);
     }
 
     /// How many changing operations succeeded so far.
@@ -169,6 +188,7 @@ impl Storage for MemoryStorage {
     }
 
     fn read_at(&self, offset: u64, bufs: &[ReadBuf<'_>]) -> Result<()> {
+        Hook::call(&self.before_read, offset);
         let mut state = self.state();
         state.note(Op::Read(offset, iobuf::total_len(bufs)));
         iobuf::fill_zero(bufs);
@@ -189,10 +209,7 @@ impl Storage for MemoryStorage {
     }
 
     fn flush(&self) -> Result<()> {
-        let hook = self.before_flush.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(Hook(hook)) = hook {
-            hook();
-        }
+        Hook::call(&self.before_flush, ());
         let mut state = self.state();
         state.note(Op::Flush);
         state.change("flush", 0)?;

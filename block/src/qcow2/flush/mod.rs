@@ -190,6 +190,13 @@ impl Qcow2 {
         }
     }
 
+    /// Keeps the list of freed clusters short during a walk that lets requests in between.
+    pub(super) fn punch_if_many(&self) {
+        if self.meta().has_many_freed() {
+            self.punch_all();
+        }
+    }
+
     /// Punches out what was freed, letting requests in between; says whether it could.
     fn punch_all(&self) -> bool {
         loop {

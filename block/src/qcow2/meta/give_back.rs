@@ -64,9 +64,14 @@ impl Meta {
         !self.freed.is_empty()
     }
 
-    /// Keeps the list of freed clusters short: a large image may have them all over the file.
+    /// Whether the list of freed clusters gets long: a large image may have them all over the file.
+    pub(crate) fn has_many_freed(&self) -> bool {
+        self.freed.len() > MAX_FREED_RUNS
+    }
+
+    /// Keeps the list of freed clusters short.
     pub(crate) fn punch_if_many(&mut self) -> Result<()> {
-        if self.freed.len() > MAX_FREED_RUNS {
+        if self.has_many_freed() {
             while self.freed.len() > MAX_FREED_RUNS / 2 && self.punch_some()? {}
         }
         Ok(())

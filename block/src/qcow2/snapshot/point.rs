@@ -239,12 +239,13 @@ pub(super) fn give_back(image: &Qcow2) -> Result<()> {
         let mut meta = image.meta();
         let done = match share {
             Share::Nothing | Share::Owed => continue,
-            Share::Shared => tree::unshare(&mut meta, &[*entry]),
+            Share::Shared => tree::unshare(&mut meta, *entry),
             Share::Moved => meta.give_moved_back(*entry, current),
         };
         let copied = tree::set_copied_below(&mut meta, index);
-        result = result.and(done).and(copied).and(meta.punch_if_many());
         drop(meta);
+        result = result.and(done).and(copied);
+        image.punch_if_many();
         std::thread::yield_now();
     }
     result

@@ -8,11 +8,13 @@
 
 use std::ops::Range;
 
-use crate::Result;
 use crate::num::{be64, to_usize};
-use crate::qcow2::flush::Frozen;
-use crate::qcow2::layout::{COPIED, Geometry, HostCluster, Mapping, OFFSET_MASK, Run, push_run};
+use crate::qcow2::Qcow2;
+use crate::qcow2::layout::{
+    COPIED, Geometry, HostCluster, HostOffset, Mapping, OFFSET_MASK, Run, push_run, table_of,
+};
 use crate::qcow2::meta::Meta;
+use crate::{ReadBuf, Result};
 
 /// The clusters that an L2 table refers to, in runs; a cluster comes as often as it is referred to.
 /// The error is an entry that breaks a rule, and which.
@@ -80,7 +82,7 @@ fn add_table(meta: &mut Meta, l1_entry: u64, table: &mut Vec<u8>) -> Result<bool
     let Some(offset) = meta.copy_l2(l1_entry, table)? else {
         return Ok(false);
     };
-    let mut runs = runs_in(table, geometry).map_err(|reason| meta.damaged(reason))?;
+    let mut runs = checked_runs(meta, table)?;
     runs.push(meta.cluster_run(offset));
     for (done, run) in runs.iter().enumerate() {
         if let Err(e) = meta.add_refs(*run) {
@@ -134,23 +136,13 @@ impl Changed {
 /// has alone afterwards. Nothing on disk may refer to `l1` any more. After an error the rest is
 /// tried all the same; what fails is leaked.
 pub(super) fn sub_refs(meta: &mut Meta, l1: &[u64]) -> Result<()> {
-    give_back(meta, l1, |meta, run| meta.free_passing(run, meta.pass_discard.snapshot))
-}
-
-/// As [`sub_refs`]; clusters may be the active disk's alone afterwards, which [`set_copied`] notes.
-pub(super) fn unshare(meta: &mut Meta, l1: &[u64]) -> Result<()> {
-    give_back(meta, l1, Meta::unshare)
-}
-
-fn give_back(
-    meta: &mut Meta,
-    l1: &[u64],
-    one: impl Fn(&mut Meta, Run) -> Result<()>,
-) -> Result<()> {
+    let pass = meta.pass_discard.snapshot;
     let mut table = Vec::new();
     let mut result = Ok(());
     for entry in l1 {
-        let done = give_table_back(meta, *entry, &mut table, &one);
+        let done = give_table_back(meta, *entry, &mut table, &|meta: &mut Meta, run| {
+            meta.free_passing(run, pass)
+        });
         // What keeps an image that is damaged from giving space back is told by the walk.
         let punched = meta.punch_if_many();
         result = result.and(done).and(punched);
@@ -167,10 +159,64 @@ fn give_table_back(
     let Some(offset) = meta.copy_l2(l1_entry, table)? else {
         return Ok(());
     };
-    for run in runs_in(table, meta.geometry()).map_err(|reason| meta.damaged(reason))? {
+    for run in checked_runs(meta, table)? {
         one(meta, run)?;
     }
     one(meta, meta.cluster_run(offset))
+}
+
+/// Gives one reference to the L2 table of an L1 entry, and to all below it, back. Clusters may be the active
+/// disk's alone afterwards: [`set_copied_below`] must follow before others see the tables.
+pub(super) fn unshare(meta: &mut Meta, l1_entry: u64) -> Result<()> {
+    give_table_back(meta, l1_entry, &mut Vec::new(), &Meta::unshare)
+}
+
+/// Gives the references of a deleted snapshot back, table by table, with requests and flushes let in between.
+/// After an error the rest is tried all the same; what fails is leaked.
+///
+/// **Order.** Nothing on disk refers to `l1` any more. The counts below a table change in one step with the
+/// COPIED flags of the active disk's table of the same index, the only one that can map the same clusters: who
+/// comes in between, a sync among them, finds counts and flags that agree. What is free then may be
+/// taken at once: on disk it stays counted until a sync, which comes before references to it.
+pub(super) fn unshare_by_table(image: &Qcow2, l1: &[u64]) -> Result<()> {
+    let mut table = Vec::new();
+    let mut result = Ok(());
+    for (index, entry) in l1.iter().enumerate() {
+        result = result.and(unshare_table(image, index, *entry, &mut table));
+        image.punch_if_many();
+        std::thread::yield_now();
+    }
+    result
+}
+
+/// A step of [`unshare_by_table`].
+fn unshare_table(image: &Qcow2, index: usize, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
+    let Some(place) = copy_kept(image, l1_entry, table)? else {
+        return Ok(());
+    };
+    let mut meta = image.meta();
+    // Damage may have been found meanwhile: counts may be wrong then.
+    meta.check_sound()?;
+    let mut runs = checked_runs(&meta, table)?;
+    runs.push(meta.cluster_run(place));
+    let given = runs.into_iter().try_for_each(|run| meta.unshare(run));
+    let copied = set_copied_below(&mut meta, index);
+    given.and(copied)
+}
+
+/// As [`Meta::copy_l2`], of a snapshot's table, with no lock held while it is read: nobody changes it as long
+/// as the snapshot's reference to it is there.
+fn copy_kept(image: &Qcow2, l1_entry: u64, to: &mut Vec<u8>) -> Result<Option<HostOffset>> {
+    let place = {
+        let mut meta = image.meta();
+        match table_of(l1_entry) {
+            Some(place) if meta.geometry().in_cluster(place.0) == 0 && !meta.has_l2(place) => place,
+            _ => return meta.copy_l2(l1_entry, to),
+        }
+    };
+    to.resize(to_usize(image.geometry.cluster_size()), 0);
+    image.storage.read_at(place.0, &[ReadBuf::new(to)])?;
+    Ok(Some(place))
 }
 
 /// Sets the COPIED flags of the active disk after references went away: an entry has the flag if
@@ -202,24 +248,6 @@ pub(super) fn set_copied_below(meta: &mut Meta, index: usize) -> Result<()> {
     let result = set_table_copied(meta, index, &mut Vec::new());
     meta.flags_lag |= result.is_err();
     result
-}
-
-/// As [`set_copied`], table by table, with who only looks let in between.
-pub(super) fn set_copied_in_steps(frozen: &Frozen<'_>) -> Result<()> {
-    let external = frozen.step(|meta| meta.geometry().external);
-    let tables = if external { 0 } else { frozen.step(|meta| meta.l1.len()) };
-    let mut table = Vec::new();
-    let result = (0..tables)
-        .try_for_each(|index| frozen.step(|meta| set_table_copied(meta, index, &mut table)));
-    frozen.step(|meta| meta.flags_lag = result.is_err());
-    result
-}
-
-/// As [`unshare`], table by table, with who only looks let in between.
-pub(super) fn unshare_in_steps(frozen: &Frozen<'_>, l1: &[u64]) -> Result<()> {
-    let one = |entry: &u64| frozen.step(|meta| unshare(meta, &[*entry]));
-    // All are tried; the first error is told.
-    l1.iter().map(one).fold(Ok(()), Result::and)
 }
 
 fn set_table_copied(meta: &mut Meta, index: usize, table: &mut Vec<u8>) -> Result<()> {
