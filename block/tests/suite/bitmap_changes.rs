@@ -178,6 +178,33 @@ fn a_bitmap_is_told_to_nbd_clients_and_is_busy_meanwhile() {
 }
 
 #[test]
+fn what_is_new_is_dirty_where_the_old_end_lies_within_a_granule() {
+    if !have_qemu_img("bitmaps and resize") {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let image = create(dir.path(), "a.qcow2", "8M", "");
+    let opened = open(&image);
+    write(&opened.1, 3 * MIB, &[1; 1 << 20]);
+    close(opened);
+    qemu_img(&["bitmap", "--add", "-g", "1M", &path(&image), "b"]);
+    let opened = open(&image);
+    let resize = |size| {
+        let node = &opened.1;
+        node.resize(size, Preallocation::Off, &Progress::default()).unwrap();
+    };
+    resize(3 * MIB + 4096);
+    assert_eq!(dirty(&opened.1, "b"), []);
+    // What was behind the end reads as zeroes now.
+    resize(5 * MIB + 512);
+    assert_eq!(dirty(&opened.1, "b"), one(3 * MIB..5 * MIB + 512));
+    close(opened);
+    check(&image);
+    assert_eq!(qemu_dirty(dir.path(), &image, "b"), one(3 * MIB..5 * MIB + 512));
+}
+
+#[test]
 fn bitmaps_follow_the_size_of_the_disk_and_what_is_new_is_dirty() {
     if !have_qemu_img("bitmaps and resize") {
         return;

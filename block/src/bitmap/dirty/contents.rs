@@ -131,14 +131,19 @@ impl Bitmap {
     }
 
     /// Follows a change of the disk's size. What is new is dirty if the bitmap is enabled: a disk
-    /// that is cut and extended again reads as zeroes where it had data. (QEMU leaves it clean.)
+    /// that is cut and extended again reads as zeroes where it had data. (QEMU leaves it clean.) So is
+    /// the granule in which the old end lies: a part of it is new.
     pub(crate) fn resize(&self, size: u64) {
         let mut state = self.state();
         if state.size == size {
             return;
         }
+        let old = state.size;
         let dirty = state.enabled && !state.inconsistent;
         state.bits.resize(self.granularity.count(size), dirty);
+        if dirty && size > old {
+            state.bits.set(self.granularity.touched(old, size - old));
+        }
         state.size = size;
         state.changed = true;
     }
