@@ -24,7 +24,7 @@
 //! disk works ([`flush`]).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 
 use crate::bitmap::BitmapSet;
@@ -97,6 +97,8 @@ pub struct Qcow2 {
     meta: Mutex<Meta>,
     /// Told when the tables may be changed again.
     thawed: Condvar,
+    /// How many wait for `meta`.
+    waiters: AtomicUsize,
     in_flight: InFlight,
     /// Changed only while no request is under way; the lock is held for a look.
     backing: RwLock<Option<Arc<dyn Format>>>,
@@ -160,6 +162,7 @@ impl Qcow2 {
             compression,
             meta: Mutex::new(meta),
             thawed: Condvar::new(),
+            waiters: AtomicUsize::new(0),
             storage,
             in_flight: InFlight::default(),
             backing: RwLock::new(backing),

@@ -153,6 +153,14 @@ fn l1_run(meta: &Meta, entry: &Entry) -> Run {
     }
 }
 
+/// After a walk over all tables of `l1`: makes what changed durable ahead of the sync that requests wait for, if it
+/// may be much.
+fn flush_ahead_of(image: &Qcow2, l1: &[u64]) -> Result<()> {
+    const MUCH: u64 = 1 << 20;
+    let tables = crate::num::to_u64(l1.iter().filter(|entry| **entry != 0).count());
+    if image.geometry.bytes_of(tables) > MUCH { image.flush_ahead() } else { Ok(()) }
+}
+
 /// Writes an L1 table, which has an entry at least, to fresh clusters.
 pub(super) fn write_l1(meta: &mut Meta, l1: &[u64]) -> Result<Run> {
     write_fresh(meta, crate::num::be_bytes(l1))
@@ -172,3 +180,6 @@ pub(super) fn write_fresh(meta: &mut Meta, mut bytes: Vec<u8>) -> Result<Run> {
     }
     Ok(run)
 }
+
+#[cfg(test)]
+mod tests;

@@ -246,7 +246,7 @@ pub(super) fn give_back(image: &Qcow2) -> Result<()> {
         drop(meta);
         result = result.and(done).and(copied);
         image.punch_if_many();
-        std::thread::yield_now();
+        image.give_way();
     }
     result
 }
@@ -260,7 +260,7 @@ pub(super) fn take_all(image: &Qcow2) -> Result<()> {
         if let Some(point) = &image.meta().point {
             point.check()?;
         }
-        std::thread::yield_now();
+        image.give_way();
     }
     Ok(())
 }

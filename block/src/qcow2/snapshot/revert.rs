@@ -5,7 +5,7 @@
 //! show:    size and L1 table are switched in memory; every sync from then on writes the header first. Until one
 //!          has, a crash shows the old disk as the disk has it.
 //! publish: one header write switches size, L1 offset and L1 size.
-//! finish:  references of the old disk's tree are given back.
+//! finish:  references of the old disk's tree are given back, table by table with requests let in between.
 //!
 //! Dirty bitmaps that follow writes have the whole disk afterwards. (QEMU refuses to go back where
 //! there is a bitmap.)
@@ -25,7 +25,7 @@ use crate::snapshot::SnapshotChange;
 use crate::{Result, Together, WriteBuf};
 
 use super::table::Entry;
-use super::{Stage, begin_change, find, load_l1, tree, write_l1};
+use super::{Stage, begin_change, find, flush_ahead_of, load_l1, tree, write_l1};
 
 /// An L1 table and the disk it maps.
 struct Active {
@@ -219,17 +219,19 @@ impl SnapshotChange for Revert<'_> {
     fn finish(&mut self) -> Result<()> {
         self.stage.expect(Stage::Published)?;
         self.stage = Stage::Ended;
-        let mut meta = self.image.meta();
+        let image = self.image;
+        let (old, run) = self.old.take().unzip();
+        let old = old.map_or_else(Vec::new, |old| old.l1);
+        let freed = tree::sub_refs_by_table(image, &old);
+        let freed = freed.and_then(|()| run.map_or(Ok(()), |run| image.meta().free(run)));
+        let copied = tree::set_copied_by_table(image);
+        let ahead = flush_ahead_of(image, &old);
+        let mut meta = image.meta();
+        // No other change begins before all is given back.
         meta.changing = false;
-        let freed = match self.old.take() {
-            Some((old, run)) => tree::sub_refs(&mut meta, &old.l1).and_then(|()| meta.free(run)),
-            None => Ok(()),
-        };
-        let copied = tree::set_copied(&mut meta);
-        let synced = meta.sync();
-        drop(meta);
-        self.image.give_space_back();
-        freed.and(copied).and(synced)
+        let synced = image.freeze(meta).sync();
+        image.give_space_back();
+        freed.and(copied).and(ahead).and(synced)
     }
 
     fn rollback(&mut self) -> Result<()> {

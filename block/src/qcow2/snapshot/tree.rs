@@ -179,33 +179,51 @@ pub(super) fn unshare(meta: &mut Meta, l1_entry: u64) -> Result<()> {
 /// comes in between, a sync among them, finds counts and flags that agree. What is free then may be
 /// taken at once: on disk it stays counted until a sync, which comes before references to it.
 pub(super) fn unshare_by_table(image: &Qcow2, l1: &[u64]) -> Result<()> {
+    by_table(image, l1, |meta, index, runs| {
+        let given = runs.into_iter().try_for_each(|run| meta.unshare(run));
+        let copied = set_copied_below(meta, index);
+        given.and(copied)
+    })
+}
+
+/// As [`unshare_by_table`], of a disk that was left and has nothing in common with the active one but what
+/// snapshots have too.
+pub(super) fn sub_refs_by_table(image: &Qcow2, l1: &[u64]) -> Result<()> {
+    by_table(image, l1, |meta, _, runs| {
+        let pass = meta.pass_discard.snapshot;
+        runs.into_iter().try_for_each(|run| meta.free_passing(run, pass))
+    })
+}
+
+/// Gives `step` each table's index and what it has references to, the table itself last.
+fn by_table(
+    image: &Qcow2,
+    l1: &[u64],
+    step: impl Fn(&mut Meta, usize, Vec<Run>) -> Result<()>,
+) -> Result<()> {
     let mut table = Vec::new();
+    let mut one = |index, entry| {
+        let Some(place) = copy_kept(image, entry, &mut table)? else {
+            return Ok(());
+        };
+        let mut meta = image.meta();
+        // Damage may have been found meanwhile: counts may be wrong then.
+        meta.check_sound()?;
+        let mut runs = checked_runs(&meta, &table)?;
+        runs.push(meta.cluster_run(place));
+        step(&mut meta, index, runs)
+    };
     let mut result = Ok(());
     for (index, entry) in l1.iter().enumerate() {
-        result = result.and(unshare_table(image, index, *entry, &mut table));
+        result = result.and(one(index, *entry));
         image.punch_if_many();
-        std::thread::yield_now();
+        image.give_way();
     }
     result
 }
 
-/// A step of [`unshare_by_table`].
-fn unshare_table(image: &Qcow2, index: usize, l1_entry: u64, table: &mut Vec<u8>) -> Result<()> {
-    let Some(place) = copy_kept(image, l1_entry, table)? else {
-        return Ok(());
-    };
-    let mut meta = image.meta();
-    // Damage may have been found meanwhile: counts may be wrong then.
-    meta.check_sound()?;
-    let mut runs = checked_runs(&meta, table)?;
-    runs.push(meta.cluster_run(place));
-    let given = runs.into_iter().try_for_each(|run| meta.unshare(run));
-    let copied = set_copied_below(&mut meta, index);
-    given.and(copied)
-}
-
-/// As [`Meta::copy_l2`], of a snapshot's table, with no lock held while it is read: nobody changes it as long
-/// as the snapshot's reference to it is there.
+/// As [`Meta::copy_l2`], of a table that is not the active disk's alone, with no lock held while it is read: nobody
+/// changes it as long as the reference to it is there.
 fn copy_kept(image: &Qcow2, l1_entry: u64, to: &mut Vec<u8>) -> Result<Option<HostOffset>> {
     let place = {
         let mut meta = image.meta();
@@ -238,6 +256,22 @@ fn set_all_copied(meta: &mut Meta) -> Result<()> {
         set_table_copied(meta, index, &mut table)?;
     }
     Ok(())
+}
+
+/// As [`set_copied`], table by table, with requests and flushes let in between.
+pub(super) fn set_copied_by_table(image: &Qcow2) -> Result<()> {
+    let mut index = 0;
+    loop {
+        {
+            let mut meta = image.meta();
+            if index >= meta.l1.len() {
+                return Ok(());
+            }
+            set_copied_below(&mut meta, index)?;
+        }
+        index += 1;
+        image.give_way();
+    }
 }
 
 /// As [`set_copied`], of the table of an L1 index.
