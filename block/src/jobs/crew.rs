@@ -1,8 +1,12 @@
 //! A small pool of threads for one operation, whose own thread hands out the pieces.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Scope, ScopedJoinHandle};
+
+use super::Control;
+use super::copy::{Failed, Kind};
 
 /// Pieces under way at once: enough to keep a disk busy while others are read.
 pub(super) const PARALLEL: usize = 4;
@@ -62,10 +66,6 @@ impl<P, R> Crew<'_, P, R> {
         self.under_way < self.threads.max(1)
     }
 
-    pub(super) fn is_idle(&self) -> bool {
-        self.under_way == 0
-    }
-
     /// Has a piece done.
     pub(super) fn give(&mut self, piece: P) {
         self.under_way += 1;
@@ -99,6 +99,59 @@ impl<P, E> Crew<'_, P, Result<(), E>> {
     }
 }
 
+/// Those who copy pieces.
+pub(super) type Copiers<'a> = Crew<'a, (Range<u64>, Kind), Result<(), Failed>>;
+
+/// How handing out goes on.
+pub(super) enum Turn {
+    /// A piece was handed out, or one came back.
+    Next,
+    /// There is no piece, and none is under way.
+    Nothing,
+    /// The job is to rest; first it tells of what is wrong.
+    Rest(Option<Failed>),
+}
+
+impl Copiers<'_> {
+    /// Hands out a piece as fast as the job may, or waits for one that is under way.
+    pub(super) fn hand_out(
+        &mut self,
+        control: &Control,
+        next: impl FnOnce() -> Result<Option<(Range<u64>, Kind)>, Failed>,
+    ) -> Turn {
+        // Before a piece is taken in hand: writes of it would wait for the speed, too.
+        if !control.pace(0) {
+            return Turn::Rest(None);
+        }
+        match if self.has_room() { next() } else { Ok(None) } {
+            Ok(Some((range, kind))) => {
+                if kind == Kind::Data {
+                    control.spend(range.end - range.start);
+                }
+                self.give((range, kind));
+                Turn::Next
+            }
+            Ok(None) => match self.next() {
+                None => Turn::Nothing,
+                Some(Ok(())) => Turn::Next,
+                Some(Err(failed)) => Turn::Rest(Some(failed)),
+            },
+            Err(failed) => Turn::Rest(Some(failed)),
+        }
+    }
+
+    /// Has the job rest, or fail, once nothing is under way.
+    pub(super) fn rest(
+        &mut self,
+        control: &Control,
+        wrong: Option<Failed>,
+        failed: impl FnOnce(Failed) -> crate::Result<()>,
+    ) -> crate::Result<()> {
+        let also_wrong = self.drain();
+        wrong.or(also_wrong).map_or_else(|| control.rest(), failed)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,9 +172,7 @@ mod tests {
                 }
                 crew.give(n);
             }
-            while !crew.is_idle() {
-                seen.extend(crew.next());
-            }
+            seen.extend(std::iter::from_fn(|| crew.next()));
             seen
         });
         seen.sort_unstable();

@@ -25,7 +25,7 @@ use before::BeforeWrite;
 
 use super::chunks::Chunks;
 use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
-use super::crew::{Crew, with_crew};
+use super::crew::{Copiers, Turn, with_crew};
 use super::{Control, Operation, Side};
 use crate::bitmap::{Bitmap, BitmapHold};
 use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
@@ -210,48 +210,14 @@ impl Backup {
         })
     }
 
-    fn hand_out(
-        &self,
-        control: &Control,
-        crew: &mut Crew<'_, (std::ops::Range<u64>, Kind), std::result::Result<(), Failed>>,
-    ) -> Result<()> {
+    fn hand_out(&self, control: &Control, crew: &mut Copiers<'_>) -> Result<()> {
         loop {
             self.copy.check()?;
-            let mut wrong = None;
-            // Before a piece is taken in hand: writes of it would wait for the speed, too.
-            let go_on = control.pace(0);
-            let next = match go_on && crew.has_room() {
-                true => self.copy.next_piece(),
-                false => Ok(None),
-            };
-            match next {
-                Ok(Some((range, kind))) => {
-                    if kind == Kind::Data {
-                        control.spend(range.end - range.start);
-                    }
-                    crew.give((range, kind));
-                    continue;
-                }
-                Ok(None) if !go_on => {}
-                Ok(None) if crew.is_idle() => match self.copy.wait_for_others() {
-                    true => return self.copy.check(),
-                    false => continue,
-                },
-                // The rest is under way.
-                Ok(None) => {
-                    if let Some(Err(failed)) = crew.next() {
-                        wrong = Some(failed);
-                    } else {
-                        continue;
-                    }
-                }
-                Err(failed) => wrong = Some(failed),
-            }
-            // Nothing may be under way when it rests.
-            let also_wrong = crew.drain();
-            match wrong.or(also_wrong) {
-                Some(failed) => self.failed(control, failed)?,
-                None => control.rest()?,
+            match crew.hand_out(control, || self.copy.next_piece()) {
+                Turn::Next => {}
+                Turn::Nothing if self.copy.wait_for_others() => return self.copy.check(),
+                Turn::Nothing => {}
+                Turn::Rest(wrong) => crew.rest(control, wrong, |f| self.failed(control, f))?,
             }
         }
     }

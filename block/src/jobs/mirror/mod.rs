@@ -30,7 +30,7 @@ use tracker::Tracker;
 
 use super::chunks::Chunks;
 use super::copy::{Copier, Failed, Kind, LOOK, PIECE, Way};
-use super::crew::{Crew, PARALLEL, with_crew};
+use super::crew::{Copiers, PARALLEL, Turn, with_crew};
 use super::{Control, Finish, Operation, Side, SyncMode, Wake};
 use crate::graph::{Attachment, Claim, Graph, Intercepting, User, not_found};
 use crate::perm::{Perm, Permissions};
@@ -82,9 +82,6 @@ impl MirrorHandle {
         self.0.wants_blocking() && self.0.chunks().is_clean()
     }
 }
-
-type Done = std::result::Result<(), Failed>;
-type Pieces<'a> = Crew<'a, (Range<u64>, Kind), Done>;
 
 impl Mirror {
     /// Checks, and tracks changes from now on.
@@ -267,7 +264,7 @@ impl Mirror {
     }
 
     /// Copies what is marked, now and later, until the end is asked for and nothing is left.
-    fn keep_same(&mut self, control: &Control, crew: &mut Pieces<'_>) -> Result<Finish> {
+    fn keep_same(&mut self, control: &Control, crew: &mut Copiers<'_>) -> Result<Finish> {
         let first = self.chunks().remaining();
         loop {
             if control.finish().is_some() {
@@ -275,39 +272,18 @@ impl Mirror {
             }
             self.heed_mode()?;
             self.tell_progress(control, first);
-            let mut wrong = self.tracker.take_failed();
-            if wrong.is_none() {
-                // Before a piece is taken in hand: writes of it would wait for the speed, too.
-                let go_on = control.pace(0);
-                let next = match go_on && crew.has_room() {
-                    true => self.tracker.next_piece(Way::Through),
-                    false => Ok(None),
-                };
-                match next {
-                    Ok(Some((range, kind))) => {
-                        if kind == Kind::Data {
-                            control.spend(range.end - range.start);
-                        }
-                        crew.give((range, kind));
-                        continue;
+            let turn = match self.tracker.take_failed() {
+                Some(failed) => Turn::Rest(Some(failed)),
+                None => crew.hand_out(control, || self.tracker.next_piece(Way::Through)),
+            };
+            match turn {
+                Turn::Next => {}
+                Turn::Nothing => {
+                    if let Some(finish) = self.rest_when_same(control)? {
+                        return Ok(finish);
                     }
-                    Ok(None) if !go_on => {}
-                    Ok(None) if crew.is_idle() => match self.rest_when_same(control)? {
-                        Some(finish) => return Ok(finish),
-                        None => continue,
-                    },
-                    Ok(None) => match crew.next() {
-                        Some(Err(failed)) => wrong = Some(failed),
-                        _ => continue,
-                    },
-                    Err(failed) => wrong = Some(failed),
                 }
-            }
-            // Nothing may be under way when it rests.
-            let also_wrong = crew.drain();
-            match wrong.or(also_wrong) {
-                Some(failed) => self.failed(control, failed)?,
-                None => control.rest()?,
+                Turn::Rest(wrong) => crew.rest(control, wrong, |f| self.failed(control, f))?,
             }
         }
     }
