@@ -1,7 +1,7 @@
 //! Images we make, judged by qemu-img and beside its own.
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use block::jobs::{Control, Create, Operation as _};
 use block::qcow2::create::{CreateOptions, create};
@@ -47,6 +47,34 @@ fn qemu_option(name: &str, value: &Value) -> String {
     format!("{name}={text}")
 }
 
+/// Where an image of ours and one of QEMU's go, beside a backing file.
+struct Pair {
+    dir: tempfile::TempDir,
+    ours: PathBuf,
+    theirs: PathBuf,
+    base: PathBuf,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (ours, theirs, base) = (at("ours.qcow2"), at("theirs.qcow2"), at("base.raw"));
+        std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+        Self { dir, ours, theirs, base }
+    }
+
+    /// Has qemu-img make its own.
+    fn make_theirs(&self, case: &Value) -> Output {
+        let members = case.as_object().unwrap().iter();
+        let options: Vec<_> = members.map(|(name, value)| qemu_option(name, value)).collect();
+        Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-o", &options.join(","), &path(&self.theirs)])
+            .run()
+            .unwrap()
+    }
+}
+
 #[test]
 fn an_image_is_not_its_own_data_file() {
     let dir = tempfile::tempdir().unwrap();
@@ -78,10 +106,8 @@ fn images_of_every_option_are_clean_and_like_qemus_own() {
     if !have_qemu_img("create") {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (dir.path().join("ours.qcow2"), dir.path().join("theirs.qcow2"));
-    let base = dir.path().join("base.raw");
-    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let pair = Pair::new();
+    let Pair { dir, ours, theirs, base } = &pair;
     let data = path(&dir.path().join("data.raw"));
     let cases = [
         json!({"size": 0}),
@@ -104,9 +130,9 @@ fn images_of_every_option_are_clean_and_like_qemus_own() {
         json!({"size": 3 << 20, "preallocation": "metadata", "version": "v2"}),
         json!({"size": 3_000_320, "preallocation": "falloc"}),
         json!({"size": 3_000_320, "preallocation": "full"}),
-        json!({"size": 1 << 20, "backing-file": path(&base), "backing-fmt": "raw"}),
-        json!({"size": 2 << 20, "backing-file": path(&base), "backing-fmt": "raw", "version": "v2"}),
-        json!({"size": 1 << 20, "backing-file": path(&base), "backing-fmt": "raw",
+        json!({"size": 1 << 20, "backing-file": path(base), "backing-fmt": "raw"}),
+        json!({"size": 2 << 20, "backing-file": path(base), "backing-fmt": "raw", "version": "v2"}),
+        json!({"size": 1 << 20, "backing-file": path(base), "backing-fmt": "raw",
                "extended-l2": true, "preallocation": "metadata"}),
         json!({"size": 3 << 20, "data-file": data}),
         json!({"size": 3 << 20, "data-file": data, "data-file-raw": true}),
@@ -114,31 +140,26 @@ fn images_of_every_option_are_clean_and_like_qemus_own() {
         json!({"size": 3 << 20, "data-file": data, "preallocation": "full"}),
     ];
     for case in cases {
-        let options: Vec<_> = case
-            .as_object()
-            .unwrap()
-            .iter()
-            .map(|(name, value)| qemu_option(name, value))
-            .collect();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options.join(","), &path(&theirs)]);
-        let wanted = info(&theirs);
-        make(&ours, case.clone()).unwrap_or_else(|e| panic!("{case}: {e}"));
-        assert_eq!(info(&ours), wanted, "{case}");
-        check(&ours);
-        let found = crate::check::our_check(&ours).unwrap();
+        let made = pair.make_theirs(&case);
+        assert!(made.status.success(), "{case}: {made:?}");
+        let wanted = info(theirs);
+        make(ours, case.clone()).unwrap_or_else(|e| panic!("{case}: {e}"));
+        assert_eq!(info(ours), wanted, "{case}");
+        check(ours);
+        let found = crate::check::our_check(ours).unwrap();
         assert!(found.is_clean(), "{case}: {found:?}");
         let checked = |image: &Path| {
             let (_, counts, _) = crate::check::qemu_check(image, &[]);
             let counts = counts.unwrap();
             (counts["total-clusters"].clone(), counts["allocated-clusters"].clone())
         };
-        assert_eq!(checked(&ours), checked(&theirs), "{case}");
+        assert_eq!(checked(ours), checked(theirs), "{case}");
         if case["size"].as_u64().unwrap() <= 1 << 30 {
-            qemu_img(&["compare", &path(&ours), &path(&theirs)]);
+            qemu_img(&["compare", &path(ours), &path(theirs)]);
         }
         if case["size"].as_u64().unwrap() > 1 << 19 {
-            qemu_io(&ours, &["write -P 5 300k 200k", "read -P 5 300k 200k"]);
-            check(&ours);
+            qemu_io(ours, &["write -P 5 300k 200k", "read -P 5 300k 200k"]);
+            check(ours);
         }
     }
 }
@@ -148,10 +169,8 @@ fn options_that_do_not_fit_are_refused_with_qemus_texts() {
     if !have_qemu_img("create") {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (dir.path().join("ours.qcow2"), dir.path().join("theirs.qcow2"));
-    let base = dir.path().join("base.raw");
-    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let pair = Pair::new();
+    let Pair { dir, ours, base, .. } = &pair;
     let data = path(&dir.path().join("data.raw"));
     let cases = [
         json!({"size": 1 << 20, "cluster-size": 300}),
@@ -166,28 +185,19 @@ fn options_that_do_not_fit_are_refused_with_qemus_texts() {
         json!({"size": 1 << 20, "data-file-raw": true}),
         json!({"size": 1 << 20, "data-file": data, "version": "v2"}),
         json!({"size": 1 << 20, "data-file": data, "data-file-raw": true,
-               "backing-file": path(&base), "backing-fmt": "raw"}),
+               "backing-file": path(base), "backing-fmt": "raw"}),
         json!({"size": 1 << 20, "preallocation": "metadata",
-               "backing-file": path(&base), "backing-fmt": "raw"}),
+               "backing-file": path(base), "backing-fmt": "raw"}),
         json!({"size": 1 << 20, "backing-fmt": "raw"}),
         json!({"size": 3u64 << 40, "cluster-size": 512}),
     ];
     for case in cases {
-        let options: Vec<_> = case
-            .as_object()
-            .unwrap()
-            .iter()
-            .map(|(name, value)| qemu_option(name, value))
-            .collect();
-        let output = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-o", &options.join(","), &path(&theirs)])
-            .run()
-            .unwrap();
+        let output = pair.make_theirs(&case);
         let text = String::from_utf8(output.stderr).unwrap();
-        let error = make(&ours, case.clone()).unwrap_err().to_string();
+        let error = make(ours, case.clone()).unwrap_err().to_string();
         assert!(text.contains(&error), "{case}: ours: {error}\nQEMU: {text}");
     }
-    let error = make(&ours, json!({"size": 512, "encrypt": {"format": "luks"}})).unwrap_err();
+    let error = make(ours, json!({"size": 512, "encrypt": {"format": "luks"}})).unwrap_err();
     assert!(error.to_string().contains("Encryption"), "{error}");
 }
 
