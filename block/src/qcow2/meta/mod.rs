@@ -98,6 +98,18 @@ pub(super) struct Meta {
     told: bool,
 }
 
+/// Whether refcounts are written lazily: as the options say, else as the image does.
+fn lazy_refcounts(header: &Header, options: &Options) -> Result<bool> {
+    let lazy = options.lazy_refcounts.unwrap_or(header.compatible & compatible::LAZY != 0);
+    if lazy && header.geometry.version < 3 {
+        return Err(Error::Invalid(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
+                .to_owned(),
+        ));
+    }
+    Ok(lazy)
+}
+
 impl Meta {
     /// Reads the tables of an image.
     pub(crate) fn open(
@@ -106,13 +118,7 @@ impl Meta {
         options: &Options,
     ) -> Result<Self> {
         let writable = !options.read_only;
-        let lazy = options.lazy_refcounts.unwrap_or(header.compatible & compatible::LAZY != 0);
-        if lazy && header.geometry.version < 3 {
-            return Err(Error::Invalid(
-                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
-                    .to_owned(),
-            ));
-        }
+        let lazy = lazy_refcounts(&header, options)?;
         let sizes = options.cache_sizes(header.size, header.geometry)?;
         let refcounts = Refcounts::open(&storage, &header, sizes.refcount)?;
         if writable {
