@@ -20,6 +20,7 @@ use crate::kvm::vcpu_state::{self, CaptureInfo};
 use crate::kvm::{self, IoctlContext, msrs};
 use crate::memory;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::shadows::Shadows;
 use crate::vcpu::{EventSink, VcpuHandle};
 
 impl Machine {
@@ -37,10 +38,11 @@ impl Machine {
         events: &EventSink,
     ) -> Result<Self, Error> {
         let kvm = kvm::open()?;
-        let vm = new_vm(&kvm)?;
+        let vm = Arc::new(new_vm(&kvm)?);
         let kind = if spec.forked { memory::Kind::Mixed } else { memory::Kind::Anonymous };
         let memory = memory::allocate(spec.ram_bytes, kind)?;
         let log = DirtyLog::new(&kvm, &vm, &memory)?;
+        let shadows = Arc::new(Shadows::new(&kvm, Arc::clone(&vm))?);
         let written = PageSet::of(&memory);
         let tracker = Tracker::new(&written);
 
@@ -70,6 +72,7 @@ impl Machine {
             vm,
             memory,
             log,
+            shadows,
             tracker,
             written,
             spec,

@@ -31,6 +31,7 @@ use uuid::Uuid;
 use crate::kvm::irqchip::ClockState;
 use crate::kvm::vcpu_state::CaptureInfo;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::shadows::Shadows;
 use crate::vcpu::VcpuHandle;
 pub use boot::prepare_boot;
 use devices::DeviceSet;
@@ -45,9 +46,10 @@ pub struct Machine {
     // memory.
     vcpus: Vec<VcpuHandle>,
     devices: DeviceSet,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
     log: DirtyLog,
+    shadows: Arc<Shadows>,
     tracker: Tracker,
     /// Room for a collection of the log.
     written: PageSet,
@@ -83,6 +85,11 @@ impl Machine {
     /// The guest's RAM.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// What KVM derives from RAM.
+    pub fn shadows(&self) -> &Arc<Shadows> {
+        &self.shadows
     }
 
     /// The guest's devices.

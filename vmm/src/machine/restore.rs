@@ -94,7 +94,7 @@ impl Machine {
         let nothing_to_forget = self.nested_paging || unlogged.is_some();
         let forget = |machine: &Self| match nothing_to_forget {
             true => Ok(()),
-            false => memory::forget_shadow_pages(&machine.vm, &machine.log),
+            false => machine.shadows.forget(),
         };
         self.put(state, forget)?;
         self.new_generation()

@@ -1,13 +1,13 @@
 //! Guest RAM: allocated on the host, known to KVM.
 
 pub mod dirty_log;
+pub mod shadows;
 mod slots;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use devices::GuestMemory;
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use ram::{GuestRegion, MmapRegion};
 use snapshot::{PageSet, Piece};
@@ -186,10 +186,10 @@ fn advise(mapping: &MmapRegion, kind: Kind) {
 /// Makes KVM forget what it derived from the contents of RAM, after the host has replaced them. The
 /// vCPUs must be paused.
 ///
-/// A KVM without nested paging shadows the guest's page tables. It sees the guest's writes to them,
-/// not the host's, and would go on with translations of the former guest. All of them go with the
+/// KVM without nested paging would go on with translations of the former guest. All of them go with the
 /// memory slots, and so does what was logged: whoever needs it collects it before. With `logged`
-/// pages are logged afterwards, beginning with none.
+/// pages are logged afterwards, beginning with none. Where the host has changed some pages only,
+/// [`shadows::Shadows`] leaves the log as it is.
 pub fn forget_translations(
     vm: &VmFd,
     memory: &GuestMemory,
@@ -234,30 +234,6 @@ fn collapse(memory: &GuestMemory, parts: &PageSet) {
             tracing::debug!("no huge pages for {run:?}: {}", std::io::Error::last_os_error());
         }
     }
-}
-
-/// As [`forget_translations`], where the host has changed some pages of RAM only: what KVM knows of
-/// the rest, and what it has logged, stays.
-///
-/// KVM drops all its shadow page tables when any memory slot goes, so one is made for that, at a
-/// place where the guest has nothing.
-pub fn forget_shadow_pages(vm: &VmFd, log: &DirtyLog) -> Result<(), Error> {
-    let size = usize::try_from(layout::PAGE_SIZE).unwrap_or_default();
-    let page =
-        vm_memory::MmapRegion::<()>::new(size).map_err(|source| Error::Map { size, source })?;
-    for memory_size in [layout::PAGE_SIZE, 0] {
-        let slot = kvm_userspace_memory_region {
-            slot: log.slots.free(),
-            flags: 0,
-            guest_phys_addr: layout::KVM_RESERVED_END,
-            memory_size,
-            userspace_addr: page.as_ptr() as u64,
-        };
-        // SAFETY: the slot is of a live mapping of that size, and is gone again before it.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(|source| kvm::Error::Ioctl { call: "KVM_SET_USER_MEMORY_REGION", source })?;
-    }
-    Ok(())
 }
 
 /// Makes all RAM read as zeroes by giving it back to the host. The vCPUs must be paused.

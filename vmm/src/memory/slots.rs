@@ -43,7 +43,7 @@ impl Slots {
     }
 
     /// A number that no slot has.
-    pub(super) fn free(&self) -> u32 {
+    fn free(&self) -> u32 {
         u32::try_from(self.0.len()).unwrap_or(u32::MAX)
     }
 

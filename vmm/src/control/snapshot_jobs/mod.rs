@@ -211,6 +211,7 @@ impl Controller {
             blocks: Arc::clone(&self.blocks),
             graph: Arc::clone(self.blocks.graph()),
             memory: self.machine.memory().clone(),
+            shadows: Arc::clone(self.machine.shadows()),
             config: recorded::describe(&self.machine),
             shape: self.machine.shape(),
             presence: self.machine.devices().presence().clone(),

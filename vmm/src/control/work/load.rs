@@ -22,6 +22,9 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
     let host = lazy_host(mode).filter(|_| memory::is_anonymous(&context.memory));
     let disks = revival.checkpoint.prepare_disks()?;
+    // It must forget all of RAM, which takes long and in the pause would prolong it. What the guest touches
+    // until then is little.
+    context.shadows.forget()?;
     context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
     // From here on a cancel is refused; this is the last one to be heard.
     if context.progress.check().is_err() {

@@ -52,6 +52,7 @@ use crate::checkpoints::CurrentLineage;
 use crate::machine::missing::Missing;
 use crate::machine::recorded;
 use crate::machine::state::{MachineState, Shape};
+use crate::memory::shadows::Shadows;
 
 /// Threads that move RAM. More do not help one disk.
 pub(crate) const IO_THREADS: usize = 4;
@@ -241,6 +242,8 @@ pub struct WorkContext {
     pub graph: Arc<Graph>,
     /// The guest's RAM.
     pub memory: GuestMemory,
+    /// What KVM derives from it.
+    pub shadows: Arc<Shadows>,
     /// What the machine is.
     pub config: MachineConfig,
     /// What parts it has.
