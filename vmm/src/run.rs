@@ -360,7 +360,7 @@ fn revive(
         WorkError::Cancelled => fail("it was cancelled".to_owned()),
     };
     let revival = Revival::open(&nodes, target, &config, &memory, machine.shape()).map_err(text)?;
-    let (presence, orders) = (machine.devices().presence(), &Arc::default());
+    let (presence, orders) = (machine.devices().presence(), machine.orders());
     let ram = Ram { memory: &memory, fresh: true, presence, orders };
     let missing =
         revival.revive(ram, lazy_host(mode), &Progress::default(), mailbox).map_err(text)?;

@@ -117,8 +117,6 @@ pub struct Controller {
     jobs: SnapshotJobs,
     migration: migration::Migration,
     pauses: Pauses,
-    /// What guests touched first after loads.
-    orders: Arc<snapshot::Orders>,
     /// The checkpoint saved or loaded last.
     rewind: Option<Box<rewind::Rewind>>,
     /// How often it was gone back to by [`rewind`].
@@ -158,7 +156,6 @@ impl Controller {
             mailbox: parts.mailbox,
             jobs,
             pauses: Pauses::default(),
-            orders: Arc::default(),
             rewind: None,
             rewinds: 0,
             rewound_bytes: 0,

@@ -83,6 +83,7 @@ impl Machine {
             generation,
             nested_paging: kvm::nested_paging(),
             missing: None,
+            orders: Arc::default(),
             halted: false,
         })
     }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use ::devices::GuestMemory;
 use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
-use snapshot::{PageSet, Tracker};
+use snapshot::{Orders, PageSet, Tracker};
 use uuid::Uuid;
 
 use crate::kvm::irqchip::ClockState;
@@ -66,6 +66,8 @@ pub struct Machine {
     generation: Option<Uuid>,
     /// RAM that is still in an image.
     missing: Option<Arc<Missing>>,
+    /// What guests touched first after loads.
+    orders: Arc<Orders>,
     /// The vCPUs were told to stop, and those that can have; see [`Machine::halt`].
     halted: bool,
 }
@@ -90,6 +92,11 @@ impl Machine {
     /// What KVM derives from RAM.
     pub fn shadows(&self) -> &Arc<Shadows> {
         &self.shadows
+    }
+
+    /// What guests touched first after loads, kept as long as the machine.
+    pub fn orders(&self) -> &Arc<Orders> {
+        &self.orders
     }
 
     /// The guest's devices.

@@ -40,7 +40,8 @@ impl Shadows {
     ///
     /// KVM drops all of its shadow page tables when any memory slot goes, so one is made for that, at a
     /// place where the guest has nothing. That takes as long as there are pages: some 13 ms for each GiB
-    /// of them. One caller at a time: a load, or a rewind, of which there is one.
+    /// of them; and as long as a vCPU waits inside KVM for a page that a lazy load has not read. One caller
+    /// at a time: a load, or a rewind, of which there is one.
     ///
     /// # Errors
     /// KVM refuses.

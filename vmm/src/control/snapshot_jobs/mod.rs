@@ -215,7 +215,7 @@ impl Controller {
             config: recorded::describe(&self.machine),
             shape: self.machine.shape(),
             presence: self.machine.devices().presence().clone(),
-            orders: Arc::clone(&self.orders),
+            orders: Arc::clone(self.machine.orders()),
             missing: self.machine.missing().cloned(),
             lineage: Arc::clone(self.blocks.lineage()),
             progress: Arc::clone(&handle.progress),

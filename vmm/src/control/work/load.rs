@@ -22,9 +22,11 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
     let host = lazy_host(mode).filter(|_| memory::is_anonymous(&context.memory));
     let disks = revival.checkpoint.prepare_disks()?;
-    // It must forget all of RAM, which takes long and in the pause would prolong it. What the guest touches
-    // until then is little.
-    context.shadows.forget()?;
+    if context.missing.is_none() {
+        // KVM has to forget all of RAM, which takes long and would prolong the pause. A slot is only made once
+        // no vCPU is in KVM's own access to a page: one that cannot be read would keep it there.
+        context.shadows.forget()?;
+    }
     context.freeze(Freeze::Load(Box::new(revival.state.clone())))?;
     // From here on a cancel is refused; this is the last one to be heard.
     if context.progress.check().is_err() {
