@@ -77,6 +77,7 @@ fn bitmaps_that_cannot_be_are_refused_by_name() {
     let dir = dir.path();
     ok(&ours(dir, &["create", "-q", "-f", "qcow2", "a.q", "4M"]));
     ok(&ours(dir, &["create", "-q", "r.raw", "4M"]));
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "none.q", "0"]));
     ok(&ours(dir, &["bitmap", "add", "a.q", "b"]));
     for (args, reason) in [
         (&["add", "a.q", "b"][..], "Bitmap already exists: b"),
@@ -84,6 +85,8 @@ fn bitmaps_that_cannot_be_are_refused_by_name() {
         (&["merge", "a.q", "b", "c"], "Dirty bitmap 'c' not found"),
         (&["add", "-g", "3k", "a.q", "c"], "power of 2"),
         (&["add", "-f", "raw", "r.raw", "c"], "Can't store persistent bitmaps"),
+        // It would be gone when the image is closed.
+        (&["add", "none.q", "c"], "no bitmap of a disk of 0 bytes can be stored"),
     ] {
         let error = refused(&ours(dir, &[&["bitmap"], args].concat()));
         assert!(error.contains(reason), "{args:?}: {error}");

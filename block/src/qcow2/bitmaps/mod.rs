@@ -159,6 +159,10 @@ impl Qcow2 {
             return refuse(format!("Name length exceeds maximum ({most} characters)"));
         }
         let entries = directory::table_entries(granularity, self.disk_size(), geometry);
+        if entries == 0 {
+            let why = "no bitmap of a disk of 0 bytes can be stored: give the disk a size first";
+            return refuse(why.to_owned());
+        }
         if geometry.bytes_of(entries) > directory::MAX_DATA {
             let why = "Too much space will be occupied by the bitmap. Use larger granularity";
             return refuse(why.to_owned());
