@@ -31,7 +31,7 @@ mod sync;
 pub mod throttle;
 mod together;
 
-pub use create_file::{FileCreateOptions, create_file, create_raw};
+pub use create_file::{DEFAULT_EXTENT_SIZE, FileCreateOptions, FileHints, create_file, create_raw};
 pub use error::{Error, Result, host_words};
 pub use format::Format;
 pub use graph::{Attachment, Graph, NodeInfo, User};

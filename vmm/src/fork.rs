@@ -325,7 +325,7 @@ impl Overlay {
         let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         made.map_err(|error| failed(format!("'{name}': {error}")))?;
         let overlay = Self { path, stays: Cell::new(false) };
-        block::create_file(&overlay.path, false)
+        block::create_file(&overlay.path, block::FileHints::default())
             .and_then(|file| create(&file, None, options, &Progress::default()))
             .map_err(|error| failed(error.to_string()))?;
         Ok(overlay)

@@ -13,7 +13,7 @@ use super::external::{check_path, unlink};
 use super::open::not_found;
 use super::options::{NodeOptions, Source};
 use super::{Attachment, Graph, User};
-use crate::create_file::{FileCreateOptions, create_file, create_raw};
+use crate::create_file::{FileCreateOptions, FileHints, create_file, create_raw};
 use crate::perm::Perm;
 use crate::qcow2::create::{CreateOptions, create};
 use crate::{Error, Node, Progress, Result};
@@ -153,7 +153,7 @@ fn make(source: &Node, target: &TargetFile<'_>, format: &str) -> Result<()> {
                 ..CreateOptions::default()
             };
             options.validate(false)?;
-            create(&create_file(path, false)?, None, &options, &Progress::default())
+            create(&create_file(path, FileHints::default())?, None, &options, &Progress::default())
         }
         "raw" if backing.is_some() => {
             Err(Error::Invalid("Backing file not supported for file format 'raw'".to_owned()))

@@ -225,7 +225,7 @@ fn create_overlay(old: &crate::Node, path: &Path, format: &str) -> Result<Option
     };
     options.validate(false)?;
     let fresh = !path.exists();
-    let storage = create_file(path, false)?;
+    let storage = create_file(path, crate::FileHints::default())?;
     let made = fresh.then(|| path.to_owned());
     match create(&storage, None, &options, &Progress::default()) {
         Ok(()) => Ok(made),

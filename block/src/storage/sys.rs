@@ -120,6 +120,38 @@ pub(super) fn fallocate(
     retry(|| ok(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }))
 }
 
+/// linux/fs.h's `struct fsxattr`.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+struct FsAttributes {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    copy_extent_size: u32,
+    padding: [u8; 8],
+}
+
+const _: () = assert!(size_of::<FsAttributes>() == 28);
+
+/// `FS_IOC_FSGETXATTR`: `_IOR('X', 31, struct fsxattr)`.
+const GET_ATTRIBUTES: libc::Ioctl = 0x801c_581f;
+/// `FS_IOC_FSSETXATTR`: `_IOW('X', 32, struct fsxattr)`.
+const SET_ATTRIBUTES: libc::Ioctl = 0x401c_5820;
+/// `FS_XFLAG_EXTSIZE`: the extent size counts.
+const HAS_EXTENT_SIZE: u32 = 0x800;
+
+/// Has the file system take so many bytes of space at once for an empty file (XFS).
+pub(crate) fn set_extent_size(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let mut attributes = FsAttributes::default();
+    // SAFETY: the kernel writes the attributes, whose size the number has, and which outlive the call.
+    ok(unsafe { libc::ioctl(fd.as_raw_fd(), GET_ATTRIBUTES, &raw mut attributes) })?;
+    attributes.flags |= HAS_EXTENT_SIZE;
+    attributes.extent_size = bytes;
+    // SAFETY: the kernel reads the attributes, whose size the number has, and which outlive the call.
+    ok(unsafe { libc::ioctl(fd.as_raw_fd(), SET_ATTRIBUTES, &raw const attributes) })
+}
+
 fn flock(kind: libc::c_int, start: u64) -> io::Result<libc::flock> {
     // SAFETY: flock is plain integers, for which zero is a value. l_pid must be 0 for OFD locks.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };

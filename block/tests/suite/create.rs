@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use block::jobs::{Control, Create, Operation as _};
 use block::qcow2::create::{CreateOptions, create};
-use block::{FileCreateOptions, Preallocation, Progress, create_file, create_raw};
+use block::{FileCreateOptions, FileHints, Preallocation, Progress, create_file, create_raw};
 use serde_json::{Value, json};
 
 use crate::common::{Start as _, check, have_qemu_img, path, qemu_img, qemu_io, read_all};
@@ -14,9 +14,9 @@ use crate::common::{Start as _, check, have_qemu_img, path, qemu_img, qemu_io, r
 fn make(at: &Path, mut options: Value) -> block::Result<()> {
     let data = options.as_object_mut().unwrap().remove("data-file");
     let options: CreateOptions = serde_json::from_value(options).unwrap();
-    let file = create_file(at, false)?;
+    let file = create_file(at, FileHints::default())?;
     let data = match data {
-        Some(name) => Some(create_file(name.as_str().unwrap(), false)?),
+        Some(name) => Some(create_file(name.as_str().unwrap(), FileHints::default())?),
         None => None,
     };
     let data = data.as_ref().map(|d| d as &dyn block::storage::Storage);
@@ -236,6 +236,8 @@ fn raw_files_have_their_size_and_space() {
         filename: path(&file),
         size: 3 << 20,
         nocow: Some(true),
+        // Where the file system has no such thing the file is made all the same.
+        extent_size_hint: Some(1 << 20),
         ..FileCreateOptions::default()
     };
     for (mode, allocated) in
@@ -249,6 +251,10 @@ fn raw_files_have_their_size_and_space() {
         let raw = block::raw::Raw::open(std::sync::Arc::new(storage), true).unwrap();
         assert!(read_all(&raw).iter().all(|b| *b == 0));
     }
+    options.extent_size_hint = Some(1 << 32);
+    let error = create_raw(&options, &Progress::default()).unwrap_err().to_string();
+    assert_eq!(error, "Extent size hint is too large");
+    options.extent_size_hint = None;
     options.preallocation = Some(Preallocation::Metadata);
     create_raw(&options, &Progress::default()).unwrap_err();
     options.filename = path(&dir.path().join("none/disk.raw"));

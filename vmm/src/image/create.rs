@@ -112,6 +112,7 @@ pub(super) fn make(file: &Path, format: &str, given: &Given, size: u64, quiet: b
         "qcow2" => {
             let options = given.qcow2(size);
             options.validate(given.data_file.is_some()).map_err(of(file))?;
+            given.hints().map_err(of(file))?;
             files(file, given).and_then(|(storage, data)| {
                 let data = data.as_ref().map(|data| data as &dyn Storage);
                 watched(quiet, |progress| create(&storage, data, &options, progress))
@@ -128,9 +129,10 @@ pub(super) fn make(file: &Path, format: &str, given: &Given, size: u64, quiet: b
 
 /// The files of a qcow2 image.
 fn files(file: &Path, given: &Given) -> block::Result<(FileStorage, Option<FileStorage>)> {
-    let storage = create_file(file, given.nocow)?;
+    let hints = given.hints()?;
+    let storage = create_file(file, hints)?;
     let data = match &given.data_file {
-        Some(name) => Some(create_file(name, given.nocow)?),
+        Some(name) => Some(create_file(name, hints)?),
         None => None,
     };
     Ok((storage, data))

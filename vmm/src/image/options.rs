@@ -1,7 +1,7 @@
 //! `-o NAME=VALUE,...` of `image create` and `image convert`.
 
 use block::qcow2::create::{CreateOptions, Version};
-use block::{FileCreateOptions, Preallocation};
+use block::{FileCreateOptions, FileHints, Preallocation};
 
 use super::text::parse_size;
 use super::{Error, Result};
@@ -16,6 +16,7 @@ Supported qcow2 options:
   data_file=<str>        - File name of an external data file
   data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image
   extended_l2=<bool (on/off)> - Extended L2 tables
+  extent_size_hint=<size> - Extent size hint for the image file (XFS), 0 to disable
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
@@ -25,6 +26,7 @@ Supported qcow2 options:
 
 const RAW_HELP: &str = "\
 Supported raw options:
+  extent_size_hint=<size> - Extent size hint for the image file (XFS), 0 to disable
   nocow=<bool (on/off)>  - Turn off copy-on-write (valid only on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)
   size=<size>            - Virtual disk size
@@ -51,7 +53,8 @@ pub(super) struct Given {
     pub(super) backing_file: Option<String>,
     pub(super) backing_fmt: Option<String>,
     pub(super) data_file: Option<String>,
-    pub(super) nocow: bool,
+    nocow: Option<bool>,
+    extent_size_hint: Option<u64>,
     preallocation: Option<Preallocation>,
     qcow2: CreateOptions,
     /// An option that only qcow2 has.
@@ -77,7 +80,7 @@ impl Given {
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
         let wrong = |text: String| Err(Error::Usage(text));
-        if !matches!(name, "size" | "nocow" | "preallocation") {
+        if !matches!(name, "size" | "nocow" | "preallocation" | "extent_size_hint") {
             self.only_qcow2.get_or_insert_with(|| name.to_owned());
         }
         match name {
@@ -85,7 +88,8 @@ impl Given {
             "backing_file" => self.backing_file = Some(value.to_owned()),
             "backing_fmt" => self.backing_fmt = Some(value.to_owned()),
             "data_file" => self.data_file = Some(value.to_owned()),
-            "nocow" => self.nocow = switch(name, value)?,
+            "extent_size_hint" => self.extent_size_hint = Some(bytes(name, value)?),
+            "nocow" => self.nocow = Some(switch(name, value)?),
             "data_file_raw" => self.qcow2.data_file_raw = Some(switch(name, value)?),
             "extended_l2" => self.qcow2.extended_l2 = Some(switch(name, value)?),
             "lazy_refcounts" => self.qcow2.lazy_refcounts = Some(switch(name, value)?),
@@ -118,11 +122,6 @@ impl Given {
                     ));
                 }
             },
-            "extent_size_hint" => {
-                return wrong(format!(
-                    "Option '{name}' is not supported: it is a hint to XFS, which allocates as it sees fit without it"
-                ));
-            }
             _ if name == "encryption" || name.starts_with("encrypt.") => {
                 return wrong(format!("Encryption ('{name}') of qcow2 images is not supported"));
             }
@@ -143,8 +142,14 @@ impl Given {
             filename: filename.to_owned(),
             size,
             preallocation: self.preallocation,
-            nocow: Some(self.nocow),
+            nocow: self.nocow,
+            extent_size_hint: self.extent_size_hint,
         })
+    }
+
+    /// What the file system may do with the image's files.
+    pub(super) fn hints(&self) -> block::Result<FileHints> {
+        FileHints::new(self.nocow, self.extent_size_hint)
     }
 
     /// The options of a qcow2 image.
@@ -169,9 +174,13 @@ impl Given {
             let known = Preallocation::NAMES.iter().find(|(_, m)| *m == mode);
             known.map(|(name, _)| (*name).to_owned())
         });
+        let nocow = self.nocow.map(|set| on(Some(set)).to_owned());
+        let extent_size_hint = self.extent_size_hint.map(|bytes| bytes.to_string());
         if format == "raw" {
             say("size", Some(size.to_string()));
+            say("nocow", nocow);
             say("preallocation", preallocation);
+            say("extent_size_hint", extent_size_hint);
             return words.join(" ");
         }
         let q = &self.qcow2;
@@ -188,6 +197,8 @@ impl Given {
         say("data_file_raw", q.data_file_raw.map(|set| on(Some(set)).to_owned()));
         say("lazy_refcounts", Some(on(q.lazy_refcounts).to_owned()));
         say("refcount_bits", Some(q.refcount_bits.unwrap_or(16).to_string()));
+        say("nocow", nocow);
+        say("extent_size_hint", extent_size_hint);
         words.join(" ")
     }
 }
@@ -226,15 +237,19 @@ mod tests {
 
     #[test]
     fn options_are_read_and_described_in_qemus_words() {
-        let given = read("cluster_size=4k,lazy_refcounts,backing_file=a,,b.q,compat=v3").unwrap();
+        let text = "cluster_size=4k,lazy_refcounts,backing_file=a,,b.q,compat=v3,nocow=off";
+        let given = read(text).unwrap();
         assert_eq!(given.backing_file.as_deref(), Some("a,b.q"));
         assert_eq!(
             given.describe("qcow2", 1 << 20),
             "fmt=qcow2 cluster_size=4096 extended_l2=off compression_type=zlib size=1048576 \
-             compat=v3 backing_file=a,b.q lazy_refcounts=on refcount_bits=16"
+             compat=v3 backing_file=a,b.q lazy_refcounts=on refcount_bits=16 nocow=off"
         );
         assert_eq!(given.qcow2(512).size, 512);
         assert!(given.raw("x", 512).is_err());
+        let raw = read("extent_size_hint=2M,preallocation=off,nocow=on").unwrap();
+        let raw = raw.describe("raw", 512);
+        assert_eq!(raw, "fmt=raw size=512 nocow=on preallocation=off extent_size_hint=2097152");
     }
 
     #[test]

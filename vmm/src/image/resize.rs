@@ -37,10 +37,17 @@ pub(super) fn run(args: &ResizeArgs) -> Result<u8> {
         1 => old.checked_add(number),
         _ => old.checked_sub(number),
     };
-    let Some(new) = new.filter(|new| *new > 0).and_then(|new| new.checked_next_multiple_of(512))
-    else {
+    let Some(new) = new.filter(|new| *new > 0) else {
         return usage("New image size must be positive");
     };
+    // A qcow2 image takes whole sectors only, and says so; of a file's last one nobody keeps a part.
+    let whole = if node.driver() == "raw" { new.checked_next_multiple_of(512) } else { Some(new) };
+    let Some(new) = whole else {
+        return usage("The image size is larger than a file can be");
+    };
+    if new <= old && mode != Preallocation::Off {
+        return usage("Preallocation can only be used for growing images");
+    }
     if new < old && !args.shrink {
         return Err(Error::Usage(
             "Use the --shrink option to perform a shrink operation.\n\

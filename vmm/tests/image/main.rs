@@ -94,6 +94,8 @@ fn images_are_made_and_described_in_qemus_words() {
         &["create", "-f", "qcow2", "-o", "preallocation=metadata,size=3M,compat=0.10", "a.q"],
         &["create", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "a.q", "3M"],
         &["create", "-f", "raw", "a.q", "1001"],
+        &["create", "-f", "qcow2", "-o", "extent_size_hint=2M,nocow=off", "a.q", "1M"],
+        &["create", "-f", "raw", "-o", "extent_size_hint=0,nocow=off", "a.q", "1M"],
         &["create", "-f", "qcow2", "-u", "-b", "none", "-F", "raw", "a.q", "1M"],
     ] {
         let theirs = ok(&run(dir, "qemu-img", args));
@@ -178,6 +180,45 @@ fn disks_are_resized_saved_and_copied() {
 }
 
 #[test]
+fn a_resize_that_cannot_be_is_refused_as_by_qemu_and_changes_nothing() {
+    if !have_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(&ours(dir, &["create", "-q", "-f", "qcow2", "a.q", "1M"]));
+    let before = std::fs::read(dir.join("a.q")).unwrap();
+    let modes = ["metadata", "falloc", "full"].map(|mode| format!("--preallocation={mode}"));
+    let mut cases = vec![
+        (vec!["2000001"], "The new size must be a multiple of 512"),
+        (vec!["+3"], "The new size must be a multiple of 512"),
+        (vec!["--shrink", "1000"], "The new size must be a multiple of 512"),
+        (vec!["0"], "New image size must be positive"),
+        (vec!["-2M"], "New image size must be positive"),
+    ];
+    for mode in &modes {
+        for rest in [&["512k"][..], &["--shrink", "512k"], &["1M"]] {
+            let text = "Preallocation can only be used for growing images";
+            cases.push(([&[mode.as_str()], rest].concat(), text));
+        }
+    }
+    for (args, text) in cases {
+        let args = [
+            &["resize", "-f", "qcow2"],
+            &args[..args.len() - 1],
+            &["a.q"],
+            &args[args.len() - 1..],
+        ]
+        .concat();
+        let theirs = refused(&run(dir, "qemu-img", &args));
+        assert!(theirs.contains(text), "{args:?}: {theirs}");
+        let error = refused(&ours(dir, &args));
+        assert!(error.contains(text), "{args:?}: {error}");
+        assert!(std::fs::read(dir.join("a.q")).unwrap() == before, "{args:?}");
+    }
+}
+
+#[test]
 fn what_cannot_be_is_refused_and_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -203,8 +244,8 @@ fn what_cannot_be_is_refused_and_leaves_no_file() {
         ),
         (&["create", "-f", "qcow2", "-o", "encrypt.format=luks", "x", "1M"], "is not supported"),
         (
-            &["create", "-f", "qcow2", "-o", "extent_size_hint=1M", "x", "1M"],
-            "Option 'extent_size_hint' is not supported",
+            &["create", "-f", "qcow2", "-o", "extent_size_hint=8G", "x", "1M"],
+            "Extent size hint is too large",
         ),
         (&["create", "-f", "qcow2", "x", "1Z"], "Invalid image size specified: '1Z'"),
     ] {
