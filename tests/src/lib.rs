@@ -20,6 +20,7 @@
 //! | [`pty`] | a terminal for the program |
 //! | [`refusal`] | command lines that the program must refuse |
 //! | [`site`] | a guest whose host fails, or whose process is killed, at any step of a job |
+//! | [`tap`] | what a client says over QMP |
 //! | [`seccomp`] | processes that the kernel refuses something |
 //! | [`require`] | what a test needs of the host, and what happens without it |
 //!
@@ -44,6 +45,7 @@ pub mod refusal;
 pub mod require;
 pub mod seccomp;
 pub mod site;
+pub mod tap;
 pub mod vm;
 pub mod vmstate;
 

@@ -5,8 +5,11 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use serde_json::{Value, json};
+use tardigrade_tests::baremetal::{machine_with_disk, monitor};
 use tardigrade_tests::checkpoint::{Booted, TAG};
 use tardigrade_tests::cli::{fail, succeed};
+use tardigrade_tests::tap::tapped;
 use tardigrade_tests::vm::binary;
 use tardigrade_tests::{repo, require};
 
@@ -44,6 +47,44 @@ fn a_checkpoint_is_saved_listed_loaded_and_deleted_from_the_shell() {
     assert!(error.contains("Snapshot 'mine' does not exist in one or more devices"), "{error}");
     vm.quit();
     booted.disks(dir.path()).iter().for_each(tardigrade_tests::disk::Disk::check);
+}
+
+#[test]
+fn options_of_saves_and_loads_are_those_of_the_command_that_is_sent() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = machine_with_disk(dir.path(), "32M", 1).start();
+    let mut guest = monitor(&vm);
+    // What the command has besides the checkpoint and its place.
+    let sent = |verb: &str, tag: &str, options: &[&str]| {
+        let ((), commands) = tapped(&vm, |qmp| {
+            let qmp = qmp.display().to_string();
+            let mut args = vec!["snapshot", verb, "--qmp", &qmp, tag];
+            args.extend_from_slice(options);
+            succeed(&args);
+        });
+        let name = format!("snapshot-{verb}");
+        let of_job = |command: &&Value| command["execute"] == json!(name);
+        let mut arguments = commands.iter().find(of_job).unwrap()["arguments"].clone();
+        for usual in ["job-id", "tag", "vmstate", "devices"] {
+            assert!(arguments.as_object_mut().unwrap().remove(usual).is_some(), "{commands:?}");
+        }
+        arguments
+    };
+    assert_eq!(sent("save", "a", &[]), json!({}));
+    assert_eq!(sent("save", "b", &["--mode", "live"]), json!({ "x-mode": "live" }));
+    let both = json!({ "x-mode": "stop", "x-description": "still" });
+    assert_eq!(sent("save", "c", &["--mode", "stop", "--description", "still"]), both);
+    assert_eq!(sent("load", "a", &[]), json!({}));
+    assert_eq!(sent("load", "b", &["--mode", "lazy"]), json!({ "x-mode": "lazy" }));
+    assert_eq!(sent("load", "c", &["--mode", "eager"]), json!({ "x-mode": "eager" }));
+    let missing = vm.qmp().execute("x-query-load", json!({})).unwrap();
+    assert_eq!(missing["missing"], 0, "all of memory was read");
+    // The guest is the one that was loaded last, and goes on.
+    guest.tsc();
+    vm.quit();
 }
 
 #[test]

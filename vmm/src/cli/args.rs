@@ -188,7 +188,7 @@ pub enum SnapshotCommand {
     /// Freeze the whole machine under a name; the guest goes on afterwards
     Save(SaveArgs),
     /// Take the machine back to a checkpoint
-    Load(SnapshotArgs),
+    Load(LoadArgs),
     /// Delete a checkpoint; its space can be used again
     Delete(SnapshotArgs),
     /// Draw the tree of checkpoints
@@ -206,6 +206,10 @@ pub struct SaveArgs {
     #[command(flatten)]
     /// The checkpoint.
     pub snapshot: SnapshotArgs,
+    /// Whether the guest runs meanwhile: it does, but for milliseconds (live), or it stands still until all is
+    /// written (stop) [default: live]
+    #[arg(long, value_name = "MODE", value_parser = ["live", "stop"], hide_possible_values = true)]
+    pub mode: Option<String>,
     /// What the checkpoint is
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub description: String,
@@ -215,6 +219,18 @@ pub struct SaveArgs {
     /// A label for tools; may be given more than once
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<String>,
+}
+
+/// `snapshot load`
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    #[command(flatten)]
+    /// The checkpoint.
+    pub snapshot: SnapshotArgs,
+    /// When RAM is read: as the guest, which runs at once, needs it, and in the background (lazy), or all of it
+    /// before the guest runs (eager) [default: lazy]
+    #[arg(long, value_name = "MODE", value_parser = ["lazy", "eager"], hide_possible_values = true)]
+    pub mode: Option<String>,
 }
 
 /// A running machine, or images that nobody uses.

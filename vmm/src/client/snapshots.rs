@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::{Error, connect_to_guest, text};
 use crate::checkpoints::text::size;
 use crate::checkpoints::{draw, show};
-use crate::cli::args::{CheckpointSource, ListArgs, SaveArgs, ShowArgs, SnapshotArgs};
+use crate::cli::args::{CheckpointSource, ListArgs, LoadArgs, SaveArgs, ShowArgs, SnapshotArgs};
 use crate::cli::image::Output;
 use crate::image;
 
@@ -21,6 +21,9 @@ pub(super) fn save(args: &SaveArgs) -> Result<(), Error> {
     let mut more = Map::new();
     if !args.description.is_empty() {
         more.insert("x-description".to_owned(), json!(args.description));
+    }
+    if let Some(mode) = &args.mode {
+        more.insert("x-mode".to_owned(), json!(mode));
     }
     if let Some(method) = &args.compress {
         more.insert("x-compress".to_owned(), json!(method));
@@ -36,8 +39,12 @@ pub(super) fn save(args: &SaveArgs) -> Result<(), Error> {
     run_job(&args.snapshot, "snapshot-save", "saved", more)
 }
 
-pub(super) fn load(args: &SnapshotArgs) -> Result<(), Error> {
-    run_job(args, "snapshot-load", "loaded", Map::new())
+pub(super) fn load(args: &LoadArgs) -> Result<(), Error> {
+    let mut more = Map::new();
+    if let Some(mode) = &args.mode {
+        more.insert("x-mode".to_owned(), json!(mode));
+    }
+    run_job(&args.snapshot, "snapshot-load", "loaded", more)
 }
 
 pub(super) fn delete(args: &SnapshotArgs) -> Result<(), Error> {
