@@ -7,6 +7,7 @@ use serde_json::json;
 use tardigrade_tests::baremetal::apic::{self, TimerMode};
 use tardigrade_tests::baremetal::layout::SCRATCH;
 use tardigrade_tests::baremetal::{Monitor, Routine, machine, machine_with_disk, monitor};
+use tardigrade_tests::events::target;
 use tardigrade_tests::require;
 
 const DISK: &[&str] = &["disk0"];
@@ -177,6 +178,51 @@ fn kvmclock_goes_on_without_a_jump() {
     let loaded = now(&mut guest);
     assert!(loaded >= before, "{loaded:?} in a new process, {before:?} before the save");
     let most = after + start.elapsed();
+    assert!(loaded <= most, "{loaded:?} in a new process, {most:?} at most");
+    vm.quit();
+}
+
+#[test]
+fn kvmclock_is_set_forward_by_the_time_since_the_save_where_a_load_is_told_so() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let spec = machine_with_disk(dir.path(), "32M", 1);
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    guest.set_msr(SYSTEM_TIME, CLOCK | 1);
+    let now = |guest: &mut Monitor| Duration::from_nanos(guest.call(Routine::Clock, &[CLOCK]));
+    let start = Instant::now();
+    let first = now(&mut guest);
+    vm.save("then", DISK);
+    vm.save("other", DISK);
+    let mut later = Duration::ZERO;
+    // The long way, then a rewind.
+    for rewinds in 0..2 {
+        // So much later that a clock that was not set forward shows.
+        later = now(&mut guest) + Duration::from_millis(300);
+        while now(&mut guest) < later {}
+        let mut arguments = target("then", DISK);
+        arguments["x-clock"] = json!("host");
+        vm.job_with("snapshot-load", arguments).unwrap();
+        let told = vm.qmp().execute("x-query-load", json!({})).unwrap();
+        assert_eq!(told["rewinds"], rewinds);
+        let loaded = now(&mut guest);
+        assert!(loaded >= later, "{loaded:?} after the load, {later:?} before");
+        let most = first + start.elapsed();
+        assert!(loaded <= most, "{loaded:?} after the load, {most:?} at most");
+    }
+    // Without a word it goes on from the save, also where it was set forward before.
+    vm.load("then", DISK);
+    let loaded = now(&mut guest);
+    assert!(loaded < later, "{loaded:?} after the load");
+    vm.quit();
+
+    let vm = spec.args(&["--loadvm", "then", "--load-clock", "host"]).start();
+    let loaded = now(&mut monitor(&vm));
+    assert!(loaded >= later, "{loaded:?} in a new process, {later:?} before");
+    let most = first + start.elapsed();
     assert!(loaded <= most, "{loaded:?} in a new process, {most:?} at most");
     vm.quit();
 }

@@ -80,6 +80,8 @@ fn options_of_saves_and_loads_are_those_of_the_command_that_is_sent() {
     assert_eq!(sent("load", "a", &[]), json!({}));
     assert_eq!(sent("load", "b", &["--mode", "lazy"]), json!({ "x-mode": "lazy" }));
     assert_eq!(sent("load", "c", &["--mode", "eager"]), json!({ "x-mode": "eager" }));
+    let clock = json!({ "x-mode": "eager", "x-clock": "host" });
+    assert_eq!(sent("load", "c", &["--mode", "eager", "--clock", "host"]), clock);
     let missing = vm.qmp().execute("x-query-load", json!({})).unwrap();
     assert_eq!(missing["missing"], 0, "all of memory was read");
     // The guest is the one that was loaded last, and goes on.

@@ -195,8 +195,8 @@ fn the_clock_of_a_fork_stands_or_goes_with_the_hosts() {
     vm.quit();
     let checkpoint = format!("{}#base", image.display());
     // A save tells the guest's clock; the guest of a paused fork has not run at all.
-    let clock = |policy: &str| {
-        let spec = fork(&checkpoint, temp.path()).args(&["-S", "--fork-clock", policy]);
+    let clock = |option: &str, policy: &str| {
+        let spec = fork(&checkpoint, temp.path()).args(&["-S", option, policy]);
         let mut vm = spec.start();
         vm.save("mine", DISK);
         let listed = vm.qmp().execute("x-query-checkpoints", json!({})).unwrap();
@@ -213,8 +213,10 @@ fn the_clock_of_a_fork_stands_or_goes_with_the_hosts() {
     let saved = shown[0]["checkpoint"].clone();
     let saved = saved["vm-clock-sec"].as_u64().unwrap() * 1_000_000_000
         + saved["vm-clock-nsec"].as_u64().unwrap();
-    assert_eq!(clock("frozen"), saved);
-    assert!(clock("host") > saved);
+    for option in ["--load-clock", "--fork-clock"] {
+        assert_eq!(clock(option, "frozen"), saved);
+        assert!(clock(option, "host") > saved);
+    }
 }
 
 #[test]
@@ -244,7 +246,11 @@ fn what_cannot_be_forked_is_named() {
     assert!(error.contains("no checkpoint 'none'; there are: base"), "{error}");
     assert!(refused("base", &[]).contains("--fork base: is not IMAGE#TAG"));
     let error = refused(&checkpoint, &["--fork-clock", "never"]);
-    assert!(error.contains("--fork-clock never"), "{error}");
+    assert!(error.contains("--fork-clock never: must be frozen or host"), "{error}");
+    let error = refused(&checkpoint, &["--load-clock", "never"]);
+    assert!(error.contains("--load-clock never: must be frozen or host"), "{error}");
+    let error = refused(&checkpoint, &["--load-clock", "host", "--fork-clock", "host"]);
+    assert!(error.contains("--fork-clock host: is --load-clock, which is given, too"), "{error}");
     let error = refused(&checkpoint, &["--restore", &checkpoint]);
     assert!(error.contains("--fork takes it from the checkpoint"), "{error}");
 }

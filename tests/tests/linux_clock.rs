@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tardigrade_tests::agent::Agent;
 use tardigrade_tests::checkpoint::Booted;
+use tardigrade_tests::events::target;
 use tardigrade_tests::require;
 
 const ONE: Booted = Booted { vcpus: 1, disks: 1 };
@@ -107,6 +108,35 @@ fn clocks_go_on_from_the_save_in_a_new_process() {
     let mut agent = vm.agent();
     let after = read(&mut agent);
     assert_went_on(&before, &after, until_saved + starting.elapsed());
+    let later = run_for(&mut agent, Duration::from_secs(1));
+    assert_went_on(&after, &later, later.answered - after.asked);
+    vm.quit();
+}
+
+#[test]
+fn the_time_of_day_is_right_after_a_load_that_sets_the_clocks_forward() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = ONE.start(dir.path());
+    let mut agent = vm.agent();
+    let before = read(&mut agent);
+    // The guest stands still for long, which counts too.
+    let mut arguments = target("lunch", &["disk0"]);
+    arguments["x-mode"] = json!("stop");
+    vm.job_with("snapshot-save", arguments.clone()).unwrap();
+    run_for(&mut agent, Duration::from_secs(2));
+    arguments["x-mode"] = json!("lazy");
+    arguments["x-clock"] = json!("host");
+    vm.job_with("snapshot-load", arguments).unwrap();
+    let after = read(&mut agent);
+    let passed = after.realtime.checked_sub(before.realtime).unwrap();
+    let least = (after.asked - before.answered).checked_sub(TOLERANCE).unwrap();
+    assert!(passed >= least, "{passed:?} passed in {least:?} at least");
+    let most = after.answered - before.asked + TOLERANCE;
+    assert!(passed <= most, "{passed:?} passed in {most:?} at most");
+    // Time goes on as ever.
     let later = run_for(&mut agent, Duration::from_secs(1));
     assert_went_on(&after, &later, later.answered - after.asked);
     vm.quit();

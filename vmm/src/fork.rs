@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::qcow2::create::{CreateOptions, create};
 use block::{Graph, Progress};
@@ -15,7 +14,7 @@ use snapshot::{Checkpoint, Lineage, LoadError, MappedRam, Stamp};
 use uuid::Uuid;
 
 use crate::control::mailbox::Mailbox;
-use crate::control::work::{IO_THREADS, lazy_host};
+use crate::control::work::{IO_THREADS, LoadOptions, lazy_host};
 use crate::image;
 use crate::machine::missing::Missing;
 use crate::machine::spec::MachineSpec;
@@ -24,22 +23,11 @@ use crate::machine::{self, Machine, recorded};
 use crate::memory;
 use crate::restore::{self, Purpose, RestoreSpec};
 
-/// What the guest's clocks do about the time between save and fork.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ClockPolicy {
-    /// They go on from the save.
-    Frozen,
-    /// They are set forward by it.
-    Host,
-}
-
 /// What the command line says of a fork.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ForkSpec {
     /// The checkpoint.
     pub checkpoint: RestoreSpec,
-    /// What its clocks do.
-    pub clock: ClockPolicy,
     /// The directory for overlays that are kept.
     pub overlays: Option<PathBuf>,
 }
@@ -115,7 +103,6 @@ pub struct Fork {
     base: PathBuf,
     stamp: Stamp,
     vmstate: String,
-    clock: ClockPolicy,
     /// Where overlays are kept; none where they are not.
     kept_in: Option<PathBuf>,
     overlays: Vec<Overlay>,
@@ -134,7 +121,6 @@ impl Fork {
             base: spec.checkpoint.image.clone(),
             stamp: plan.stamp,
             vmstate: plan.vmstate,
-            clock: spec.clock,
             kept_in: spec.overlays.clone(),
             overlays: Vec::new(),
         };
@@ -217,7 +203,7 @@ impl Fork {
         &self,
         machine: &mut Machine,
         graph: &Graph,
-        mode: LoadMode,
+        how: LoadOptions,
         mailbox: &Mailbox,
     ) -> Result<Lineage, Error> {
         let file = self.base.display().to_string();
@@ -232,7 +218,7 @@ impl Fork {
         for difference in checkpoint.check_machine(&recorded::describe(machine), &memory)? {
             tracing::info!("forking '{}': {difference}", self.stamp.tag);
         }
-        let mut state = MachineState::from_sections(checkpoint.sections(), machine.shape())?;
+        let state = MachineState::from_sections(checkpoint.sections(), machine.shape())?;
         let map = |piece| match memory::map_piece(&memory, &base, piece) {
             Ok(()) => true,
             Err(error) => {
@@ -243,15 +229,13 @@ impl Fork {
         let mapped = checkpoint.map_ram(&memory, map)?;
         let missing = match mapped.rest_bytes() {
             0 => None,
-            _ => unmapped(&checkpoint, &mapped, machine, mode, mailbox)?,
+            _ => unmapped(&checkpoint, &mapped, machine, how.mode, mailbox)?,
         };
         let (bytes, rest) = (mapped.mapped_bytes(), mapped.rest_bytes());
         tracing::info!("forked: {bytes} bytes mapped, {rest} not");
-        if self.clock == ClockPolicy::Host {
-            state.clock.kvmclock_ns = state.clock.kvmclock_ns.saturating_add(since(&self.stamp));
-        }
         // The image that RAM is of is no node that this machine saves to: there is no base.
         machine.restore(&state, None)?;
+        machine.set_clock(how.clock, &self.stamp);
         if let Some(missing) = missing {
             machine.set_missing(missing)?;
         }
@@ -277,13 +261,6 @@ fn unmapped(
         checkpoint.lend_rest(mapped, host, memory, &Arc::default(), notify)
     })
     .map(Some)
-}
-
-/// Nanoseconds of the host's time since a save; none if its clock was set back.
-fn since(stamp: &Stamp) -> u64 {
-    let then = std::time::Duration::new(stamp.date_sec.into(), stamp.date_nsec);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.saturating_sub(then).as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// An image for what a fork writes; its name is removed when it is dropped, unless it stays.

@@ -10,7 +10,6 @@ use std::thread;
 
 use block::{Graph, Node, Progress};
 use devices::InterruptLine;
-use qmp::schema::LoadMode;
 use serde_json::Value;
 use snapshot::Lineage;
 
@@ -20,7 +19,7 @@ use crate::cli::{self, GuestOptions, MachineArgs, Options};
 use crate::console::Console;
 use crate::control::daemon::{self, Daemon};
 use crate::control::mailbox::{Mailbox, Message, mailbox};
-use crate::control::work::{Ram, Revival, Target, WorkError, lazy_host};
+use crate::control::work::{LoadOptions, Ram, Revival, Target, WorkError, lazy_host};
 use crate::control::{self, Controller, Parts};
 use crate::early::Early;
 use crate::fork::{self, Fork};
@@ -119,7 +118,7 @@ fn run_machine(
     let console = Console::open(&guest.serial)
         .map_err(|error| cli::Error::new("serial", &guest.serial_text, error))?;
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
-    let (machine, lineage) = make_machine(&start, guest.load_mode, &graph, output, &mailbox)?;
+    let (machine, lineage) = make_machine(&start, guest.load, &graph, output, &mailbox)?;
     let (blocks, server, requests) = start_services(options, args, graph, &[])?;
     if let Start::Fork { fork, .. } = &start {
         fork.overlays().for_each(|path| early.keep(path));
@@ -255,7 +254,7 @@ fn serve(server: &mut qmp::Server, spec: &QmpSpec) -> Result<(), String> {
 /// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.
 fn make_machine(
     start: &Start<'_>,
-    load_mode: LoadMode,
+    how: LoadOptions,
     graph: &Graph,
     console: Box<dyn Write + Send>,
     mailbox: &Mailbox,
@@ -269,7 +268,7 @@ fn make_machine(
             let mut machine = make()?;
             let target = writable_disks(&machine, tag)?;
             let option = format!("--loadvm {tag}");
-            let lineage = revive(&mut machine, graph, &target, &option, load_mode, mailbox)?;
+            let lineage = revive(&mut machine, graph, &target, &option, how, mailbox)?;
             Ok((machine, lineage))
         }
         Start::Restore { plan, tag, text } => {
@@ -280,12 +279,12 @@ fn make_machine(
                 devices: plan.nodes.clone(),
             };
             let option = format!("--restore {text}");
-            let lineage = revive(&mut machine, graph, &target, &option, load_mode, mailbox)?;
+            let lineage = revive(&mut machine, graph, &target, &option, how, mailbox)?;
             Ok((machine, lineage))
         }
         Start::Fork { fork, text } => {
             let mut machine = make()?;
-            let lineage = fork.revive(&mut machine, graph, load_mode, mailbox);
+            let lineage = fork.revive(&mut machine, graph, how, mailbox);
             let lineage = lineage.map_err(|e| fork_error(text, e))?;
             Ok((machine, lineage))
         }
@@ -347,7 +346,7 @@ fn revive(
     graph: &Graph,
     target: &Target,
     option: &str,
-    mode: LoadMode,
+    how: LoadOptions,
     mailbox: &Mailbox,
 ) -> Result<Lineage, Error> {
     let fail = |reason: String| Error::Revive { option: option.to_owned(), reason };
@@ -363,9 +362,10 @@ fn revive(
     let (presence, orders) = (machine.devices().presence(), machine.orders());
     let ram = Ram { memory: &memory, fresh: true, presence, orders };
     let missing =
-        revival.revive(ram, lazy_host(mode), &Progress::default(), mailbox).map_err(text)?;
+        revival.revive(ram, lazy_host(how.mode), &Progress::default(), mailbox).map_err(text)?;
     revival.revert_disks().map_err(text)?;
     machine.restore(&revival.state, Some(revival.base()))?;
+    machine.set_clock(how.clock, &revival.stamp());
     let lineage = revival.lineage();
     if let Some(missing) = missing {
         machine.set_missing(missing)?;

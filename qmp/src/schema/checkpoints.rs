@@ -29,6 +29,14 @@ enums! {
         /// Before the guest runs.
         Eager = "eager",
     }
+
+    /// What the guest's clocks do about the time between save and load.
+    LoadClock {
+        /// They go on from the save: no time has passed for the guest.
+        Frozen = "frozen",
+        /// They are set forward by what passed of the host's time of day.
+        Host = "host",
+    }
 }
 
 objects! {
@@ -73,6 +81,8 @@ objects! {
         "devices" devices: Vec<String>,
         /// When RAM is read; lazy if absent.
         "x-mode" mode: Option<LoadMode>,
+        /// What the guest's clocks do; `frozen` if left out.
+        "x-clock" clock: Option<LoadClock>,
     }
 
     /// Arguments of `snapshot-delete`.

@@ -116,6 +116,10 @@ pub struct MachineArgs {
     /// eager, before the guest runs [default: lazy]
     #[arg(long, value_name = "MODE")]
     pub load_mode: Option<String>,
+    /// What the guest's clocks do with --loadvm, --restore and --fork: they go on from the save (frozen), or are set
+    /// forward to the host's time (host) [default: frozen]
+    #[arg(long, value_name = "POLICY")]
+    pub load_clock: Option<String>,
     /// Revive a checkpoint from the image with its RAM alone: the machine is as it was recorded
     #[arg(long, value_name = "IMAGE#TAG")]
     pub restore: Option<String>,
@@ -126,8 +130,7 @@ pub struct MachineArgs {
     /// they need of IMAGE is found as long as it is there
     #[arg(long, value_name = "DIR")]
     pub fork_overlay: Option<PathBuf>,
-    /// The fork's clocks go on from the save (frozen), or are set forward to the host's time (host)
-    /// [default: frozen]
+    /// As --load-clock, of a fork
     #[arg(long, value_name = "POLICY")]
     pub fork_clock: Option<String>,
     /// End when the guest resets
@@ -231,6 +234,10 @@ pub struct LoadArgs {
     /// before the guest runs (eager) [default: lazy]
     #[arg(long, value_name = "MODE", value_parser = ["lazy", "eager"], hide_possible_values = true)]
     pub mode: Option<String>,
+    /// What the guest's clocks do: they go on from the save (frozen), or are set forward to the host's time (host)
+    /// [default: frozen]
+    #[arg(long, value_name = "POLICY", value_parser = ["frozen", "host"], hide_possible_values = true)]
+    pub clock: Option<String>,
 }
 
 /// A running machine, or images that nobody uses.

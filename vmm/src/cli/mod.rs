@@ -17,11 +17,11 @@ use std::path::PathBuf;
 use crate::blocks::exports::{AddressSpec, ExportSpec, NbdServerSpec};
 use crate::console::ConsoleSpec;
 use crate::control::migration::Incoming;
+use crate::control::work::LoadOptions;
 use crate::fork::ForkSpec;
 use crate::machine::spec::{DeviceSpec, MachineSpec};
 use crate::migration::address::Address;
 use crate::restore::RestoreSpec;
-use qmp::schema::LoadMode;
 use qmp::server::Place;
 use sockets::QmpSpec;
 use values::MachineType;
@@ -95,8 +95,8 @@ pub struct GuestOptions {
     pub start_paused: bool,
     /// `--loadvm`: the checkpoint to revive.
     pub loadvm: Option<String>,
-    /// `--load-mode`: when its RAM is read.
-    pub load_mode: LoadMode,
+    /// `--load-mode`, `--load-clock`: how that is done.
+    pub load: LoadOptions,
     /// `--restore`: the checkpoint to revive as the machine that it records; `machine` has only what
     /// the command line says besides.
     pub restore: Option<RestoreSpec>,
@@ -185,16 +185,10 @@ fn guest_options(
         serial_text: serial_text.to_owned(),
         start_paused: args.start_paused,
         loadvm: args.loadvm.clone(),
-        load_mode: load_mode(args)?,
+        load: load_options(args)?,
         restore: recorded(args, "restore", args.restore.as_deref())?,
-        fork: match recorded(args, "fork", args.fork.as_deref())? {
-            Some(checkpoint) => Some(ForkSpec {
-                checkpoint,
-                clock: values::fork_clock(args.fork_clock.as_deref())?,
-                overlays: args.fork_overlay.clone(),
-            }),
-            None => None,
-        },
+        fork: recorded(args, "fork", args.fork.as_deref())?
+            .map(|checkpoint| ForkSpec { checkpoint, overlays: args.fork_overlay.clone() }),
         fork_text: args.fork.clone().unwrap_or_default(),
         restore_text: args.restore.clone().unwrap_or_default(),
         incoming: incoming(args)?,
@@ -219,13 +213,26 @@ fn incoming(args: &MachineArgs) -> Result<Option<Incoming>, Error> {
     }
 }
 
-fn load_mode(args: &MachineArgs) -> Result<LoadMode, Error> {
-    let Some(text) = &args.load_mode else { return Ok(LoadMode::Lazy) };
+fn load_options(args: &MachineArgs) -> Result<LoadOptions, Error> {
+    let given = [("load-mode", &args.load_mode), ("load-clock", &args.load_clock)];
     if args.loadvm.is_none() && args.restore.is_none() && args.fork.is_none() {
-        return Err(Error::new("load-mode", text, "needs --loadvm, --restore or --fork"));
+        for (option, text) in given {
+            if let Some(text) = text {
+                return Err(Error::new(option, text, "needs --loadvm, --restore or --fork"));
+            }
+        }
     }
-    let mode = LoadMode::ALL.iter().find(|mode| mode.as_str() == text);
-    mode.copied().ok_or_else(|| Error::new("load-mode", text, "must be lazy or eager"))
+    let mode = args.load_mode.as_deref().map(values::load_mode).transpose()?;
+    let clock = match (&args.load_clock, &args.fork_clock) {
+        (Some(_), Some(text)) => {
+            return Err(Error::new("fork-clock", text, "is --load-clock, which is given, too"));
+        }
+        (Some(text), None) => Some(values::load_clock("load-clock", text)?),
+        (None, Some(text)) => Some(values::load_clock("fork-clock", text)?),
+        (None, None) => None,
+    };
+    let usual = LoadOptions::USUAL;
+    Ok(LoadOptions { mode: mode.unwrap_or(usual.mode), clock: clock.unwrap_or(usual.clock) })
 }
 
 /// The checkpoint of `--restore` or `--fork`. What it records of the machine cannot be said another
@@ -277,9 +284,12 @@ fn no_guest_options(args: &MachineArgs) -> Result<(), Error> {
         ("S", flag(args.start_paused)),
         ("loadvm", args.loadvm.clone()),
         ("load-mode", args.load_mode.clone()),
+        ("load-clock", args.load_clock.clone()),
         ("incoming", args.incoming.clone()),
         ("restore", args.restore.clone()),
         ("fork", args.fork.clone()),
+        ("fork-clock", args.fork_clock.clone()),
+        ("fork-overlay", path(&args.fork_overlay)),
         ("no-reboot", flag(args.no_reboot)),
         ("name", args.name.clone()),
         ("uuid", args.uuid.clone()),

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use block::graph::text;
+use qmp::schema::{LoadClock, LoadMode};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::Error;
 use crate::boot::layout;
-use crate::fork::ClockPolicy;
 use crate::restore::RestoreSpec;
 
 /// The type of machine that there is.
@@ -117,13 +117,16 @@ pub fn checkpoint(option: &'static str, text: &str) -> Result<RestoreSpec, Error
     }
 }
 
-/// `--fork-clock`
-pub fn fork_clock(text: Option<&str>) -> Result<ClockPolicy, Error> {
-    match text {
-        None | Some("frozen") => Ok(ClockPolicy::Frozen),
-        Some("host") => Ok(ClockPolicy::Host),
-        Some(text) => Err(Error::new("fork-clock", text, "is frozen or host")),
-    }
+/// `--load-mode`
+pub fn load_mode(text: &str) -> Result<LoadMode, Error> {
+    let mode = LoadMode::ALL.iter().find(|mode| mode.as_str() == text);
+    mode.copied().ok_or_else(|| Error::new("load-mode", text, "must be lazy or eager"))
+}
+
+/// `--load-clock`, and `--fork-clock`, which is another name for it.
+pub fn load_clock(option: &'static str, text: &str) -> Result<LoadClock, Error> {
+    let clock = LoadClock::ALL.iter().find(|clock| clock.as_str() == text);
+    clock.copied().ok_or_else(|| Error::new(option, text, "must be frozen or host"))
 }
 
 /// `--uuid`; nil where none is given, as QEMU tells it.

@@ -44,6 +44,9 @@ pub(super) fn load(args: &LoadArgs) -> Result<(), Error> {
     if let Some(mode) = &args.mode {
         more.insert("x-mode".to_owned(), json!(mode));
     }
+    if let Some(clock) = &args.clock {
+        more.insert("x-clock".to_owned(), json!(clock));
+    }
     run_job(&args.snapshot, "snapshot-load", "loaded", more)
 }
 

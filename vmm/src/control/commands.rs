@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use block::qcow2::Compression;
 use qmp::schema::{
     CheckpointLabel, Command, CpuDefinitionInfo, CpuInfoFast, CpuInstanceProperties, GuidInfo,
-    IOThreadInfo, KvmInfo, LoadInfo, LoadMode, MachineInfo, NameInfo, ShutdownCause,
-    SnapshotCompression, SnapshotSaveMode, StatusInfo, SysEmuTarget, TargetInfo, TransactionAction,
+    IOThreadInfo, KvmInfo, LoadInfo, MachineInfo, NameInfo, ShutdownCause, SnapshotCompression,
+    SnapshotSaveMode, StatusInfo, SysEmuTarget, TargetInfo, TransactionAction,
     TransactionArguments, UuidInfo,
 };
 use serde::Serialize;
 use serde_json::json;
 use snapshot::About;
 
-use super::work::{SaveMode, SaveOptions, Target, Task};
+use super::work::{LoadOptions, SaveMode, SaveOptions, Target, Task};
 use super::{Controller, RunState};
 use crate::blocks::jobs::{self, is_job_command};
 use crate::blocks::transaction::check_mode;
@@ -135,8 +135,11 @@ impl Controller {
                     vmstate: arguments.vmstate,
                     devices: arguments.devices,
                 };
-                let mode = arguments.mode.unwrap_or(LoadMode::Lazy);
-                self.add_job(arguments.job_id, Task::Load(target, mode))
+                let how = LoadOptions {
+                    mode: arguments.mode.unwrap_or(LoadOptions::USUAL.mode),
+                    clock: arguments.clock.unwrap_or(LoadOptions::USUAL.clock),
+                };
+                self.add_job(arguments.job_id, Task::Load(target, how))
             }
             Command::SnapshotDelete(arguments) => {
                 let task = Task::Delete { tag: arguments.tag, devices: arguments.devices };

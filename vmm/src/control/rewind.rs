@@ -10,13 +10,13 @@ use std::sync::atomic::Ordering;
 use block::Node;
 use qmp::schema::{LoadMode, RunState};
 use snapshot::rewind::MOST_PAGES;
-use snapshot::{Base, Rewinder};
+use snapshot::{Base, Rewinder, Stamp};
 use tracing::{debug, error};
 
 use super::Controller;
 use super::hot::Hot;
 use super::snapshot_jobs::Current;
-use super::work::{Outcome, Target, Task, WorkError};
+use super::work::{LoadOptions, Outcome, Target, Task, WorkError};
 use crate::machine::recorded;
 use crate::machine::state::MachineState;
 use crate::memory::dirty_log::Protect;
@@ -99,19 +99,19 @@ impl Controller {
     /// long way.
     pub(super) fn rewind_now(&mut self) {
         // The end of one job can be the beginning of the next.
-        while let Some(Task::Load(target, mode)) = self.jobs.rewinding.take() {
-            match self.try_rewind(&target) {
+        while let Some(Task::Load(target, how)) = self.jobs.rewinding.take() {
+            match self.try_rewind(&target, how) {
                 Some(outcome) => self.job_done(outcome),
                 None => {
                     let Some(Current { id, handle, .. }) = self.jobs.current.take() else { return };
-                    self.start_job(id, Task::Load(target, mode), handle);
+                    self.start_job(id, Task::Load(target, how), handle);
                 }
             }
         }
     }
 
     /// None where it has to go the long way; nothing was touched then.
-    fn try_rewind(&mut self, target: &Target) -> Option<Outcome> {
+    fn try_rewind(&mut self, target: &Target, how: LoadOptions) -> Option<Outcome> {
         let current = self.jobs.current.as_ref()?;
         let handle = current.handle.clone();
         if self.ending || handle.progress.is_cancelled() {
@@ -141,8 +141,10 @@ impl Controller {
         handle.progress.add_total(bytes);
         handle.progress.advance(bytes);
         let base = rewind.base.clone();
+        let saved = Stamp::of(&base.snapshot);
         let restored = self.machine.restore_rewound(&rewind.state, base, hot.as_ref());
         if restored.is_ok() {
+            self.machine.set_clock(how.clock, &saved);
             rewind.count += 1;
             self.rewinds += 1;
             self.rewound_bytes += put_back;

@@ -1,8 +1,11 @@
 //! Taking the state of a paused machine, and replacing it by that of a checkpoint.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use ::devices::acpi::Event;
 use kvm_ioctls::VmFd;
-use snapshot::{Base, PageSet, Rewinder};
+use qmp::schema::LoadClock;
+use snapshot::{Base, PageSet, Rewinder, Stamp};
 use uuid::Uuid;
 
 use super::devices::DeviceSet;
@@ -38,6 +41,14 @@ impl Machine {
     pub fn restore(&mut self, state: &MachineState, base: Option<Base>) -> Result<(), Error> {
         self.replace(state, base)?;
         self.new_generation()
+    }
+
+    /// Sets the guest's clocks forward by the host's time since a save, where that is wanted. The machine has the
+    /// state that was saved, and has not run since.
+    pub fn set_clock(&mut self, clock: LoadClock, saved: &Stamp) {
+        if clock == LoadClock::Host {
+            self.clock.kvmclock_ns = self.clock.kvmclock_ns.saturating_add(since(saved));
+        }
     }
 
     /// Has the guest find another VM generation id, and tells it so when it runs.
@@ -133,6 +144,13 @@ impl Machine {
         let bytes: usize = sections.iter().map(|section| section.bytes.len()).sum();
         Ok(STATE_SLACK + 4 * bytes as u64)
     }
+}
+
+/// Nanoseconds of the host's time since a save; none if its clock was set back.
+fn since(saved: &Stamp) -> u64 {
+    let then = Duration::new(saved.date_sec.into(), saved.date_nsec);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.saturating_sub(then).as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The state of paused parts.

@@ -6,14 +6,13 @@ use std::sync::Arc;
 
 use block::Node;
 use block::snapshot::SnapshotInfo;
-use qmp::schema::LoadMode;
 use snapshot::About;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::super::Controller;
 use super::super::snapshot_jobs::Line;
-use super::super::work::{SaveMode, SaveOptions, Target, Task};
+use super::super::work::{LoadOptions, SaveMode, SaveOptions, Target, Task};
 use crate::image::text::{clock, date, size};
 
 const NO_DISK: &str = "Error: no block device can store vmstate for snapshot\r\n";
@@ -76,7 +75,7 @@ impl Controller {
                     node.snapshots().iter().any(|s| s.tag == *tag && s.vm_state_size > 0)
                 };
                 let vmstate = disks.iter().find(state).unwrap_or(first);
-                (Task::Load(target(tag, vmstate), LoadMode::Lazy), None)
+                (Task::Load(target(tag, vmstate), LoadOptions::USUAL), None)
             }
             Line::Delete(tag) => (Task::Delete { tag: tag.clone(), devices }, None),
         })

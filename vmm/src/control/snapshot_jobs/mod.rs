@@ -177,8 +177,8 @@ impl Controller {
         while self.jobs.current.is_none() && !self.ending {
             let Some(Waiting { id, work, handle }) = self.jobs.next() else { return };
             let Some(task) = self.task_of(work, &handle) else { continue };
-            if let Task::Load(target, mode) = &task
-                && self.can_rewind(target, *mode)
+            if let Task::Load(target, how) = &task
+                && self.can_rewind(target, how.mode)
             {
                 self.jobs.current = Some(Current { id, handle, thread: None });
                 self.jobs.rewinding = Some(task);

@@ -2,11 +2,11 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use qmp::jobs::WorkReport;
 use qmp::schema::RunState;
-use snapshot::{Base, PageSet};
+use snapshot::{Base, PageSet, Stamp};
 
 use crate::control::Controller;
 use crate::control::pauses::nanoseconds;
@@ -52,9 +52,12 @@ impl Controller {
                 });
             }
             WorkMessage::Restore { loaded, reply } => {
-                let Loaded { rewind, missing } = *loaded;
+                let Loaded { rewind, missing, clock } = *loaded;
                 self.inbox.guest_replaced();
                 let restored = self.restore(rewind.state(), rewind.base().clone(), missing);
+                if restored.is_ok() {
+                    self.machine.set_clock(clock, &Stamp::of(&rewind.base().snapshot));
+                }
                 self.rewind = restored.is_ok().then(|| Box::new(rewind));
                 let _ = reply.send(restored);
             }
@@ -158,9 +161,10 @@ impl Controller {
     fn freeze_to_save(&mut self, state: RunState) -> Result<Frozen, WorkError> {
         self.check_savable()?;
         self.hold_guest(state)?;
+        let date = SystemTime::now();
         let state = self.machine.capture()?;
         self.machine.note_written(Protect::Again)?;
-        Ok(Frozen { state, pages: self.machine.tracker().take() })
+        Ok(Frozen { state, pages: self.machine.tracker().take(), date })
     }
 
     /// A save kept the guest standing for so long.
@@ -190,7 +194,7 @@ impl Controller {
         }
         self.hold_guest(RunState::RestoreVm)?;
         let pages = self.machine.tracker().dirty().empty_like();
-        let frozen = Frozen { state: self.machine.capture()?, pages };
+        let frozen = Frozen { state: self.machine.capture()?, pages, date: SystemTime::now() };
         if let Some(current) = &self.jobs.current {
             // A cancel that came before this has been heard; the job looks once more.
             current.handle.committed.store(true, Ordering::Release);

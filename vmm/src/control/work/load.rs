@@ -6,10 +6,12 @@ use std::sync::atomic::Ordering;
 use block::{Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
-use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig, Orders, Rewinder};
+use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig, Orders, Rewinder, Stamp};
 use tracing::{info, warn};
 
-use super::{Freeze, IO_THREADS, Loaded, Outcome, Target, WorkContext, WorkError, WorkMessage};
+use super::{
+    Freeze, IO_THREADS, LoadOptions, Loaded, Outcome, Target, WorkContext, WorkError, WorkMessage,
+};
 use crate::control::mailbox::Mailbox;
 use crate::control::rewind::Rewind;
 use crate::machine::missing::Missing;
@@ -17,10 +19,10 @@ use crate::machine::recorded;
 use crate::machine::state::{MachineState, Shape};
 use crate::memory;
 
-pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Outcome {
+pub(super) fn load(target: &Target, how: LoadOptions, context: &WorkContext) -> Outcome {
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
-    let host = lazy_host(mode).filter(|_| memory::is_anonymous(&context.memory));
+    let host = lazy_host(how.mode).filter(|_| memory::is_anonymous(&context.memory));
     let disks = revival.checkpoint.prepare_disks()?;
     if context.missing.is_none() {
         // KVM has to forget all of RAM, which takes long and would prolong the pause. A slot is only made once
@@ -44,7 +46,7 @@ pub(super) fn load(target: &Target, mode: LoadMode, context: &WorkContext) -> Ou
     let lineage = revival.lineage();
     let disks_now = recorded::disks_of(&context.config);
     let rewind = Rewind::new(target.clone(), disks_now, base, revival.state.clone(), rewinder);
-    let loaded = Box::new(Loaded { rewind, missing });
+    let loaded = Box::new(Loaded { rewind, missing, clock: how.clock });
     let restored = context.ask(|reply| WorkMessage::Restore { loaded, reply });
     if restored.is_ok() {
         context.lineage.set(lineage);
@@ -123,6 +125,11 @@ impl Revival {
         };
         let state = MachineState::from_sections(checkpoint.sections(), shape).map_err(unfit)?;
         Ok(Self { checkpoint, state })
+    }
+
+    /// When it was saved.
+    pub fn stamp(&self) -> Stamp {
+        Stamp::of(self.checkpoint.info())
     }
 
     /// What RAM equals once it has been read.

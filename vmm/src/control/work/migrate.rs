@@ -144,7 +144,7 @@ impl Sending<'_> {
             // The pause has less to wait for then.
             self.writer.out().settle().map_err(StreamError::Write)?;
         }
-        let Frozen { state, pages } = self.context.freeze(Freeze::Migrate)?;
+        let Frozen { state, pages, .. } = self.context.freeze(Freeze::Migrate)?;
         self.tell(Step::Status(MigrationStatus::Device));
         self.pass();
         left.union(&pages);

@@ -36,11 +36,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::SystemTime;
 
 use block::qcow2::Compression;
 use block::{Graph, Node, Progress};
 use devices::{GuestMemory, Presence};
-use qmp::schema::{LoadMode, RunState, TransactionArguments};
+use qmp::schema::{LoadClock, LoadMode, RunState, TransactionArguments};
 use snapshot::{About, Base, MachineConfig, Orders, PageSet, SaveReport};
 use tracing::info;
 
@@ -65,7 +66,7 @@ pub enum Task {
     /// A transaction with the machine's state in it, and what is said of the checkpoint.
     Transaction(TransactionArguments, About),
     /// snapshot-load
-    Load(Target, LoadMode),
+    Load(Target, LoadOptions),
     /// snapshot-delete
     Delete {
         /// The checkpoint.
@@ -91,6 +92,20 @@ pub enum SaveMode {
     Live,
     /// It stands still.
     Stop,
+}
+
+/// How a load is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// When RAM is read.
+    pub mode: LoadMode,
+    /// What the guest's clocks do.
+    pub clock: LoadClock,
+}
+
+impl LoadOptions {
+    /// Where nothing is said.
+    pub const USUAL: Self = Self { mode: LoadMode::Lazy, clock: LoadClock::Frozen };
 }
 
 /// A checkpoint and where it is.
@@ -128,6 +143,8 @@ pub struct Frozen {
     pub state: MachineState,
     /// To save it: pages of RAM that were written since the last [`WorkMessage::Collect`].
     pub pages: PageSet,
+    /// The host's time of day when it was stopped, or had been before.
+    pub date: SystemTime,
 }
 
 /// What a save begins with.
@@ -156,6 +173,8 @@ pub struct Loaded {
     pub rewind: Rewind,
     /// RAM that is still to be read.
     pub missing: Option<Arc<Missing>>,
+    /// What the guest's clocks do.
+    pub clock: LoadClock,
 }
 
 /// What a job's thread asks of the main thread.
@@ -293,7 +312,7 @@ fn run(task: Task, context: &WorkContext) -> Outcome {
             save::save(&target, how, about, context, &mut save::Alone)
         }
         Task::Transaction(arguments, about) => transaction::run(&arguments, about, context),
-        Task::Load(target, mode) => load::load(&target, mode, context),
+        Task::Load(target, how) => load::load(&target, how, context),
         Task::Delete { tag, devices } => {
             let nodes = context.resolve(&devices)?;
             // RAM that is still in there is read before it goes.

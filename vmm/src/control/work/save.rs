@@ -37,7 +37,7 @@ pub(super) fn save(
     let nodes = context.resolve(devices)?;
     snapshot::preflight_save(&nodes, vmstate, tag)?;
     let Tracked { base, logged, state_bytes } = context.track()?;
-    let stamp = stamp(tag, 0);
+    let stamp = stamp(tag, 0, SystemTime::now());
     let images = SaveImages::of(&nodes, vmstate);
     let setup = SaveSetup {
         nodes: &nodes,
@@ -103,11 +103,11 @@ impl Running<'_> {
     fn stop(mut self) -> Outcome {
         // A paused job would keep the guest stopped.
         let _uninterrupted = self.context.progress.without_pause();
-        let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
+        let Frozen { state, pages, date } = self.context.freeze(Freeze::Save)?;
         self.switch()?;
         let pages = self.with_all(pages);
         self.save.write(&pages).map_err(failed)?;
-        self.finish(&state)
+        self.finish(&state, date)
     }
 
     /// The guest stands still for the switch only.
@@ -115,7 +115,7 @@ impl Running<'_> {
         if self.copy_ahead()? {
             let room = Room::new(ROOM);
             let uninterrupted = self.context.progress.without_pause();
-            let Frozen { state, pages } = self.context.freeze(Freeze::Save)?;
+            let Frozen { state, pages, date } = self.context.freeze(Freeze::Save)?;
             if pages.bytes() <= ASIDE {
                 self.switch()?;
                 let aside = set_aside(&self.context.memory, pages, room);
@@ -123,7 +123,7 @@ impl Running<'_> {
                 self.point.passed();
                 drop(uninterrupted);
                 self.save.write_aside(&aside).map_err(failed)?;
-                return self.finish(&state);
+                return self.finish(&state, date);
             }
             self.context.send(WorkMessage::Thaw { guarded: false });
             drop(uninterrupted);
@@ -149,7 +149,7 @@ impl Running<'_> {
         let uninterrupted = self.context.progress.without_pause();
         let dirty = self.context.collect()?;
         guard.arm(&dirty)?;
-        let Frozen { state, pages: again } = self.context.freeze(Freeze::Save)?;
+        let Frozen { state, pages: again, date } = self.context.freeze(Freeze::Save)?;
         guard.arm(&again)?;
         self.switch()?;
         guard.switch();
@@ -161,7 +161,7 @@ impl Running<'_> {
         drop((guard, presence));
         self.context.send(WorkMessage::Unguarded);
         drop(uninterrupted);
-        self.finish(&state)
+        self.finish(&state, date)
     }
 
     /// Copies while the guest runs, until little is left; false if it does not become little.
@@ -192,9 +192,10 @@ impl Running<'_> {
         pages
     }
 
-    fn finish(self, state: &MachineState) -> Outcome {
+    /// Writes `state`, which is that of `date`, and makes the checkpoint known.
+    fn finish(self, state: &MachineState, date: SystemTime) -> Outcome {
         let Self { save, context, target, about, .. } = self;
-        let stamp = stamp(&target.tag, state.clock.kvmclock_ns);
+        let stamp = stamp(&target.tag, state.clock.kvmclock_ns, date);
         let ancestors = context.lineage.get();
         let sections = state.to_sections()?;
         // What a load would find.
@@ -250,12 +251,12 @@ fn failed(error: SaveError) -> WorkError {
 }
 
 /// Date and clock of a checkpoint: microseconds, as QEMU's.
-fn stamp(tag: &str, vm_clock_nsec: u64) -> Stamp {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+fn stamp(tag: &str, vm_clock_nsec: u64, date: SystemTime) -> Stamp {
+    let date = date.duration_since(UNIX_EPOCH).unwrap_or_default();
     Stamp {
         tag: tag.to_owned(),
-        date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
-        date_nsec: now.subsec_micros() * 1000,
+        date_sec: u32::try_from(date.as_secs()).unwrap_or(u32::MAX),
+        date_nsec: date.subsec_micros() * 1000,
         vm_clock_nsec,
     }
 }
