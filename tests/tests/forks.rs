@@ -6,8 +6,10 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 use tardigrade_tests::baremetal::layout::FREE;
-use tardigrade_tests::baremetal::{machine, machine_with_disk, monitor};
+use tardigrade_tests::baremetal::{Monitor, machine, machine_with_disk, monitor};
 use tardigrade_tests::disk::{Disk, qemu_img};
+use tardigrade_tests::events::target;
+use tardigrade_tests::faults::{Kind, Plan};
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{VmSpec, binary};
 
@@ -135,6 +137,74 @@ fn a_fork_saves_loads_and_resets_for_itself() {
     let mut guest = monitor(&vm);
     guest.verify_zero(used);
     vm.quit();
+    assert_eq!(checksum(&image), before, "the base was written to");
+}
+
+#[test]
+fn a_load_in_a_fork_reads_ram_as_it_is_needed_and_leaves_nothing_of_the_base_mapped() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let mut vm = machine_with_disk(dir.path(), "96M", 1).start();
+    let (own, of_base, unused) = (FREE..20 * MIB, 20 * MIB..80 * MIB, 82 * MIB..90 * MIB);
+    monitor(&vm).fill(FREE..of_base.end, 1);
+    vm.save("base", DISK);
+    vm.quit();
+    let before = checksum(&image);
+    let base = format!("{}#base", image.display());
+
+    for mode in ["lazy", "eager"] {
+        let kept = dir.path().join(mode);
+        let spec = VmSpec::bare().args(&["--fork", &base, "--fork-overlay"]);
+        let mut vm = spec.args(&[kept.to_str().unwrap()]).supervised().start();
+        let mut guest = monitor(&vm);
+        guest.fill(own.clone(), 2);
+        vm.save("mine", DISK);
+        let (_, shared) = memory_of_image(vm.pid(), &image);
+        assert!(shared > 40 * MIB, "RAM is mapped from the base: {shared}");
+        // More than is put back page by page.
+        guest.fill(FREE..of_base.end, 3);
+        guest.fill(unused.clone(), 3);
+        // The threads that read what a lazy load has left in the image.
+        vm.faults().watch(Plan { threads: &["ram-"], kinds: &[Kind::Read], fault: None });
+        let mut arguments = target("mine", DISK);
+        arguments["x-mode"] = json!(mode);
+        vm.job_with("snapshot-load", arguments).unwrap();
+        assert_eq!(memory_of_image(vm.pid(), &image), (0, 0), "of the base");
+        // While pages are missing, if any are.
+        vm.save("again", DISK);
+        let holds = |guest: &mut Monitor| {
+            guest.verify(own.clone(), 2);
+            guest.verify(of_base.clone(), 1);
+            guest.verify_zero(unused.clone());
+        };
+        holds(&mut guest);
+        assert_eq!(!vm.faults().end().is_empty(), mode == "lazy", "who reads");
+        // It is like any other guest from now on.
+        guest.fill(FREE..of_base.end, 4);
+        guest.fill(unused.clone(), 4);
+        vm.load("again", DISK);
+        holds(&mut guest);
+        guest.fill(own.clone(), 5);
+        vm.load("again", DISK);
+        holds(&mut guest);
+        drop(guest);
+        vm.qmp().execute("system_reset", json!({})).unwrap();
+        let mut guest = monitor(&vm);
+        guest.verify_zero(FREE..of_base.end);
+        guest.fill(own.clone(), 6);
+        vm.save("anew", DISK);
+        guest.fill(FREE..of_base.end, 7);
+        vm.load("anew", DISK);
+        guest.verify(own.clone(), 6);
+        guest.verify_zero(of_base.clone());
+        vm.quit();
+        let overlay = kept.join("disk0.qcow2");
+        let check = Command::new(binary()).args(["image", "check"]).arg(&overlay).output().unwrap();
+        assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    }
     assert_eq!(checksum(&image), before, "the base was written to");
 }
 

@@ -33,7 +33,9 @@ mod tests {
         mark_filled(&mem, &[Segment { addr: GuestAddress(0x6000), len: 1 }]);
         let mut marked = Vec::new();
         for region in mem.iter() {
-            ram::MmapRegion::bitmap(region).take(|first, bits| marked.push((first, bits)));
+            ram::MmapRegion::bitmap(region)
+                .written()
+                .take(|first, bits| marked.push((first, bits)));
         }
         assert_eq!(marked, [(0, 0b1100), (0, 0b101)]);
     }

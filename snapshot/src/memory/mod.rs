@@ -8,7 +8,7 @@ mod zero;
 use std::io;
 
 use block::{ReadBuf, WriteBuf};
-use ram::GuestRegion;
+use ram::{GuestRegion, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) use copies::Copies;
@@ -42,14 +42,15 @@ impl<'a> RamSlice<'a> {
     }
 
     /// Whether untouched pages are known to be zero and dropped ones become so: anonymous private
-    /// memory. Of a file or of shared memory, pages may hold data without being mapped here; of
-    /// memory in huge pages, `MADV_DONTNEED` quietly leaves a last part that is not a whole one.
+    /// memory, with no pieces of files over it. Of a file or of shared memory, pages may hold data without being
+    /// mapped here; of memory in huge pages, `MADV_DONTNEED` quietly leaves a last part that is not a whole one.
     pub(crate) fn is_anonymous(&self) -> bool {
         let flags = self.region.flags();
         flags & libc::MAP_ANONYMOUS != 0
             && flags & libc::MAP_PRIVATE != 0
             && flags & libc::MAP_HUGETLB == 0
             && self.region.file_offset().is_none()
+            && !MmapRegion::bitmap(self.region).has_pieces()
     }
 
     /// Host address of the byte at `offset`.

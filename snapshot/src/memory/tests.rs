@@ -55,6 +55,16 @@ fn only_anonymous_private_memory_is_trusted_to_be_zero_when_untouched() {
 }
 
 #[test]
+fn memory_is_not_trusted_while_pieces_of_files_are_mapped_over_it() {
+    let memory = anonymous(4096);
+    let record = MmapRegion::bitmap(memory.iter().next().unwrap());
+    for pieces in [true, false] {
+        record.set_pieces(pieces);
+        assert_eq!(slices(&memory)[0].is_anonymous(), !pieces);
+    }
+}
+
+#[test]
 fn memory_in_huge_pages_is_cleared_by_writing() {
     let memory = anonymous(4096);
     let region = memory.iter().next().unwrap();

@@ -47,6 +47,7 @@ impl Live {
         let mut written = PageSet::of(&self.machine.ram);
         for (at, region) in self.machine.ram.iter().enumerate() {
             MmapRegion::bitmap(region)
+                .written()
                 .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         self.tracker.note(&written);

@@ -41,6 +41,7 @@ impl Chain {
         let mut written = PageSet::of(&self.memory);
         for (at, region) in self.memory.iter().enumerate() {
             MmapRegion::bitmap(region)
+                .written()
                 .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         self.tracker.note(&written);

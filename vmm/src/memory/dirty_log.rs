@@ -172,6 +172,7 @@ impl DirtyLog {
     ) -> kvm::Result<()> {
         for (at, region) in memory.iter().enumerate() {
             MmapRegion::bitmap(region)
+                .written()
                 .take(|first, bits| written.insert_words_at(at, first, &[bits]));
         }
         if !self.on {

@@ -48,8 +48,7 @@ pub enum Error {
 pub enum Kind {
     /// Private anonymous memory.
     Anonymous,
-    /// The same, over which pieces of a file may be mapped by [`map_piece`]. It does not say of itself
-    /// that it is anonymous: untouched pages may hold data, and dropped ones come back.
+    /// The same in small pages, over which pieces of a file may be mapped by [`map_piece`].
     Mixed,
 }
 
@@ -62,17 +61,13 @@ const ALIGN: usize = 2 << 20;
 /// process.
 pub fn allocate(size: u64, kind: Kind) -> Result<GuestMemory, Error> {
     const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
-    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-    let flags = match kind {
-        Kind::Anonymous => FLAGS | libc::MAP_ANONYMOUS,
-        Kind::Mixed => FLAGS,
-    };
+    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let mut regions = Vec::new();
     for (start, size) in layout::ram_regions(size)? {
         let failed = |source| Error::Map { size, source };
         let at = map_aligned(size).map_err(|error| failed(MmapRegionError::Mmap(error)))?;
         // SAFETY: the range is the mapping just made, which is never unmapped.
-        let mapping = unsafe { MmapRegion::build_raw(at, size, PROT, flags) }.map_err(failed)?;
+        let mapping = unsafe { MmapRegion::build_raw(at, size, PROT, FLAGS) }.map_err(failed)?;
         advise(&mapping, kind);
         let region =
             GuestRegion::new(mapping, start).ok_or(failed(MmapRegionError::InvalidPointer))?;
@@ -108,11 +103,6 @@ fn give_back(at: *mut u8, len: usize) {
     }
 }
 
-/// Whether all of RAM is of [`Kind::Anonymous`], so that its pages can be dropped and served.
-pub fn is_anonymous(memory: &GuestMemory) -> bool {
-    memory.iter().all(|region| region.flags() & libc::MAP_ANONYMOUS != 0)
-}
-
 /// Maps a piece of a file into RAM of [`Kind::Mixed`], private: what the guest writes stays its own.
 /// The guest must not have run yet.
 ///
@@ -127,18 +117,41 @@ pub fn map_piece(memory: &GuestMemory, file: &File, piece: Piece) -> std::io::Re
     }
     let region = memory.find_region(piece.guest).ok_or_else(|| invalid("it is not in RAM"))?;
     let offset = piece.guest.0 - region.start_addr().0;
-    if region.flags() & libc::MAP_ANONYMOUS != 0 || region.len() - offset < piece.len {
-        return Err(invalid("it is not inside a region for it"));
+    if region.len() - offset < piece.len {
+        return Err(invalid("it is not inside a region"));
     }
     let len = usize::try_from(piece.len).map_err(|_| invalid("it is too long"))?;
     let host = i64::try_from(piece.host).map_err(|_| invalid("it is too far in the file"))?;
     let at = region.as_ptr().wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX));
+    MmapRegion::bitmap(region).set_pieces(true);
     // SAFETY: the range was just checked to be inside a region of RAM, which is mapped as long as the
     // process lives and to which there are no Rust references; the guest does not use it yet.
     unsafe { remap(at, len, 0, Some((file, host))) }
 }
 
-/// Maps private memory over what is there: of a file, or anonymous.
+/// Puts anonymous memory in the place of all regions that have pieces of files; they read as zeroes then. The vCPUs
+/// and devices must be paused, and nobody may watch this memory.
+pub fn replace_pieces(memory: &GuestMemory) -> Result<(), Error> {
+    for region in memory.iter() {
+        replace_pieces_of(region)?;
+    }
+    Ok(())
+}
+
+/// The same for one region; false if it has none.
+fn replace_pieces_of(region: &GuestRegion) -> Result<bool, Error> {
+    let record = MmapRegion::bitmap(region);
+    if !record.has_pieces() {
+        return Ok(false);
+    }
+    // SAFETY: the range is guest RAM, whose contents are about to be replaced.
+    unsafe { remap(region.as_ptr(), region.size(), libc::MAP_ANONYMOUS, None) }
+        .map_err(Error::Discard)?;
+    record.set_pieces(false);
+    Ok(true)
+}
+
+/// Maps private memory over what is there: of a file, or anonymous; that is in small pages, as all of [`Kind::Mixed`].
 ///
 /// # Safety
 /// The range must be memory that may be replaced at any time, such as guest RAM.
@@ -157,8 +170,9 @@ unsafe fn remap(
     if answer == libc::MAP_FAILED {
         return Err(std::io::Error::last_os_error());
     }
-    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
-        // SAFETY: the range was just mapped; neither advice changes its contents.
+    let of_anonymous = file.is_none().then_some(libc::MADV_NOHUGEPAGE);
+    for advice in of_anonymous.into_iter().chain([libc::MADV_DONTDUMP, libc::MADV_DONTFORK]) {
+        // SAFETY: the range was just mapped; none of these advices changes its contents.
         if unsafe { libc::madvise(at.cast(), len, advice) } != 0 {
             tracing::debug!("madvise {advice}: {}", std::io::Error::last_os_error());
         }
@@ -197,7 +211,7 @@ pub fn forget_translations(
     logged: bool,
 ) -> Result<(), Error> {
     for region in memory.iter() {
-        MmapRegion::bitmap(region).reset();
+        MmapRegion::bitmap(region).written().reset();
     }
     Ok(log.make_anew(vm, memory, logged)?)
 }
@@ -210,13 +224,12 @@ pub fn forget_and_cut(
     log: &mut DirtyLog,
     untold: &PageSet,
 ) -> Result<(), Error> {
-    if is_anonymous(memory) {
-        collapse(memory, untold);
-    }
+    collapse(memory, untold);
     Ok(log.make_anew_without(vm, memory, untold)?)
 }
 
-/// Puts parts of RAM in huge pages of the host, where it can: a wish.
+/// Puts parts of RAM in huge pages of the host, where it can: a wish. RAM of [`Kind::Mixed`] refuses it, but pieces of
+/// files would not.
 fn collapse(memory: &GuestMemory, parts: &PageSet) {
     for run in parts.runs() {
         let Some(region) = memory.iter().nth(run.region) else { continue };
@@ -224,7 +237,8 @@ fn collapse(memory: &GuestMemory, parts: &PageSet) {
         else {
             continue;
         };
-        if offset.checked_add(len).is_none_or(|end| end > region.size()) {
+        let outside = offset.checked_add(len).is_none_or(|end| end > region.size());
+        if outside || MmapRegion::bitmap(region).has_pieces() {
             continue;
         }
         let at = region.as_ptr().wrapping_add(offset);
@@ -239,11 +253,8 @@ fn collapse(memory: &GuestMemory, parts: &PageSet) {
 /// Makes all RAM read as zeroes by giving it back to the host. The vCPUs must be paused.
 pub fn discard(memory: &GuestMemory) -> Result<(), Error> {
     for region in memory.iter() {
-        if region.flags() & libc::MAP_ANONYMOUS == 0 {
-            // What is mapped of a file would come back.
-            // SAFETY: the range is guest RAM, whose contents are about to be replaced.
-            unsafe { remap(region.as_ptr(), region.size(), libc::MAP_ANONYMOUS, None) }
-                .map_err(Error::Discard)?;
+        // What is mapped of a file would come back.
+        if replace_pieces_of(region)? {
             continue;
         }
         // SAFETY: the range is a live private anonymous mapping, to which no Rust reference exists;
@@ -259,9 +270,32 @@ pub fn discard(memory: &GuestMemory) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use snapshot::fault::LazyHost;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+
+    #[test]
+    fn what_is_mapped_of_a_file_is_there_until_anonymous_memory_takes_its_place() {
+        const LEN: u64 = 1 << 16;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 2 << 16]).unwrap();
+        for replace in [replace_pieces, discard] {
+            let memory = allocate(33 << 20, Kind::Mixed).unwrap();
+            assert!(LazyHost::can_serve(&memory));
+            let (guest, own) = (GuestAddress(1 << 20), GuestAddress(3 << 20));
+            map_piece(&memory, &file, Piece { guest, len: LEN, host: LEN }).unwrap();
+            memory.write_obj(1_u64, own).unwrap();
+            assert!(!LazyHost::can_serve(&memory));
+            assert_eq!(memory.read_obj::<u8>(guest).unwrap(), 7);
+            replace(&memory).unwrap();
+            assert!(LazyHost::can_serve(&memory));
+            assert_eq!(memory.read_obj::<u64>(guest).unwrap(), 0);
+            assert_eq!(memory.read_obj::<u64>(own).unwrap(), 0);
+        }
+    }
 
     #[test]
     fn regions_begin_at_multiples_of_a_large_page_whatever_their_size() {
@@ -270,7 +304,6 @@ mod tests {
             for kind in [Kind::Anonymous, Kind::Mixed] {
                 let memory = allocate(size, kind).unwrap();
                 assert_eq!(memory.iter().map(GuestMemoryRegion::len).sum::<u64>(), size);
-                assert_eq!(is_anonymous(&memory), kind == Kind::Anonymous);
                 for region in memory.iter() {
                     assert!(region.as_ptr().addr().is_multiple_of(ALIGN), "{size:#x}");
                     let last = GuestAddress(region.start_addr().0 + region.len() - 8);

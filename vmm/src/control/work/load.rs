@@ -22,7 +22,7 @@ use crate::memory;
 pub(super) fn load(target: &Target, how: LoadOptions, context: &WorkContext) -> Outcome {
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
-    let host = lazy_host(how.mode).filter(|_| memory::is_anonymous(&context.memory));
+    let host = lazy_host(how.mode);
     let disks = revival.checkpoint.prepare_disks()?;
     if context.missing.is_none() {
         // KVM has to forget all of RAM, which takes long and would prolong the pause. A slot is only made once
@@ -38,6 +38,8 @@ pub(super) fn load(target: &Target, how: LoadOptions, context: &WorkContext) -> 
     if let Some(earlier) = &context.missing {
         earlier.ram.abandon();
     }
+    // What a fork has mapped of its base would come back, and cannot be watched.
+    memory::replace_pieces(&context.memory)?;
     let (presence, orders) = (&context.presence, &context.orders);
     let ram = Ram { memory: &context.memory, fresh: false, presence, orders };
     let missing = revival.revive(ram, host, &context.progress, &context.mailbox)?;
