@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::Kvm;
 use serde_json::json;
 use tardigrade_tests::baremetal::apic::{self, TimerMode};
 use tardigrade_tests::baremetal::layout::SCRATCH;
@@ -224,6 +226,60 @@ fn kvmclock_is_set_forward_by_the_time_since_the_save_where_a_load_is_told_so() 
     assert!(loaded >= later, "{loaded:?} in a new process, {later:?} before");
     let most = first + start.elapsed();
     assert!(loaded <= most, "{loaded:?} in a new process, {most:?} at most");
+    vm.quit();
+}
+
+const TSC: u32 = 0x10;
+
+/// Whether this host's KVM gives a guest a TSC of its own, or takes the host to set it and does nothing.
+fn kvm_sets_the_tsc() -> bool {
+    // More than the host's own is for a hundred years.
+    const FAR: u64 = 1 << 62;
+    let vcpu = Kvm::new().unwrap().create_vm().unwrap().create_vcpu(0).unwrap();
+    let entry = |data| [kvm_msr_entry { index: TSC, data, ..Default::default() }];
+    let mut msrs = Msrs::from_entries(&entry(FAR)).unwrap();
+    assert_eq!(vcpu.set_msrs(&msrs).unwrap(), 1);
+    assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1);
+    msrs.as_slice()[0].data >= FAR
+}
+
+#[test]
+fn the_tsc_goes_back_where_kvm_sets_it_and_is_the_same_on_all_vcpus() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let spec = machine_with_disk(dir.path(), "32M", 2);
+    let mut vm = spec.start();
+    let mut guest = monitor(&vm);
+    apic::enable(&mut guest);
+    apic::start_vcpu(&mut guest, 1);
+    let before = guest.tsc();
+    vm.save("then", DISK);
+    // Not waiting for anything. KVM takes a TSC that is within a second of what it expects for that, see
+    // docs/checkpoints.md.
+    std::thread::sleep(Duration::from_secs(2));
+    let later = guest.tsc();
+    let check = |guest: &mut Monitor| {
+        let loaded = guest.tsc();
+        match kvm_sets_the_tsc() {
+            true => assert!((before..later).contains(&loaded), "{before}, {later}, then {loaded}"),
+            false => assert!(loaded > later, "the host's went back from {later} to {loaded}"),
+        }
+        let mut last = loaded;
+        for _ in 0..5 {
+            guest.start_on(1, Routine::ReadTsc, &[]);
+            let second = guest.answer_of(1);
+            let first = guest.tsc();
+            assert!(last < second && second < first, "{last}, {second}, {first}");
+            last = first;
+        }
+    };
+    vm.load("then", DISK);
+    check(&mut guest);
+    vm.quit();
+    let vm = spec.args(&["--loadvm", "then"]).start();
+    check(&mut monitor(&vm));
     vm.quit();
 }
 
