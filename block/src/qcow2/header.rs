@@ -185,6 +185,32 @@ fn geometry(fixed: &[u8; 112], name: &str, file_len: u64) -> Result<(Geometry, u
     Ok((Geometry { cluster_bits, refcount_order, version, extended, external }, header_length))
 }
 
+/// How clusters are compressed: the type must be one that is known, and the incompatible bit set for all
+/// but zlib.
+pub(super) fn compression(incompatible: u64, header_length: u32, kind: u8) -> Check<Compression> {
+    let marked = incompatible & incompatible::COMPRESSION != 0;
+    match if header_length > 104 { kind } else { 0 } {
+        0 if !marked => Ok(Compression::Zlib),
+        1 if marked => Ok(Compression::Zstd),
+        n @ 0..=1 => Err(format!(
+            "has compression type {n}, whose incompatible feature bit must {}be set",
+            if n == 0 { "not " } else { "" }
+        )),
+        n => Err(format!("has unknown compression type {n}")),
+    }
+}
+
+/// Whether the backing file's name lies in the first cluster. An offset of 0 says that there is none.
+pub(super) fn check_backing_place(offset: u64, len: u32, cluster: u64) -> Check<()> {
+    let end = offset.checked_add(len.into());
+    if offset != 0 && (len > MAX_BACKING_NAME || end.is_none_or(|end| end > cluster)) {
+        return Err(format!(
+            "backing file name at {offset:#x} ({len} bytes) does not fit the first cluster or is longer than {MAX_BACKING_NAME} bytes"
+        ));
+    }
+    Ok(())
+}
+
 impl Header {
     /// Reads and checks the header.
     ///
@@ -212,13 +238,8 @@ impl Header {
             .read_extensions(&first[..end], to_usize(header_length.into()))
             .map_err(corrupt)?;
         header.check_features(&names).map_err(unsupported)?;
-        if header.incompatible & incompatible::COMPRESSION != 0 {
-            header.compression = match (header_length, fixed[104]) {
-                (105.., 1) => Compression::Zstd,
-                (105.., 0) => Compression::Zlib,
-                (_, n) => return Err(unsupported(format!("has unknown compression type {n}"))),
-            };
-        }
+        header.compression =
+            compression(header.incompatible, header_length, fixed[104]).map_err(unsupported)?;
         header
             .read_backing_name(&first, be64_at(&fixed, 8), get_u32(&fixed, 16))
             .map_err(corrupt)?;
@@ -354,12 +375,7 @@ impl Header {
         if offset == 0 {
             return Ok(());
         }
-        let end = offset.checked_add(len.into());
-        if len > MAX_BACKING_NAME || end.is_none_or(|end| end > to_u64(first.len())) {
-            return Err(format!(
-                "backing file name at {offset:#x} ({len} bytes) does not fit the first cluster or is longer than {MAX_BACKING_NAME} bytes"
-            ));
-        }
+        check_backing_place(offset, len, to_u64(first.len()))?;
         let name = &first[to_usize(offset)..][..to_usize(len.into())];
         self.backing_file = Some(String::from_utf8_lossy(name).into_owned());
         self.backing_bytes = name.to_vec();

@@ -1,14 +1,16 @@
 //! Images that are not what they say: each is refused with what is wrong, and without great memory.
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
+use block::qcow2::check::{self, Repair};
 use block::qcow2::{Probe, Qcow2};
 use block::storage::Storage;
 use block::storage::memory::MemoryStorage;
 use block::{Error, Format, Graph, Result, WriteBuf};
 
-use crate::common::{self, Random, create, have_qemu_img, save};
+use crate::common::{self, Random, Start, create, have_qemu_img, save};
 
 fn open(bytes: Vec<u8>, read_only: bool) -> Result<Qcow2> {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(bytes));
@@ -80,6 +82,47 @@ fn absurd_header_fields_are_named() {
 }
 
 /// What is past the end of the file reads as zeroes, but would be written over.
+/// What QEMU does not open for a check either is not called sound.
+#[test]
+fn a_header_that_cannot_be_opened_cannot_be_checked() {
+    if !have_qemu_img("headers and checks") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path());
+    let zstd = std::fs::read(create(dir.path(), "z.qcow2", "4M", "compression_type=zstd")).unwrap();
+    let (file, bit) = (dir.path().join("bad.qcow2"), 1 << 3);
+    let marked = image[79] | bit;
+    for (image, at, bytes, reason) in [
+        (&image, 8, &[0, 0x10, 0, 0, 0, 0, 0, 0][..], "backing file name at 0x10000000000000"),
+        (&image, 8, &[0, 0, 0, 0, 0, 0, 2, 0, 0, 1, 0, 0], "(65536 bytes) does not fit"),
+        (&image, 104, &[64], "unknown compression type 64"),
+        (&image, 104, &[1], "compression type 1, whose incompatible feature bit must be set"),
+        (
+            &image,
+            79,
+            &[marked],
+            "compression type 0, whose incompatible feature bit must not be set",
+        ),
+        (&zstd, 79, &[0], "compression type 1, whose incompatible feature bit must be set"),
+    ] {
+        let bad = patched(image, at, bytes);
+        std::fs::write(&file, &bad).unwrap();
+        let args = ["check", "-f", "qcow2", file.to_str().unwrap()];
+        let theirs = Command::new("qemu-img").args(args).run().unwrap();
+        assert_eq!(theirs.status.code(), Some(1), "{reason}");
+        for repair in [Repair::No, Repair::All] {
+            let storage = MemoryStorage::new(bad.clone());
+            let options = check::Options { repair, progress: None };
+            let error = check::check(&storage, &options).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+            assert_eq!(storage.bytes(), bad);
+        }
+        let error = open(bad, true).err().unwrap().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+}
+
 #[test]
 fn a_refcount_table_that_goes_on_past_the_end_of_the_file_is_refused_for_writing() {
     if !have_qemu_img("refcount table") {

@@ -5,7 +5,9 @@ use crate::num::{be32_at, be64, be64_at, to_usize};
 use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result};
 
-use super::super::header::{MAX_L1_BYTES, MAX_REFTABLE_BYTES, incompatible};
+use super::super::header::{
+    MAX_L1_BYTES, MAX_REFTABLE_BYTES, check_backing_place, compression, incompatible,
+};
 
 /// Autoclear bit: the bitmaps extension is up to date.
 pub(super) const BITMAPS_VALID: u64 = 1;
@@ -103,7 +105,12 @@ impl<'a> Image<'a> {
         let header_length = if v3 { be32_at(&fixed, 100) } else { 72 };
         image
             .check_sizes(header_length)
+            .and_then(|()| {
+                let (offset, len) = (be64_at(&fixed, 8), be32_at(&fixed, 16));
+                check_backing_place(offset, len, image.cluster_size())
+            })
             .map_err(|reason| Error::Corrupt { filename: filename(), reason })?;
+        compression(image.incompatible, header_length, fixed[104]).map_err(unsupported)?;
         image.read_extensions(header_length, be64_at(&fixed, 8))?;
         Ok(image)
     }
