@@ -5,7 +5,8 @@
 //! 1. an L1 table that is too small is copied to a larger place; the copy and its counts are durable
 //!    before the header refers to it (still with the old size), the old table is freed after;
 //! 2. what past the old end would show through is made to read as zeroes: stale bytes of the last
-//!    cluster, leftovers of a larger disk, the backing file where it is longer;
+//!    cluster, leftovers of a larger disk, the backing file where it is longer, or where it is named
+//!    and not open;
 //! 3. clusters are taken, if asked for;
 //! 4. all of that is durable, then the header gets the new size, flush.
 //!
@@ -177,7 +178,12 @@ impl Qcow2 {
     /// Step 2 of growing.
     fn clear_past_end(&self, old: u64, size: u64, progress: &Progress) -> Result<()> {
         let geometry = self.geometry;
-        let shown = self.backing().map_or(0, |backing| backing.size());
+        let shown = match self.backing() {
+            Some(backing) => backing.size(),
+            // Whoever opens the image by its own names may find a longer one there.
+            None if geometry.version >= 3 && self.says_zeroes(&self.meta()) => u64::MAX,
+            None => 0,
+        };
         let end = size.next_multiple_of(geometry.cluster_size());
         let mut at = old;
         while at < end {

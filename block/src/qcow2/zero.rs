@@ -47,9 +47,22 @@ impl Qcow2 {
         self.zero_range(offset, end, wish, Edge::AtDiskEnd)
     }
 
-    /// Makes what lies past the end of the disk read as zeroes, for when the disk reaches there.
+    /// Makes what lies past the end of the disk read as zeroes, for when the disk reaches there. With nothing open
+    /// below, a subcluster in which the disk ends, and of which the image has nothing, stays so: zeroes would
+    /// hide what the image names as its backing file from the disk as it is.
     pub(super) fn zero_past_end(&self, start: u64, end: u64) -> Result<()> {
+        let whole = start.next_multiple_of(self.geometry.subcluster_size()).min(end);
+        let start = if self.has_nothing(start, whole - start)? { whole } else { start };
         self.zero_range(start, end, Wish::Unmap, Edge::Within)
+    }
+
+    /// Whether nothing but zeroes is there, with nothing open below, for a part of a cluster.
+    fn has_nothing(&self, guest: u64, len: u64) -> Result<bool> {
+        if len == 0 || self.backing().is_some() {
+            return Ok(false);
+        }
+        let _held = self.in_flight.exclusive(self.clusters_of(guest, len));
+        self.maps_to_zero(&mut self.meta(), guest, len, true)
     }
 
     fn zero_range(&self, offset: u64, end: u64, wish: Wish, edge: Edge) -> Result<()> {
@@ -169,7 +182,7 @@ impl Qcow2 {
     /// Whether zeroes are recorded where the image has nothing and nothing is below it. So they are,
     /// too, where the image names a backing file that is not open: whoever opens the image by its own
     /// names reads them then. Version 2 cannot say zero and would take space for all of them.
-    fn says_zeroes(&self, meta: &Meta) -> bool {
+    pub(super) fn says_zeroes(&self, meta: &Meta) -> bool {
         let named = self.geometry.version >= 3 && meta.header.backing_file.is_some();
         named || self.records_zeroes.load(Ordering::Acquire)
     }

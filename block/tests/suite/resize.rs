@@ -7,6 +7,7 @@ use std::sync::Arc;
 use block::qcow2::{Probe, Qcow2, check};
 use block::storage::memory::MemoryStorage;
 use block::{Format, Preallocation, Progress};
+use serde_json::json;
 
 use crate::common::{
     Start as _, check as qemu_check, create, have_qemu_img, open, path, qemu_contents, qemu_img,
@@ -122,6 +123,44 @@ fn a_longer_backing_file_does_not_show_past_the_old_end() {
         qemu_check(&image);
         let model = qemu_contents(dir.path(), &image, None);
         assert!(model[1000 << 10..].iter().all(|b| *b == 0), "{kind}");
+    }
+}
+
+#[test]
+fn a_longer_backing_file_that_was_not_open_does_not_show_past_the_old_end() {
+    if !have_qemu_img("resize") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, vec![5; 8 << 20]).unwrap();
+    // Option, and where zeroes can be said from on. The first has one L2 table for all, the others have new ones.
+    let kinds = [
+        ("cluster_size=64k", 1 << 20),
+        ("extended_l2=on,cluster_size=16k", 1000 << 10),
+        ("cluster_size=512", 1000 << 10),
+        ("cluster_size=4k", 1000 << 10),
+    ];
+    for ((kind, end), written) in kinds.into_iter().flat_map(|k| [(k, false), (k, true)]) {
+        let options = format!("{kind},backing_file={},backing_fmt=raw", path(&base));
+        let image = create(dir.path(), "top.qcow2", "1000k", &options);
+        {
+            let graph = block::Graph::new();
+            let node = graph.add(&json!({"driver": "qcow2", "node-name": "d", "backing": null,
+                "file": {"driver": "file", "filename": path(&image)}}));
+            let node = node.unwrap();
+            if written {
+                write(&*node.format(), 0, &vec![7; 1 << 16]);
+            }
+            resize(&*node.format(), 9 << 20, OFF).unwrap();
+            assert!(read(&*node.format(), 1 << 16, 8 << 20).iter().all(|b| *b == 0), "{kind}");
+        }
+        qemu_check(&image);
+        let contents = qemu_contents(dir.path(), &image, None);
+        let first = if written { 7 } else { 5 };
+        assert!(contents[..1 << 16].iter().all(|b| *b == first), "{kind}");
+        assert!(contents[1 << 16..1000 << 10].iter().all(|b| *b == 5), "{kind} {written}");
+        assert!(contents[end..].iter().all(|b| *b == 0), "{kind} {written}");
     }
 }
 
