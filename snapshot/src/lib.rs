@@ -38,7 +38,7 @@ pub use format::FormatError;
 pub use format::section::{Section, SectionName, SectionReader};
 pub use load::{Checkpoint, LoadError, ReviveReport};
 pub use map::{MappedRam, Piece};
-pub use nodes::{NodesError, resolve};
+pub use nodes::{NodesError, kept_tag, resolve};
 pub use ram::GuestMemory;
 pub use rewind::Rewinder;
 pub use save::{Save, SaveError, SaveImages, SaveReport, SaveRequest, preflight_save, save};

@@ -80,7 +80,7 @@ pub(crate) fn vmstate_index(nodes: &[Arc<Node>], vmstate: &str) -> Result<usize,
 }
 
 /// The tag as a snapshot table keeps it: cut to 255 bytes, between characters.
-pub(crate) fn kept_tag(tag: &str) -> &str {
+pub fn kept_tag(tag: &str) -> &str {
     &tag[..tag.floor_char_boundary(MAX_TAG)]
 }
 

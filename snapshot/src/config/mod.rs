@@ -33,6 +33,9 @@ pub(crate) const CONFIG_VERSION: u32 = 2;
 /// Kind of the configuration section; its instance is 0.
 pub(crate) const CONFIG_KIND: &str = "config";
 
+/// Most bytes of its payload. Those of all checkpoints in an image are read to list them.
+pub(crate) const MAX_CONFIG: u64 = 1 << 20;
+
 /// What was on the command line and what the guest was told.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MachineConfig {
@@ -135,6 +138,20 @@ pub struct CheckpointConfig {
     /// Ancestry and description. Since version 2.
     #[serde(default)]
     pub about: About,
+}
+
+/// The configuration as a section.
+///
+/// # Errors
+/// It is larger than [`MAX_CONFIG`].
+pub(crate) fn encode_config(config: &CheckpointConfig) -> Result<Section, FormatError> {
+    let section = Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, config)?;
+    let len = section.bytes.len();
+    if len as u64 > MAX_CONFIG {
+        let reason = format!("it has {len} bytes, at most {MAX_CONFIG} are kept");
+        return Err(FormatError::Encode { name: section.name, reason });
+    }
+    Ok(section)
 }
 
 /// Takes the configuration out of a checkpoint's sections.

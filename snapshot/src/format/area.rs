@@ -106,15 +106,21 @@ impl StateArea {
         Ok(Self { sections: sections.collect::<Result<_, _>>()?, layout: header.layout })
     }
 
-    /// As [`StateArea::read`], of the header and the first section of `kind` only.
+    /// As [`StateArea::read`], of the header and the first section of `kind` only, which has at most
+    /// `most` bytes.
     pub(crate) fn read_section(
         area_len: u64,
         kind: &str,
+        most: u64,
         read_at: impl Fn(StateOffset, &mut [u8]) -> block::Result<()>,
     ) -> Result<Section, FormatError> {
         let header = read_header(area_len, &read_at)?;
         let name = SectionName::new(kind, 0);
         match header.sections.into_iter().find(|entry| entry.name == name) {
+            Some(SectionEntry { name, len, .. }) if len > most => {
+                let reason = format!("it has {len} bytes, at most {most} are possible");
+                Err(FormatError::Section { name, reason })
+            }
             Some(entry) => read_payload(entry, &read_at),
             None => Err(FormatError::Missing(name)),
         }

@@ -64,6 +64,24 @@ fn error_after(change: impl FnOnce(&mut [u8])) -> String {
     result.unwrap_err().to_string()
 }
 
+#[test]
+fn a_section_that_claims_more_than_it_may_have_is_not_read() {
+    let area = area();
+    let bytes = area.encode();
+    let clock = area.sections[2].bytes.len() as u64;
+    let read = |most| {
+        StateArea::read_section(area.layout.total_length(), "clock", most, |offset, buffer| {
+            let start = usize::try_from(offset.0).unwrap();
+            buffer.copy_from_slice(&bytes[start..start + buffer.len()]);
+            Ok(())
+        })
+    };
+    assert_eq!(read(clock).unwrap(), area.sections[2]);
+    let error = read(clock - 1).unwrap_err().to_string();
+    let wanted = "VM-state section 'clock.0' is damaged: it has 3 bytes, at most 2 are possible";
+    assert_eq!(error, wanted);
+}
+
 /// Where a field of the section table lies.
 fn entry(section: usize, field: usize) -> usize {
     FIXED_LEN + 2 * REGION_LEN + section * ENTRY_LEN + field

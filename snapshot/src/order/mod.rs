@@ -12,6 +12,9 @@
 //! The caller puts the node that makes the change count last (the VM-state node at a save), so that
 //! a crash between two publishes never shows a checkpoint that lacks a disk.
 
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
 use block::{Progress, SnapshotChange, Together};
 
 /// A change on one node.
@@ -99,17 +102,34 @@ pub(crate) fn show_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError
 /// Makes shown changes durable, all nodes at once, and finishes them, on each node whatever happens on the others:
 /// a guest has seen them. Gives the first error; what it leaves undone the next flush of that node does.
 pub(crate) fn settle_all(changes: &mut [NodeChange<'_>]) -> Result<(), ChangeError> {
-    let Some((last, others)) = changes.split_last_mut() else { return Ok(()) };
-    std::thread::scope(|scope| {
-        let others: Vec<_> =
-            others.iter_mut().map(|one| (one.node, scope.spawn(|| settle(one)))).collect();
-        let mut result = settle(last);
-        for (node, other) in others.into_iter().rev() {
-            let panicked = |_| Err(failed(node, block::Error::Invalid("a thread died".to_owned())));
-            result = other.join().unwrap_or_else(panicked).and(result);
+    settle_by(changes, changes.len().saturating_sub(1))
+}
+
+/// As [`settle_all`], by this many threads at most besides the calling one. Where the host has none to
+/// spare, those there are do the work: nobody waits for a change that another node has yet to make.
+fn settle_by(changes: &mut [NodeChange<'_>], helpers: usize) -> Result<(), ChangeError> {
+    let waiting = Mutex::new(changes.iter_mut().enumerate());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let failures = Mutex::new(Vec::new());
+    let worker = || {
+        while let Some((at, one)) = next() {
+            if let Err(error) = settle(one) {
+                failures.lock().unwrap_or_else(PoisonError::into_inner).push((at, error));
+            }
         }
-        result
-    })
+    };
+    thread::scope(|scope| {
+        for _ in 0..helpers {
+            let helper = thread::Builder::new().name("settle".to_owned());
+            if helper.spawn_scoped(scope, worker).is_err() {
+                break;
+            }
+        }
+        worker();
+    });
+    let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let first = failures.into_iter().min_by_key(|(at, _)| *at);
+    first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
 fn settle(one: &mut NodeChange<'_>) -> Result<(), ChangeError> {

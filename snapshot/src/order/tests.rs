@@ -97,6 +97,20 @@ fn shown_changes_are_published_and_finished_on_each_node_whatever_fails_on_other
 }
 
 #[test]
+fn changes_are_settled_whatever_threads_there_are_and_the_first_failure_is_told() {
+    for helpers in [0, 1, 2, 100] {
+        let settled = |changes: &mut [NodeChange<'_>]| settle_by(changes, helpers);
+        let (result, log) = run_as(settled, [&[], &["publish"], &["publish"]]);
+        assert_eq!(result.unwrap_err().node, "b");
+        for step in ["a publish", "a finish", "b publish", "c publish"] {
+            assert_eq!(log.iter().filter(|l| *l == step).count(), 1, "{helpers}: {log:?}");
+        }
+        assert_eq!(log.len(), 4, "{helpers}: {log:?}");
+        run_as(settled, [&[]; 3]).0.unwrap();
+    }
+}
+
+#[test]
 fn failed_show_on_each_node_rolls_all_back_and_publishes_none() {
     for at in 0..3 {
         let mut fails: [&[&str]; 3] = [&[]; 3];

@@ -6,7 +6,7 @@ use block::qcow2::Compression;
 use block::{Node, Progress};
 
 use crate::about::{About, AboutError, Stamp};
-use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, CheckpointNode, MachineConfig};
+use crate::config::{CheckpointConfig, CheckpointNode, MachineConfig, encode_config};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
 use crate::format::section::Section;
@@ -193,7 +193,7 @@ fn all_sections(
         |node: &Arc<Node>| CheckpointNode { node: node.name().to_owned(), size: node.size() };
     let nodes = nodes.iter().map(node).collect();
     let config = CheckpointConfig { machine: config.clone(), nodes, about };
-    let mut all = vec![Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config)?];
+    let mut all = vec![encode_config(&config)?];
     all.extend(sections);
     Ok(all)
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 use super::frame::{FrameWriter, Kind};
 use super::{FRAME_PAGES, RUN_KIND, RUN_VERSION, Run, StreamError};
 use crate::about::About;
-use crate::config::{CONFIG_KIND, CONFIG_VERSION, CheckpointConfig, MachineConfig};
+use crate::config::{CheckpointConfig, MachineConfig, encode_config};
 use crate::format::section::{MAX_KIND, Section};
 use crate::memory::{Copies, Pagemap, RamSlice};
 use crate::track::{PageRun, PageSet};
@@ -51,7 +51,7 @@ impl<W: Write> StreamWriter<W> {
         let copies = Copies::room(FRAME_PAGES);
         let mut writer = Self { frames, sent: Sent::default(), copies, pagemap };
         let config = CheckpointConfig { machine: machine.clone(), nodes: Vec::new(), about };
-        writer.section(&Section::encode(CONFIG_KIND, 0, CONFIG_VERSION, &config)?)?;
+        writer.section(&encode_config(&config)?)?;
         let mut regions = Vec::new();
         for (start, len) in memory::ranges(ram) {
             regions.extend(start.0.to_le_bytes());

@@ -10,7 +10,7 @@ use block::snapshot::SnapshotSizes;
 use block::{Node, ReadBuf, SnapshotInfo};
 
 use crate::about::Stamp;
-use crate::config::{CONFIG_KIND, CheckpointConfig, decode_config};
+use crate::config::{CONFIG_KIND, CheckpointConfig, MAX_CONFIG, decode_config};
 use crate::format::FormatError;
 use crate::format::area::StateArea;
 
@@ -108,9 +108,10 @@ pub fn read_config(node: &Node, id: &str) -> Result<CheckpointConfig, FormatErro
         what: "the VM state".to_owned(),
         source: Box::new(source),
     })?;
-    let section = StateArea::read_section(state.size(), CONFIG_KIND, |offset, buffer| {
-        state.read(offset.0, &[ReadBuf::new(buffer)])
-    })?;
+    let section =
+        StateArea::read_section(state.size(), CONFIG_KIND, MAX_CONFIG, |offset, buffer| {
+            state.read(offset.0, &[ReadBuf::new(buffer)])
+        })?;
     decode_config(&[section])
 }
 

@@ -56,7 +56,8 @@ pub fn query(
     let current =
         lineage.stamps().iter().find_map(|stamp| entries.iter().find(|e| e.stamp == *stamp));
     let current = current.map(|entry| &entry.stamp);
-    let wanted = |entry: &&Entry| query.tag.is_none_or(|tag| entry.stamp.tag == tag);
+    let tag = query.tag.map(snapshot::kept_tag);
+    let wanted = |entry: &&Entry| tag.is_none_or(|tag| entry.stamp.tag == tag);
     let info = |entry: &Entry| {
         let mut info = describe(entry, current == Some(&entry.stamp));
         info.nearest = entry.above.and_then(|at| entries.get(at)).map(|e| reference(&e.stamp));

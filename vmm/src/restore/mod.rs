@@ -18,7 +18,7 @@ use snapshot::tree::read_config;
 use snapshot::{FormatError, Stamp};
 use uuid::Uuid;
 
-use crate::cli::values::MACHINE_TYPE;
+use crate::cli::values::{MACHINE_TYPE, MAX_VCPUS};
 use crate::image;
 use crate::machine::recorded::GENERATION_KIND;
 use crate::machine::spec::{DeviceKind, DeviceSpec, MachineSpec};
@@ -116,8 +116,10 @@ pub fn plan(
     }
     let mut files = Files::new(restore, &config, node_names(blockdevs))?;
     files.moved &= purpose == Purpose::Restore;
-    let vcpus = u8::try_from(machine.vcpus)
-        .map_err(|_| Error::Unknown(format!("{} vCPUs", machine.vcpus)))?;
+    let vcpus = match u8::try_from(machine.vcpus) {
+        Ok(count @ 1..=MAX_VCPUS) => count,
+        _ => return Err(Error::Unknown(format!("a machine with {} vCPUs", machine.vcpus))),
+    };
     let mut devices = Vec::new();
     let mut nodes = Vec::new();
     let mut missing = Vec::new();
@@ -166,7 +168,8 @@ pub fn plan(
 fn record(restore: &RestoreSpec) -> Result<(Stamp, CheckpointConfig), Error> {
     let (_user, node) = image::look(&restore.image)?;
     let snapshots = node.snapshots();
-    let mut of_tag = snapshots.iter().filter(|s| s.tag == restore.tag).peekable();
+    let kept = snapshot::kept_tag(&restore.tag);
+    let mut of_tag = snapshots.iter().filter(|s| s.tag == kept).peekable();
     if of_tag.peek().is_none() {
         let others = snapshots.iter().map(|s| s.tag.escape_debug().to_string()).collect();
         return Err(Error::NotFound { tag: restore.tag.clone(), others });

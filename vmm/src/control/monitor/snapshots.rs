@@ -72,7 +72,8 @@ impl Controller {
             Line::Load(tag) => {
                 // It is on the disk where it was saved, whichever that is.
                 let state = |node: &&Arc<Node>| {
-                    node.snapshots().iter().any(|s| s.tag == *tag && s.vm_state_size > 0)
+                    let kept = snapshot::kept_tag(tag);
+                    node.snapshots().iter().any(|s| s.tag == kept && s.vm_state_size > 0)
                 };
                 let vmstate = disks.iter().find(state).unwrap_or(first);
                 (Task::Load(target(tag, vmstate), LoadOptions::USUAL), None)
@@ -117,7 +118,8 @@ impl Controller {
 }
 
 fn has(node: &Node, tag: &str) -> bool {
-    node.snapshots().iter().any(|snapshot| snapshot.tag == tag)
+    let kept = snapshot::kept_tag(tag);
+    node.snapshots().iter().any(|snapshot| snapshot.tag == kept)
 }
 
 fn header() -> String {

@@ -254,7 +254,8 @@ fn failed(error: SaveError) -> WorkError {
 fn stamp(tag: &str, vm_clock_nsec: u64, date: SystemTime) -> Stamp {
     let date = date.duration_since(UNIX_EPOCH).unwrap_or_default();
     Stamp {
-        tag: tag.to_owned(),
+        // What the table keeps of it, by which it is found again.
+        tag: snapshot::kept_tag(tag).to_owned(),
         date_sec: u32::try_from(date.as_secs()).unwrap_or(u32::MAX),
         date_nsec: date.subsec_micros() * 1000,
         vm_clock_nsec,
