@@ -98,6 +98,13 @@ impl VmState {
         self.write(60, &sum.to_le_bytes());
     }
 
+    /// Computes a section's checksum anew; the header's has to follow.
+    pub fn seal_section(&self, section: &Section) {
+        let length = usize::try_from(section.length).unwrap();
+        let sum = crc32(&self.read(section.offset, length));
+        self.write(section.entry + 72, &sum.to_le_bytes());
+    }
+
     /// Host offset of a byte that is stored.
     pub fn host(&self, offset: u64) -> u64 {
         let cluster = self.host_u64(self.l2_entry(offset)) & OFFSET;

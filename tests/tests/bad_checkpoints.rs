@@ -255,6 +255,45 @@ fn a_damaged_section_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_state_that_a_device_refuses_leaves_the_disk_as_it_was() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let damaged = Damaged::new(dir.path());
+    let (disk, state) = (&damaged.disk, &damaged.state);
+    // Whole in itself, and of this machine: a status that no device can have is found when it is put in place.
+    let sections = state.sections();
+    let device = sections.iter().find(|section| section.name == "virtio-mmio.0").unwrap();
+    let payload = state.read(device.offset, usize::try_from(device.length).unwrap());
+    // CBOR: a text of six bytes, then the number 0, which becomes 16.
+    let field = b"\x66status\x00";
+    let at = payload.windows(field.len()).position(|bytes| bytes == field).unwrap();
+    state.write(device.offset + at as u64 + 7, &[16]);
+    state.seal_section(device);
+    state.seal();
+
+    let write = ["-c", "write -P 0x77 1M 64k", &disk.file()];
+    assert!(Command::new("qemu-io").args(write).stdout(Stdio::null()).status().unwrap().success());
+    let now = disk.read(None);
+    assert!(now != disk.read(Some("one")), "the disk was not changed");
+    let wanted = "device status";
+    check(&loadvm_fails(&damaged.spec), &[wanted]);
+    assert!(disk.read(None) == now, "--loadvm has changed the disk");
+    let restore = format!("{}#one", disk.file());
+    check(&fails(&["--restore", &restore, "--serial", "null"]), &[wanted]);
+    assert!(disk.read(None) == now, "--restore has changed the disk");
+
+    let mut vm = Running::start(&damaged.spec);
+    let (result, _) = vm.job("snapshot-load", snapshot("one", &["disk0"]));
+    check(&result.unwrap_err(), &[wanted]);
+    assert_eq!(vm.vm.status(), "restore-vm");
+    vm.vm.quit();
+    assert!(disk.read(None) == now, "snapshot-load has changed the disk");
+    disk.check();
+}
+
+#[test]
 fn a_truncated_vm_state_is_refused() {
     if !require::kvm() {
         return;

@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
+use tardigrade_tests::baremetal::chains::Chains;
 use tardigrade_tests::baremetal::layout::FREE;
 use tardigrade_tests::baremetal::{machine, machine_with_disk, monitor};
 use tardigrade_tests::cli::{fail, succeed};
 use tardigrade_tests::disk::{Disk, qemu_img};
+use tardigrade_tests::refusal::fails;
 use tardigrade_tests::require;
 use tardigrade_tests::vm::{Vm, VmSpec};
 
@@ -212,6 +215,111 @@ fn a_machine_is_revived_from_its_image_alone() {
     monitor(&vm).verify(FREE..96 * MIB, 7);
     vm.quit();
     Disk { path: moved, format: "qcow2" }.check();
+}
+
+#[test]
+fn a_machine_that_cannot_be_started_leaves_the_disks_as_they_were() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let other = Disk::qcow2(dir.path().join("disk1.qcow2"), "16M");
+    let spec = machine_with_disk(dir.path(), "64M", 1).disk(&other);
+    let mut vm = spec.start();
+    vm.save("t", &["disk0", "disk1"]);
+    vm.quit();
+    let disks = [Disk { path: image, format: "qcow2" }, other];
+    for disk in &disks {
+        let write = ["-c", "write -P 0x77 1M 64k", &disk.file()];
+        let ended = Command::new("qemu-io").args(write).stdout(Stdio::null()).status().unwrap();
+        assert!(ended.success());
+    }
+    let contents = || [disks[0].read(None), disks[1].read(None)];
+    let now = contents();
+
+    let checkpoint = format!("{}#t", disks[0].file());
+    let args: Vec<_> = spec.arguments().iter().map(String::as_str).collect();
+    let loads = [[&args[..], &["--loadvm", "t"]].concat(), vec!["--restore", &checkpoint]];
+    let bad = [
+        ["--qmp", "unix:/nonexistent/qmp,server=on,wait=off"],
+        ["--nbd-server", "addr.type=unix,addr.path=/nonexistent/nbd"],
+        ["--export", "type=nbd,id=e,node-name=nope"],
+    ];
+    for load in &loads {
+        for bad in &bad {
+            let error = fails(&[&load[..], &["--serial", "null"], bad].concat());
+            assert!(error.contains(bad[0]), "{error}");
+            assert!(contents() == now, "{bad:?} has changed a disk");
+        }
+    }
+    disks.iter().for_each(Disk::check);
+    // It is the load that takes them back.
+    restore(&checkpoint).start().quit();
+    let then = contents();
+    assert!(then[0] != now[0] && then[1] != now[1]);
+}
+
+#[test]
+fn a_tag_longer_than_a_table_keeps_is_found_by_all_of_it_everywhere() {
+    if !require::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk0.qcow2");
+    let other = Disk::qcow2(dir.path().join("disk1.qcow2"), "16M");
+    let tag = "ä".repeat(200);
+    let machine = machine_with_disk(dir.path(), "64M", 1).disk(&other);
+    let mut vm = machine.start();
+    // The disk with the state is not the one that is looked at where nothing else tells.
+    vm.save(&tag, &["disk1", "disk0"]);
+    assert_eq!(query(&vm, json!({ "tag": tag })).len(), 1);
+    vm.save("next", &["disk1", "disk0"]);
+    let next = query(&vm, json!({ "tag": "next" })).remove(0);
+    assert_eq!(next["parent"]["tag"], "ä".repeat(127));
+    assert_eq!(next["parent"], next["nearest"]);
+    vm.delete("next", &["disk1", "disk0"]);
+    vm.quit();
+    let shown = succeed(&["snapshot", "show", "--image", &other.file(), &tag]);
+    assert!(shown.contains(&"ä".repeat(127)), "{shown}");
+    machine.args(&["--loadvm", &tag]).start().quit();
+    restore(&format!("{}#{tag}", other.file())).start().quit();
+    assert_eq!(Disk { path: image, format: "qcow2" }.tags(), ["ä".repeat(127)]);
+}
+
+#[test]
+fn a_checkpoint_is_dated_when_the_guest_stood_still_not_when_all_was_written() {
+    if !require::kvm() {
+        return;
+    }
+    // It writes so much that most is saved when it runs again.
+    const CHAINS: Chains = Chains { pages: 14000 };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = machine_with_disk(dir.path(), "64M", 3).start();
+    let mut guest = monitor(&vm);
+    CHAINS.start(&mut guest);
+    let mut qmp = vm.qmp();
+    let arguments = json!({ "job-id": "j", "tag": "t", "vmstate": "disk0", "devices": ["disk0"] });
+    qmp.execute("snapshot-save", arguments).unwrap();
+    // It may be stopped more than once: the last time counts.
+    let (mut stopped, mut ran_on) = (0, 0);
+    loop {
+        let event = qmp.wait_event(std::time::Duration::from_secs(300), |_| true).unwrap();
+        let part = |part| event["timestamp"][part].as_i64().unwrap();
+        let time = part("seconds") * 1_000_000 + part("microseconds");
+        match event["event"].as_str().unwrap() {
+            "STOP" => stopped = time,
+            "RESUME" => ran_on = time,
+            _ if event["data"]["status"] == "concluded" => break,
+            _ => {}
+        }
+    }
+    let checkpoint = query(&vm, json!({ "tag": "t" })).remove(0)["checkpoint"].take();
+    let part = |part| checkpoint[part].as_i64().unwrap();
+    let date = part("date-sec") * 1_000_000 + part("date-nsec") / 1000;
+    assert!((stopped..=ran_on).contains(&date), "{stopped} {date} {ran_on}");
+    CHAINS.stop(&mut guest);
+    vm.quit();
 }
 
 #[test]

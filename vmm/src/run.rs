@@ -118,8 +118,17 @@ fn run_machine(
     let console = Console::open(&guest.serial)
         .map_err(|error| cli::Error::new("serial", &guest.serial_text, error))?;
     let output = console.output().map_err(host("cannot use the serial port's target"))?;
-    let (machine, lineage) = make_machine(&start, guest.load, &graph, output, &mailbox)?;
-    let (blocks, server, requests) = start_services(options, args, graph, &[])?;
+    let mut services = None;
+    let mut serve = || {
+        services = Some(start_services(options, args, Arc::clone(&graph), &[])?);
+        Ok(())
+    };
+    let (machine, lineage) =
+        make_machine(&start, guest.load, &graph, output, &mailbox, &mut serve)?;
+    let (blocks, server, requests) = match services {
+        Some(services) => services,
+        None => start_services(options, args, graph, &[])?,
+    };
     if let Start::Fork { fork, .. } = &start {
         fork.overlays().for_each(|path| early.keep(path));
         fork.keep_overlays();
@@ -251,6 +260,10 @@ fn serve(server: &mut qmp::Server, spec: &QmpSpec) -> Result<(), String> {
     }
 }
 
+/// What else can fail before a machine runs; called when one has been revived, and before its disks go back
+/// for good: whatever keeps it from running leaves them as they were.
+type Rest<'a> = &'a mut dyn FnMut() -> Result<(), Error>;
+
 /// Makes the machine, and boots or revives it. The kernel is decompressed meanwhile.
 fn make_machine(
     start: &Start<'_>,
@@ -258,6 +271,7 @@ fn make_machine(
     graph: &Graph,
     console: Box<dyn Write + Send>,
     mailbox: &Mailbox,
+    rest: Rest<'_>,
 ) -> Result<(Machine, Lineage), Error> {
     let spec = start.machine();
     let (signals, events) = (guest_signals(mailbox), vcpu_events(mailbox));
@@ -268,7 +282,8 @@ fn make_machine(
             let mut machine = make()?;
             let target = writable_disks(&machine, tag)?;
             let option = format!("--loadvm {tag}");
-            let lineage = revive(&mut machine, graph, &target, &option, how, mailbox)?;
+            let ways = Ways { how, mailbox, rest };
+            let lineage = revive(&mut machine, graph, &target, &option, ways)?;
             Ok((machine, lineage))
         }
         Start::Restore { plan, tag, text } => {
@@ -279,7 +294,8 @@ fn make_machine(
                 devices: plan.nodes.clone(),
             };
             let option = format!("--restore {text}");
-            let lineage = revive(&mut machine, graph, &target, &option, how, mailbox)?;
+            let ways = Ways { how, mailbox, rest };
+            let lineage = revive(&mut machine, graph, &target, &option, ways)?;
             Ok((machine, lineage))
         }
         Start::Fork { fork, text } => {
@@ -328,9 +344,10 @@ fn writable_disks(machine: &Machine, tag: &str) -> Result<Target, Error> {
         let reason = "the machine has no writable disk that could hold a checkpoint".to_owned();
         return Err(Error::Revive { option: format!("--loadvm {tag}"), reason });
     }
+    let kept = snapshot::kept_tag(tag);
     let has_state = |node: &&Arc<Node>| {
         let mut snapshots = node.snapshots().into_iter();
-        snapshots.any(|snapshot| snapshot.tag == tag && snapshot.vm_state_size > 0)
+        snapshots.any(|snapshot| snapshot.tag == kept && snapshot.vm_state_size > 0)
     };
     let vmstate = nodes.iter().find(has_state).or(nodes.first()).map(|node| node.name().to_owned());
     Ok(Target {
@@ -340,14 +357,20 @@ fn writable_disks(machine: &Machine, tag: &str) -> Result<Target, Error> {
     })
 }
 
+/// How a checkpoint is put on a machine.
+struct Ways<'a> {
+    how: LoadOptions,
+    mailbox: &'a Mailbox,
+    rest: Rest<'a>,
+}
+
 /// Puts a checkpoint on a machine that has not run, as `option` asks. Gives where its guest comes from.
 fn revive(
     machine: &mut Machine,
     graph: &Graph,
     target: &Target,
     option: &str,
-    how: LoadOptions,
-    mailbox: &Mailbox,
+    Ways { how, mailbox, rest }: Ways<'_>,
 ) -> Result<Lineage, Error> {
     let fail = |reason: String| Error::Revive { option: option.to_owned(), reason };
     let nodes = snapshot::resolve(&target.devices, |name| graph.get(name))
@@ -359,18 +382,20 @@ fn revive(
         WorkError::Cancelled => fail("it was cancelled".to_owned()),
     };
     let revival = Revival::open(&nodes, target, &config, &memory, machine.shape()).map_err(text)?;
+    let disks = revival.prepare_disks().map_err(text)?;
     let (presence, orders) = (machine.devices().presence(), machine.orders());
     let ram = Ram { memory: &memory, fresh: true, presence, orders };
     let missing =
         revival.revive(ram, lazy_host(how.mode), &Progress::default(), mailbox).map_err(text)?;
-    revival.revert_disks().map_err(text)?;
-    machine.restore(&revival.state, Some(revival.base()))?;
+    let disks = disks.show().map_err(|error| fail(error.to_string()))?;
+    // A state that KVM or a device refuses leaves the disks as they were.
+    let restored = machine.restore(&revival.state, Some(revival.base()));
+    let restored = restored.and_then(|()| missing.map_or(Ok(()), |m| machine.set_missing(m)));
+    restored.map_err(|error| fail(error.to_string()))?;
     machine.set_clock(how.clock, &revival.stamp());
-    let lineage = revival.lineage();
-    if let Some(missing) = missing {
-        machine.set_missing(missing)?;
-    }
-    Ok(lineage)
+    rest()?;
+    disks.settle().map_err(|error| fail(error.to_string()))?;
+    Ok(revival.lineage())
 }
 
 /// Sends a message when the guest pulls the line: one for each guest, as a guest that pulls it in a

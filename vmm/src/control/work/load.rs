@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use block::{Node, Progress};
 use devices::{GuestMemory, Presence};
 use qmp::schema::LoadMode;
+use snapshot::load::PreparedDisks;
 use snapshot::{Base, Checkpoint, LazyHost, Lineage, MachineConfig, Orders, Rewinder, Stamp};
 use tracing::{info, warn};
 
@@ -23,7 +24,7 @@ pub(super) fn load(target: &Target, how: LoadOptions, context: &WorkContext) -> 
     let nodes = context.resolve(&target.devices)?;
     let revival = Revival::open(&nodes, target, &context.config, &context.memory, context.shape)?;
     let host = lazy_host(how.mode);
-    let disks = revival.checkpoint.prepare_disks()?;
+    let disks = revival.prepare_disks()?;
     if context.missing.is_none() {
         // KVM has to forget all of RAM, which takes long and would prolong the pause. A slot is only made once
         // no vCPU is in KVM's own access to a page: one that cannot be read would keep it there.
@@ -49,20 +50,18 @@ pub(super) fn load(target: &Target, how: LoadOptions, context: &WorkContext) -> 
     let disks_now = recorded::disks_of(&context.config);
     let rewind = Rewind::new(target.clone(), disks_now, base, revival.state.clone(), rewinder);
     let loaded = Box::new(Loaded { rewind, missing, clock: how.clock });
-    let restored = context.ask(|reply| WorkMessage::Restore { loaded, reply });
-    if restored.is_ok() {
-        context.lineage.set(lineage);
-        // The machine is whole, whatever becomes of the rest.
-        context.memory_lost.store(false, Ordering::Release);
-        context.send(WorkMessage::Run);
-    }
-    let settled = disks.settle().map_err(|error| {
+    // A failure takes the disks back to what they were: no guest has seen them.
+    context.ask(|reply| WorkMessage::Restore { loaded, reply })?;
+    context.lineage.set(lineage);
+    // The machine is whole, whatever becomes of the rest.
+    context.memory_lost.store(false, Ordering::Release);
+    context.send(WorkMessage::Run);
+    disks.settle().map_err(|error| {
         WorkError::Failed(format!(
             "The machine is that of '{}', but a host crash could take a disk back: {error}",
             target.tag
         ))
-    });
-    restored.and(settled)
+    })
 }
 
 /// What lets RAM be read lazily; none if that is not wanted or not allowed.
@@ -166,11 +165,11 @@ impl Revival {
         Ok(Some(lent))
     }
 
-    /// Takes the disks back; see [`Checkpoint::revert_disks`].
+    /// Does all that can fail of taking the disks back; see [`Checkpoint::prepare_disks`].
     ///
     /// # Errors
     /// Every disk is as it was.
-    pub fn revert_disks(&self) -> Outcome {
-        Ok(self.checkpoint.revert_disks()?)
+    pub fn prepare_disks(&self) -> Result<PreparedDisks<'_>, WorkError> {
+        Ok(self.checkpoint.prepare_disks()?)
     }
 }
