@@ -375,6 +375,18 @@ fn a_fork_that_keeps_its_overlays_goes_on_from_them_and_is_forked_again() {
     let listed = String::from_utf8(listed.stdout).unwrap();
     assert!(listed.contains("done") && listed.contains("later"), "{listed}");
 
+    // qemu-img works on what is in the overlay, told to leave out what is below.
+    let file = json!({ "driver": "file", "filename": overlay });
+    let alone = json!({ "driver": "qcow2", "file": file, "backing": null });
+    let alone = format!("json:{alone}");
+    assert!(qemu_img(&["snapshot", "-l", &alone]).contains(" later "));
+    qemu_img(&["snapshot", "-a", "later", &alone]);
+    qemu_img(&["snapshot", "-d", "later", &alone]);
+    qemu_img(&["check", "-q", &alone]);
+    let vm = VmSpec::bare().args(&["--restore", &done]).start();
+    monitor(&vm).verify(used, 2);
+    vm.quit();
+
     // Without the checkpoint below it an overlay is nothing, and says so.
     qemu_img(&["snapshot", "-d", "base", image.to_str().unwrap()]);
     qemu_img(&["snapshot", "-c", "other", image.to_str().unwrap()]);

@@ -10,6 +10,7 @@
 mod compressed;
 mod images;
 mod incremental;
+mod qemu_img;
 
 use block::Progress;
 use serde::Deserialize;
