@@ -184,8 +184,11 @@ impl Format for Raw {
             if mode != Preallocation::Off {
                 return refuse("Preallocation can't be used for shrinking files");
             }
-            self.size.store(size, Ordering::Release);
-            self.storage.set_len(end)?;
+            // Nobody is to write behind the new end any more, and where the file keeps its length, again.
+            let before = self.size.swap(size, Ordering::AcqRel);
+            self.storage
+                .set_len(end)
+                .inspect_err(|_| self.size.store(before, Ordering::Release))?;
         } else {
             mode.take(&*self.storage, old, end - old, progress)?;
         }
@@ -231,6 +234,7 @@ impl Format for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::memory::MemoryStorage;
     use crate::storage::{FileOptions, FileStorage};
 
     #[test]
@@ -243,5 +247,17 @@ mod tests {
         let list = part.block_status(0, 2 << 20).unwrap();
         assert_eq!(list[0], StatusExtent::zero(1 << 20));
         assert!(list[1].data && list[1].len >= 4096, "{list:?}");
+    }
+
+    #[test]
+    fn a_disk_whose_file_cannot_be_cut_keeps_its_size() {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 1 << 20]));
+        let disk = Raw::open(storage.clone(), false).unwrap();
+        let shrink = || disk.resize(1 << 19, Preallocation::Off, &Progress::default());
+        storage.fail_after(Some(0), true);
+        shrink().unwrap_err();
+        assert_eq!((disk.size(), storage.len().unwrap()), (1 << 20, 1 << 20));
+        shrink().unwrap();
+        assert_eq!((disk.size(), storage.len().unwrap()), (1 << 19, 1 << 19));
     }
 }
