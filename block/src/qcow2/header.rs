@@ -134,12 +134,12 @@ fn unsupported(filename: &str, what: &str) -> Error {
 }
 
 /// A field of feature bits, which version 2 does not have.
-fn features(fixed: &[u8; 112], version: u32, at: usize) -> u64 {
+pub(super) fn features(fixed: &[u8; 112], version: u32, at: usize) -> u64 {
     if version == 3 { be64_at(fixed, at) } else { 0 }
 }
 
 /// Checks the fields that all others depend on. Returns the geometry and the length of the header.
-fn geometry(fixed: &[u8; 112], name: &str, file_len: u64) -> Result<(Geometry, u32)> {
+pub(super) fn geometry(fixed: &[u8; 112], name: &str, file_len: u64) -> Result<(Geometry, u32)> {
     let corrupt = |reason| corrupt(name, reason);
     let unsupported = |what: String| unsupported(name, &what);
     let version = get_u32(fixed, 4);
@@ -383,7 +383,7 @@ impl Header {
     }
 }
 
-fn check_magic(filename: &str, bytes: &[u8], file_len: u64) -> Result<()> {
+pub(super) fn check_magic(filename: &str, bytes: &[u8], file_len: u64) -> Result<()> {
     let reason = if file_len == 0 {
         "is empty".to_owned()
     } else if file_len < 72 {

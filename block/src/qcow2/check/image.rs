@@ -6,8 +6,10 @@ use crate::storage::Storage;
 use crate::{Error, ReadBuf, Result};
 
 use super::super::header::{
-    MAX_L1_BYTES, MAX_REFTABLE_BYTES, check_backing_place, compression, incompatible,
+    MAX_L1_BYTES, MAX_REFTABLE_BYTES, check_backing_place, check_magic, compression, features,
+    geometry, incompatible,
 };
+use super::super::layout::Geometry;
 
 /// Autoclear bit: the bitmaps extension is up to date.
 pub(super) const BITMAPS_VALID: u64 = 1;
@@ -57,25 +59,18 @@ impl<'a> Image<'a> {
         let file_len = storage.len()?;
         let mut fixed = [0; 112];
         storage.read_at(0, &[ReadBuf::new(&mut fixed)])?;
-        let filename = || storage.name().to_owned();
-        if file_len < 72 || !fixed.starts_with(b"QFI\xfb") {
-            let reason = "has no qcow2 header".to_owned();
-            return Err(Error::NotFormat { format: "qcow2", filename: filename(), reason });
-        }
+        check_magic(storage.name(), &fixed, file_len)?;
+        let (geometry, header_length) = geometry(&fixed, storage.name(), file_len)?;
+        let Geometry { version, cluster_bits, refcount_order, .. } = geometry;
         let unsupported =
-            |what: String| Error::NotSupported(format!("Image '{}' {what}", filename()));
-        let version = be32_at(&fixed, 4);
-        if !(2..=3).contains(&version) {
-            return Err(unsupported(format!("is qcow2 version {version}, not 2 or 3")));
-        }
-        let v3 = version == 3;
-        let features = |at| if v3 { be64_at(&fixed, at) } else { 0 };
+            |what: String| Error::NotSupported(format!("Image '{}' {what}", storage.name()));
+        let features = |at| features(&fixed, version, at);
         let mut image = Self {
             storage,
             file_len,
             version,
-            cluster_bits: be32_at(&fixed, 20),
-            refcount_order: if v3 { be32_at(&fixed, 96) } else { 4 },
+            cluster_bits,
+            refcount_order,
             size: be64_at(&fixed, 24),
             l1_size: be32_at(&fixed, 36),
             l1_offset: be64_at(&fixed, 40),
@@ -96,37 +91,19 @@ impl<'a> Image<'a> {
             let bits = image.incompatible & !known;
             return Err(unsupported(format!("uses unknown incompatible features {bits:#x}")));
         }
-        match be32_at(&fixed, 32) {
-            0 => {}
-            1 => return Err(unsupported("is encrypted (AES), which is not supported".into())),
-            2 => return Err(unsupported("is encrypted (LUKS), which is not supported".into())),
-            n => return Err(unsupported(format!("has the unknown encryption method {n}"))),
-        }
-        let header_length = if v3 { be32_at(&fixed, 100) } else { 72 };
         image
-            .check_sizes(header_length)
+            .check_sizes()
             .and_then(|()| {
                 let (offset, len) = (be64_at(&fixed, 8), be32_at(&fixed, 16));
                 check_backing_place(offset, len, image.cluster_size())
             })
-            .map_err(|reason| Error::Corrupt { filename: filename(), reason })?;
+            .map_err(|reason| image.corrupt(reason))?;
         compression(image.incompatible, header_length, fixed[104]).map_err(unsupported)?;
         image.read_extensions(header_length, be64_at(&fixed, 8))?;
         Ok(image)
     }
 
-    fn check_sizes(&self, header_length: u32) -> std::result::Result<(), String> {
-        if !(9..=21).contains(&self.cluster_bits) {
-            return Err(format!("cluster_bits is {}, must be 9 to 21", self.cluster_bits));
-        }
-        if u64::from(header_length) > self.cluster_size()
-            || (self.version == 3 && header_length < 104)
-        {
-            return Err(format!("header_length is {header_length}"));
-        }
-        if self.refcount_order > 6 {
-            return Err(format!("refcount_order is {}, must be 0 to 6", self.refcount_order));
-        }
+    fn check_sizes(&self) -> std::result::Result<(), String> {
         self.check_table(
             "refcount table",
             self.reftable_offset,
