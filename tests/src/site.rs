@@ -4,6 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use qmp::client::{Client, ClientError};
@@ -109,6 +110,23 @@ impl Site {
         let (vm, guest, _) = self.running.as_mut().expect("the machine does not run");
         CHAINS.memory_goes_on(guest);
         assert_eq!(vm.status(), "running");
+    }
+
+    /// Whether the guest stops for memory that cannot be read, before it has looked at all of it once more. Then
+    /// `stopped` is to have it go on.
+    pub fn stops_for_memory(&mut self, stopped: impl FnOnce(&Vm, &mut Client)) -> bool {
+        let (vm, guest, qmp) = self.running.as_mut().expect("the machine does not run");
+        thread::scope(|scope| {
+            let looking = scope.spawn(|| CHAINS.memory_goes_on(guest));
+            while !looking.is_finished() {
+                // An event tells the one, the guest the other: whichever is first.
+                if qmp.execute("query-status", json!({})).unwrap()["status"] == "io-error" {
+                    stopped(vm, qmp);
+                    return true;
+                }
+            }
+            false
+        })
     }
 
     /// Runs a job over all disks.
