@@ -70,8 +70,11 @@ fn an_operation_cancelled_at_any_step_leaves_the_chain_as_it_was() {
                 let run = scope.spawn(|| operation.run(&control));
                 for step in 0..steps {
                     let before = control.progress().0;
-                    control.set_speed(2 + step % 2);
+                    // A speed that is set before the operation waits is the one by which it then does.
+                    let mut speed = 2 + step % 2;
                     while control.progress().0 == before && !run.is_finished() {
+                        control.set_speed(speed);
+                        speed ^= 1;
                         thread::sleep(std::time::Duration::from_millis(1));
                     }
                 }
